@@ -1,0 +1,24 @@
+"""AlphaFold 2's Evoformer, written so that every submodule can be run in pieces.
+
+Names are imported on first use, so that what needs no torch does not load it.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from model.config import PRESETS, EvoformerConfig, InputShape, preset
+
+_LAZY = {
+    "EvoformerBlock": "model.evoformer",
+    "EvoformerStack": "model.evoformer",
+    "Chain": "model.chain",
+    "Step": "model.chain",
+}
+
+__all__ = ["PRESETS", "EvoformerConfig", "InputShape", "preset", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'model' has no attribute {name!r}")

@@ -1,0 +1,68 @@
+"""Gated multi-head attention over the second-to-last axis: the part that four submodules share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.submodule import FULL
+
+
+def mask_bias(mask: Tensor) -> Tensor:
+    """0 where the mask is 1, a large negative number where it is 0, finite in the mask's dtype."""
+    # AlphaFold adds -1e9, which is -inf in float16 and turns a row without any key into NaN.
+    large = min(1e9, torch.finfo(mask.dtype).max / 2)
+    return (mask - 1.0).mul_(large)
+
+
+class GatedAttention(nn.Module):
+    """softmax(q k / sqrt(c) + biases) v, gated by a sigmoid, projected back without its output bias.
+
+    The output bias is added by `finish`, once, so that heads may be run in groups.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 7, 8, 13, 14.
+    """
+
+    def __init__(self, c_in: int, n_head: int, c_head: int) -> None:
+        super().__init__()
+        self.n_head, self.c_head = n_head, c_head
+        width = n_head * c_head
+        self.linear_q = nn.Linear(c_in, width, bias=False)
+        self.linear_k = nn.Linear(c_in, width, bias=False)
+        self.linear_v = nn.Linear(c_in, width, bias=False)
+        self.linear_g = nn.Linear(c_in, width)
+        self.linear_o = nn.Linear(width, c_in)
+
+    def forward(self, x: Tensor, key_mask: Tensor, pair_bias: Tensor | None, heads: slice = FULL) -> Tensor:
+        """The contribution of `heads`.
+
+        Args:
+            x: [*, rows, n, c_in], layer-normed.
+            key_mask: [*, rows, n].
+            pair_bias: [*, heads, n, n], shared by all rows, or None.
+
+        Returns:
+            [*, rows, n, c_in]
+        """
+        first, last, _ = heads.indices(self.n_head)
+        width = slice(first * self.c_head, last * self.c_head)
+        # The scale goes into the weights: they are smaller than the queries.
+        q = self._split(F.linear(x, self.linear_q.weight[width] * self.c_head**-0.5))
+        k = self._split(F.linear(x, self.linear_k.weight[width]))
+        logits = q @ k.transpose(-1, -2)  # [*, rows, heads, n, n]
+        del q, k
+        # In place: the backward of a product does not read its result.
+        logits += mask_bias(key_mask)[..., None, None, :]
+        if pair_bias is not None:
+            logits += pair_bias.unsqueeze(-4)
+        weights = logits.softmax(dim=-1)
+        del logits
+        v = self._split(F.linear(x, self.linear_v.weight[width]))
+        attended = (weights @ v).transpose(-2, -3).flatten(-2)  # [*, rows, n, heads * c]
+        del weights, v
+        gate = torch.sigmoid(F.linear(x, self.linear_g.weight[width], self.linear_g.bias[width]))
+        return F.linear(gate * attended, self.linear_o.weight[:, width])
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.c_head)).transpose(-2, -3)  # [*, rows, heads, n, c]

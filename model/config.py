@@ -1,0 +1,99 @@
+"""Sizes of the models and of their inputs. Free of torch, so the command line can read it at no cost.
+
+Legend, used throughout: s = n_seq (rows of the alignment), r = n_res (residues),
+c_m = channels of the MSA representation m [*, s, r, c_m],
+c_z = channels of the pair representation z [*, r, r, c_z].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class EvoformerConfig:
+    """Widths of an Evoformer stack; the defaults are AlphaFold 2's main stack.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6-15 and 1.6.
+    """
+
+    n_block: int = 48
+    c_m: int = 256
+    c_z: int = 128
+    n_head_msa: int = 8
+    n_head_pair: int = 4
+    c_head: int = 32  # width of one attention head
+    c_opm: int = 32  # outer product mean
+    c_tri: int = 128  # triangle multiplication
+    transition_factor: int = 4
+    dropout_msa: float = 0.15
+    dropout_pair: float = 0.25
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("dropout"):
+                if not 0.0 <= value < 1.0:
+                    raise ValueError(f"{field.name} must be at least 0 and below 1, not {value!r}")
+            else:
+                _require_positive(**{field.name: value})
+
+    def with_dropout(self, rate: float) -> EvoformerConfig:
+        """The same model with one dropout rate everywhere; 0 turns it off."""
+        return replace(self, dropout_msa=rate, dropout_pair=rate)
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Shape of one step's input: `batch` alignments of `n_seq` rows and `n_res` columns."""
+
+    n_seq: int
+    n_res: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive(n_seq=self.n_seq, n_res=self.n_res, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model with the input shape it is usually trained on."""
+
+    config: EvoformerConfig
+    shape: InputShape
+    says: str
+
+
+PRESETS: dict[str, Preset] = {
+    "alphafold2": Preset(
+        EvoformerConfig(), InputShape(128, 256), "main stack, initial training crop (Suppl. 1.11)"
+    ),
+    "alphafold2-finetune": Preset(
+        EvoformerConfig(), InputShape(512, 384), "main stack, fine-tuning crop (Suppl. 1.11)"
+    ),
+    "alphafold2-narrow": Preset(
+        EvoformerConfig(n_block=4, c_m=64, c_z=64),
+        InputShape(32, 64),
+        "4 blocks, c_m = c_z = 64, AlphaFold 2's heads and widths; trains on a laptop",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """Look a preset up; raises ValueError that lists the names."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ValueError(f"unknown model {name!r}; choose one of: {', '.join(PRESETS)}") from None
+
+
+def override(base: Any, **changes: Any) -> Any:
+    """Copy of a frozen dataclass with the changes that are not None."""
+    return replace(base, **{name: value for name, value in changes.items() if value is not None})

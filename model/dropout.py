@@ -1,0 +1,37 @@
+"""Dropout masks that any schedule, piece or rank can draw again: a function of (seed, step).
+
+The seed is drawn once per forward pass from torch's default CPU generator, so `torch.manual_seed`
+governs it and no RNG state has to be kept for a recompute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.submodule import Submodule
+
+_SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring steps get unrelated seeds
+
+
+def draw_seed(model: nn.Module) -> int | None:
+    """A fresh seed for this forward pass; None where the model drops nothing."""
+    if not model.training or not any(getattr(module, "dropout", 0.0) for module in model.modules()):
+        return None
+    return int(torch.randint(2**62, ()).item())
+
+
+def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: int) -> Tensor | None:
+    """Scaled keep mask of `target`'s shape with the shared dimension 1; None where nothing is dropped.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6, 1.11.6 (DropoutRowwise, DropoutColumnwise).
+    """
+    rate, shared = submodule.dropout, submodule.dropout_shared_dim
+    if seed is None or not rate or shared is None:
+        return None
+    generator = torch.Generator(target.device)
+    generator.manual_seed((seed + (step + 1) * _SPREAD) % 2**63)
+    shape = list(target.shape)
+    shape[shared] = 1
+    mask = torch.empty(shape, dtype=target.dtype, device=target.device)
+    return mask.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)

@@ -1,0 +1,107 @@
+"""AlphaFold 2's Evoformer: one block, and the stack that a schedule is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.config import EvoformerConfig
+from model.dropout import draw_seed, dropout_mask
+from model.msa import MSAColumnAttention, MSARowAttentionWithPairBias
+from model.outer_product_mean import OuterProductMean, pair_count
+from model.submodule import Submodule
+from model.transition import Transition
+from model.triangle_attention import TriangleAttention
+from model.triangle_multiplication import TriangleMultiplication
+
+
+class EvoformerBlock(nn.Module):
+    """Nine submodules, in the order of the paper. 1,829,952 parameters at AlphaFold 2's widths.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6.
+    """
+
+    def __init__(self, config: EvoformerConfig) -> None:
+        super().__init__()
+        self.row_attention = MSARowAttentionWithPairBias(config)
+        self.column_attention = MSAColumnAttention(config)
+        self.msa_transition = Transition("m", config.c_m, config.transition_factor, "seq")
+        self.outer_product_mean = OuterProductMean(config)
+        self.triangle_outgoing = TriangleMultiplication(config, "outgoing")
+        self.triangle_incoming = TriangleMultiplication(config, "incoming")
+        self.triangle_starting = TriangleAttention(config, "starting")
+        self.triangle_ending = TriangleAttention(config, "ending")
+        self.pair_transition = Transition("z", config.c_z, config.transition_factor, "row")
+
+    def submodules(self) -> Iterator[tuple[str, Submodule]]:
+        """The submodules by name, in the order in which they run."""
+        yield from self.named_children()  # type: ignore[misc]
+
+
+class EvoformerStack(nn.Module):
+    """Blocks in sequence over the state (m, z).
+
+    Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks [*, s, r] and [*, r, r]
+    (1 where there is data; all ones when not given). Returns the new (m, z).
+    """
+
+    def __init__(self, config: EvoformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(EvoformerBlock(config) for _ in range(config.n_block))
+        self.reset_parameters()
+
+    def submodules(self) -> Iterator[tuple[str, Submodule]]:
+        """Every submodule of every block by its qualified name, in the order in which they run."""
+        for index, block in enumerate(self.blocks):
+            for name, submodule in block.submodules():
+                yield f"blocks.{index}.{name}", submodule
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """AlphaFold 2's initialisation: gates open, what enters the residual stream zero (Suppl. 1.11.4)."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            last = name.rpartition(".")[2]
+            if last in ("linear_o", "linear_out", "linear_2"):
+                nn.init.zeros_(module.weight)
+            elif last.endswith(("_gate", "_g")):
+                nn.init.zeros_(module.weight)
+            elif last == "linear_1":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            else:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, 1.0 if last.endswith(("_gate", "_g")) else 0.0)
+
+    def forward(
+        self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        constants = mask_constants(m, z, msa_mask, pair_mask)
+        seed = draw_seed(self)
+        state = {"m": m, "z": z}
+        for index, (_, submodule) in enumerate(self.submodules()):
+            tensors = {name: state[name] for name in submodule.reads}
+            tensors |= {name: constants[name] for name in submodule.constants}
+            mask = dropout_mask(submodule, tensors[submodule.target], seed, index)
+            if mask is not None:
+                tensors["dropout"] = mask
+            state[submodule.target] = submodule.new_target(tensors)
+        return state["m"], state["z"]
+
+
+def mask_constants(
+    m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What submodules read besides the state, by name: both masks and the outer product's counts."""
+    msa_mask = m.new_ones(m.shape[:-1]) if msa_mask is None else msa_mask.to(m.dtype)
+    pair_mask = z.new_ones(z.shape[:-1]) if pair_mask is None else pair_mask.to(z.dtype)
+    if msa_mask.shape != m.shape[:-1] or pair_mask.shape != z.shape[:-1]:
+        raise ValueError(
+            f"masks must be shaped like their tensors without channels: msa_mask {tuple(msa_mask.shape)} "
+            f"for m {tuple(m.shape)}, pair_mask {tuple(pair_mask.shape)} for z {tuple(z.shape)}"
+        )
+    return {"msa_mask": msa_mask, "pair_mask": pair_mask, "pair_count": pair_count(msa_mask)}

@@ -1,0 +1,157 @@
+"""What every submodule of a block has in common: three stages and a statement of how it may be cut.
+
+A submodule rewrites one tensor of the state: `new = target + dropout(update)`. Its update is
+
+    context(state)        computed once (a pair bias, the other operand of a triangle product)
+    piece(slice, context) a partial update; where the work and the memory are
+    finish(update)        what needs the whole sum: output bias, normalisation, gate
+
+Stages see layer-normed tensors, so a normalisation is computed once per slice however many
+stages read it. Nothing here knows of schedules; `model.execution` runs the stages in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+FULL = slice(None)
+STATE = ("m", "z")  # what a schedule moves; all other tensors a stage reads are constants
+
+# A stage argument by name: state tensors, masks, and "dropout" where there is one.
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class IndependentAxis:
+    """An axis along which a piece needs only its own slice and the context (`chunk`).
+
+    Attributes:
+        name: what users call it.
+        cuts: dimension (from the right) along which each tensor is sliced; others go in whole.
+    """
+
+    name: str
+    cuts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ReductionAxis:
+    """An axis over hidden channels whose partial updates are combined before `finish` (`coshard`).
+
+    Attributes:
+        name: what users call it.
+        size: how many indices it has.
+        concatenate: partial updates lie side by side in the last dimension instead of adding up.
+    """
+
+    name: str
+    size: int
+    concatenate: bool = False
+
+
+Axis = IndependentAxis | ReductionAxis
+
+
+class Submodule(nn.Module):
+    """Base class of the submodules. Subclasses declare the class attributes and write the stages."""
+
+    target: str
+    context_inputs: tuple[str, ...] = ()
+    piece_inputs: tuple[str, ...]
+    finish_inputs: tuple[str, ...] = ()
+    # How the context itself can be computed in slices: where its inputs are cut, where its result is joined.
+    context_cuts: Mapping[str, int] = {}
+    context_dim: int = -1
+    # True where finish(u) = A u + b, so that its gradient needs no value of u.
+    finish_is_affine: bool = True
+    # The dimension along which one dropout mask is shared; None where there is no dropout.
+    dropout_shared_dim: int | None = None
+
+    axes: tuple[Axis, ...]  # set by the constructor
+    norms: nn.ModuleDict  # the LayerNorm of each state tensor that is read through one
+    dropout: float = 0.0
+
+    def context(self, *inputs: Tensor, part: slice = FULL) -> Tensor | None:
+        """The context for the hidden channels `part`; None where a piece needs only its slice."""
+        return None
+
+    def piece(self, *inputs: Tensor, context: Tensor | None, part: slice = FULL) -> Tensor:
+        """Partial update of a slice from the hidden channels `part`."""
+        raise NotImplementedError
+
+    def finish(self, update: Tensor, *inputs: Tensor) -> Tensor:
+        """What follows the reduction; may write into `update`."""
+        raise NotImplementedError
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """State tensors that the submodule reads, its target first."""
+        inputs = (self.target, *self.context_inputs, *self.piece_inputs, *self.finish_inputs)
+        return tuple(dict.fromkeys(name for name in inputs if name in STATE))
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Masks that the submodule reads."""
+        inputs = (*self.context_inputs, *self.piece_inputs, *self.finish_inputs)
+        return tuple(dict.fromkeys(name for name in inputs if name not in STATE))
+
+    def axis(self, name: str) -> Axis:
+        """The declared axis of that name; ValueError lists the others."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        names = ", ".join(axis.name for axis in self.axes)
+        raise ValueError(f"{type(self).__name__} has no axis {name!r}; it has: {names}")
+
+    def normalised(self, tensors: Tensors, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Those tensors by name, layer-normed where they are state."""
+        return {
+            name: self.norms[name](tensors[name]) if name in self.norms else tensors[name]
+            for name in dict.fromkeys(names)
+        }
+
+    def whole_context(self, tensors: Tensors) -> Tensor | None:
+        """The context of all hidden channels, from whole tensors or from a slice along `context_cuts`."""
+        x = self.normalised(tensors, self.context_inputs)
+        return self.context(*(x[name] for name in self.context_inputs))
+
+    def update(self, tensors: Tensors, context: Tensor | None = None) -> Tensor:
+        """The update of the slice that `tensors` hold, dropout applied.
+
+        Args:
+            tensors: slices of everything the stages read, cut alike, and the "dropout" mask if any.
+            context: the whole context; computed from `tensors` when not given, which must be whole then.
+        """
+        own_context = bool(self.context_inputs) and context is None
+        names = (*self.piece_inputs, *self.finish_inputs, *(self.context_inputs if own_context else ()))
+        x = self.normalised(tensors, names)
+        if own_context:
+            context = self.context(*(x[name] for name in self.context_inputs))
+        update = self.piece(*(x[name] for name in self.piece_inputs), context=context)
+        update = self.finish(update, *(x[name] for name in self.finish_inputs))
+        return dropped(update, tensors)
+
+    def new_target(self, tensors: Tensors) -> Tensor:
+        """The submodule as the paper writes it: target plus update, nothing cut."""
+        return add_residual(tensors[self.target], self.update(tensors))
+
+    def signature(self) -> tuple:
+        """Equal for submodules that cost the same on the same input."""
+        parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in self.named_parameters())
+        return type(self).__name__, self.dropout_shared_dim, self.dropout > 0, self.axes, parameters
+
+
+def dropped(update: Tensor, tensors: Tensors) -> Tensor:
+    """Dropout, where the tensors hold a mask for it. May write into `update`."""
+    mask = tensors.get("dropout")
+    return update if mask is None else update.mul_(mask)
+
+
+def add_residual(target: Tensor, update: Tensor) -> Tensor:
+    """target + update; reuses the memory of `update` where its layout is that of `target`."""
+    if update.stride() == target.stride() and update.dtype == target.dtype:
+        return update.add_(target)
+    return target + update

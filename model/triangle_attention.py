@@ -1,0 +1,55 @@
+"""Triangle self-attention; which node the triangles start from is a parameter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from model.attention import GatedAttention
+from model.config import EvoformerConfig
+from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+
+
+class TriangleAttention(Submodule):
+    """Attention along rows of z (starting node) or along its columns (ending node).
+
+    The ending node is the starting node on the transposed pair representation.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 13 and 14; row- and column-wise dropout, Alg. 6.
+    """
+
+    target = "z"
+    context_inputs = ("z",)
+    piece_inputs = ("z", "pair_mask")
+    context_dim = -2
+
+    def __init__(self, config: EvoformerConfig, node: Literal["starting", "ending"]) -> None:
+        super().__init__()
+        self.starting = node == "starting"
+        self.norms = nn.ModuleDict({"z": nn.LayerNorm(config.c_z)})
+        self.linear_b = nn.Linear(config.c_z, config.n_head_pair, bias=False)
+        self.attention = GatedAttention(config.c_z, config.n_head_pair, config.c_head)
+        self.dropout = config.dropout_pair
+        dim, name = (-3, "row") if self.starting else (-2, "column")
+        self.dropout_shared_dim = dim
+        self.context_cuts = {"z": dim}
+        self.axes = (
+            IndependentAxis(name, {"z": dim, "pair_mask": dim + 1}),
+            ReductionAxis("head", config.n_head_pair),
+        )
+
+    def _from_node(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.starting else x.transpose(dim, dim + 1)
+
+    def context(self, z: Tensor, part: slice = FULL) -> Tensor:
+        bias = nn.functional.linear(self._from_node(z, -3), self.linear_b.weight[part])
+        return bias.movedim(-1, -3)  # [*, heads, r, r]
+
+    def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
+        rows = self._from_node(z, -3).contiguous()
+        update = self.attention(rows, self._from_node(pair_mask, -2), context, part)
+        return self._from_node(update, -3).contiguous()
+
+    def finish(self, update: Tensor) -> Tensor:
+        return update.add_(self.attention.linear_o.bias)

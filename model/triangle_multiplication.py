@@ -1,0 +1,72 @@
+"""Triangle multiplicative updates; the direction of the edges is a parameter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import EvoformerConfig
+from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+
+
+class TriangleMultiplication(Submodule):
+    """z_ij += gate * W LayerNorm(sum_k a_ik b_jk) (outgoing) or sum_k a_ki b_kj (incoming).
+
+    One operand is the context: b for outgoing edges, whose pieces are rows i, and a for
+    incoming edges, whose pieces are columns j. So a piece and its gate read the same slice of z.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 11 and 12; dropout, Alg. 6.
+    """
+
+    target = "z"
+    context_inputs = ("z", "pair_mask")
+    piece_inputs = ("z", "pair_mask")
+    finish_inputs = ("z",)
+    finish_is_affine = False
+    dropout_shared_dim = -3
+
+    def __init__(self, config: EvoformerConfig, edges: Literal["outgoing", "incoming"]) -> None:
+        super().__init__()
+        c = config.c_tri
+        self.outgoing = edges == "outgoing"
+        self.norms = nn.ModuleDict({"z": nn.LayerNorm(config.c_z)})
+        self.linear_a = nn.Linear(config.c_z, c)
+        self.linear_a_gate = nn.Linear(config.c_z, c)
+        self.linear_b = nn.Linear(config.c_z, c)
+        self.linear_b_gate = nn.Linear(config.c_z, c)
+        self.norm_product = nn.LayerNorm(c)
+        self.linear_out = nn.Linear(c, config.c_z)
+        self.linear_gate = nn.Linear(config.c_z, config.c_z)
+        self.dropout = config.dropout_pair
+        # z and its mask [*, r, r] are cut along the same axis, which is one further right in the mask.
+        self.context_dim, name = (-3, "row") if self.outgoing else (-2, "column")
+        self.context_cuts = {"z": self.context_dim, "pair_mask": self.context_dim + 1}
+        self.axes = (
+            IndependentAxis(name, self.context_cuts),
+            ReductionAxis("channel", c, concatenate=True),
+        )
+
+    def context(self, z: Tensor, pair_mask: Tensor, part: slice = FULL) -> Tensor:
+        second = (self.linear_b, self.linear_b_gate) if self.outgoing else (self.linear_a, self.linear_a_gate)
+        return _gated(z, pair_mask, *second, part)
+
+    def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
+        if self.outgoing:
+            a = _gated(z, pair_mask, self.linear_a, self.linear_a_gate, part)  # [*, i, k, c]
+            product = a.movedim(-1, -3) @ context.movedim(-1, -3).transpose(-1, -2)
+        else:
+            b = _gated(z, pair_mask, self.linear_b, self.linear_b_gate, part)  # [*, k, j, c]
+            product = context.movedim(-1, -3).transpose(-1, -2) @ b.movedim(-1, -3)
+        return product.movedim(-3, -1)  # [*, i, j, c]
+
+    def finish(self, update: Tensor, z: Tensor) -> Tensor:
+        update = self.linear_out(self.norm_product(update))
+        return torch.sigmoid(self.linear_gate(z)) * update
+
+
+def _gated(z: Tensor, mask: Tensor, linear: nn.Linear, gate: nn.Linear, part: slice) -> Tensor:
+    opening = torch.sigmoid(F.linear(z, gate.weight[part], gate.bias[part])) * mask[..., None]
+    return opening * F.linear(z, linear.weight[part], linear.bias[part])

@@ -1,0 +1,43 @@
+"""Small models with non-zero weights everywhere, in float64, with random masks and odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import EvoformerConfig, EvoformerStack
+
+TINY = EvoformerConfig(n_block=2, c_m=12, c_z=10, n_head_msa=3, n_head_pair=2, c_head=4, c_opm=5, c_tri=7)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights: a final layer of zeros would hide every error behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(noise * scale)
+    return module
+
+
+def random_inputs(
+    config: EvoformerConfig,
+    s: int = 5,
+    r: int = 7,
+    batch: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """m, z (leaves that require gradients) and masks of which about a fifth is zero."""
+    g = torch.Generator().manual_seed(seed)
+    m = torch.randn(*batch, s, r, config.c_m, generator=g, dtype=dtype).requires_grad_()
+    z = torch.randn(*batch, r, r, config.c_z, generator=g, dtype=dtype).requires_grad_()
+    msa_mask = (torch.rand(*batch, s, r, generator=g) > 0.2).to(dtype)
+    pair_mask = (torch.rand(*batch, r, r, generator=g) > 0.2).to(dtype)
+    return {"m": m, "z": z, "msa_mask": msa_mask, "pair_mask": pair_mask}
+
+
+@pytest.fixture
+def stack() -> EvoformerStack:
+    return randomise(EvoformerStack(TINY).double()).train()

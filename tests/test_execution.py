@@ -1,0 +1,77 @@
+"""Every submodule, under every strategy it declares: same output, same gradients as whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import EvoformerStack
+from model.dropout import dropout_mask
+from model.evoformer import mask_constants
+from model.execution import PiecewiseRun, WholeRun, run_discarded, spans
+from model.strategy import WHOLE, Strategy
+from model.submodule import IndependentAxis
+from tests.conftest import TINY, random_inputs, randomise
+
+BLOCK = [name.split(".")[-1] for name, _ in EvoformerStack(TINY).submodules()][:9]
+
+
+def tensors_for(submodule, inputs, seed=3, step=4):
+    constants = mask_constants(**{name: t.detach() for name, t in inputs.items()})
+    tensors = {name: inputs[name].detach() for name in submodule.reads}
+    tensors |= {name: constants[name] for name in submodule.constants}
+    mask = dropout_mask(submodule, tensors[submodule.target], seed, step)
+    return tensors if mask is None else {**tensors, "dropout": mask}
+
+
+def strategies(submodule, tensors):
+    for axis in submodule.axes:
+        chunked = isinstance(axis, IndependentAxis)
+        size = tensors[submodule.target].shape[axis.cuts[submodule.target]] if chunked else axis.size
+        for n in sorted({1, 2, 3, size}):
+            if n <= size:
+                yield Strategy("chunk" if chunked else "coshard", axis.name, n)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["single", "batch"])
+@pytest.mark.parametrize("name", BLOCK)
+def test_pieces_equal_whole(name: str, batch: tuple[int, ...]) -> None:
+    stack = randomise(EvoformerStack(TINY).double(), seed=1)
+    submodule = dict(stack.submodules())[f"blocks.0.{name}"]
+    tensors = tensors_for(submodule, random_inputs(TINY, batch=batch))
+    whole = WholeRun(submodule, tensors)
+    output = whole.take_output()
+    grad = torch.randn_like(output)
+    state_grads, parameter_grads = whole.vjp(grad)
+    assert {n for n, g in parameter_grads.items() if g is not None} == set(whole.parameters)
+    seen = set()
+    for strategy in strategies(submodule, tensors):
+        seen.add(strategy.kind)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                run_discarded(submodule, strategy, tensors), output, rtol=0, atol=1e-12
+            )
+        got_state, got_parameters = PiecewiseRun(submodule, strategy, tensors).vjp(grad)
+        for expected, got in ((state_grads, got_state), (parameter_grads, got_parameters)):
+            assert expected.keys() == got.keys()
+            for key in expected:
+                torch.testing.assert_close(
+                    got[key], expected[key], rtol=0, atol=1e-11, msg=f"{strategy} {key}"
+                )
+    assert seen == {"chunk", "coshard"}
+
+
+def test_whole_is_the_discarded_run_too(stack: EvoformerStack) -> None:
+    inputs = random_inputs(TINY)
+    for _, submodule in stack.submodules():
+        tensors = tensors_for(submodule, inputs)
+        with torch.no_grad():
+            assert torch.equal(
+                run_discarded(submodule, WHOLE, tensors), WholeRun(submodule, tensors).take_output()
+            )
+
+
+def test_spans_cover_everything_once() -> None:
+    assert [(p.start, p.stop) for p in spans(7, 3)] == [(0, 3), (3, 5), (5, 7)]
+    with pytest.raises(ValueError, match="cannot cut 3 into 4"):
+        list(spans(3, 4))
