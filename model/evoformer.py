@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import EvoformerConfig
-from model.dropout import draw_seed, dropout_mask
+from model.chain import Chain
+from model.dropout import draw_seed
 from model.msa import MSAColumnAttention, MSARowAttentionWithPairBias
 from model.outer_product_mean import OuterProductMean, pair_count
 from model.submodule import Submodule
@@ -53,12 +54,6 @@ class EvoformerStack(nn.Module):
         self.blocks = nn.ModuleList(EvoformerBlock(config) for _ in range(config.n_block))
         self.reset_parameters()
 
-    def submodules(self) -> Iterator[tuple[str, Submodule]]:
-        """Every submodule of every block by its qualified name, in the order in which they run."""
-        for index, block in enumerate(self.blocks):
-            for name, submodule in block.submodules():
-                yield f"blocks.{index}.{name}", submodule
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """AlphaFold 2's initialisation: gates open, what enters the residual stream zero (Suppl. 1.11.4)."""
@@ -83,13 +78,8 @@ class EvoformerStack(nn.Module):
         constants = mask_constants(m, z, msa_mask, pair_mask)
         seed = draw_seed(self)
         state = {"m": m, "z": z}
-        for index, (_, submodule) in enumerate(self.submodules()):
-            tensors = {name: state[name] for name in submodule.reads}
-            tensors |= {name: constants[name] for name in submodule.constants}
-            mask = dropout_mask(submodule, tensors[submodule.target], seed, index)
-            if mask is not None:
-                tensors["dropout"] = mask
-            state[submodule.target] = submodule.new_target(tensors)
+        for step in Chain.of(self).steps:
+            state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
         return state["m"], state["z"]
 
 

@@ -7,7 +7,10 @@ recomputes each piece from the submodule's input, so that one piece's activation
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -71,26 +74,69 @@ class PiecewiseRun:
 
     def vjp(self, grad: Tensor) -> tuple[Gradients, ParameterGradients]:
         """As WholeRun.vjp, recomputing piece by piece."""
-        gradients = _Gradients(self.submodule, self.tensors, grad)
-        if self.strategy.kind == "chunk":
-            _chunked_vjp(self.submodule, self.strategy, self.tensors, grad, gradients)
-        else:
-            _cosharded_vjp(self.submodule, self.strategy, self.tensors, grad, gradients)
+        product = _chunked_vjp if self.strategy.kind == "chunk" else _cosharded_vjp
+        with torch.no_grad():  # autograd is on for one piece at a time
+            gradients = _Gradients(self.submodule, self.tensors, grad)
+            product(self.submodule, self.strategy, self.tensors, grad, gradients)
         return gradients.of_state, gradients.of_parameters
 
 
 Run = WholeRun | PiecewiseRun
 
 
+def record(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> tuple[Run, Tensor]:
+    """Run forward for a later backward: the record to call `vjp` on, and the new target."""
+    if strategy.kind == "whole":
+        run = WholeRun(submodule, tensors)
+        return run, run.take_output()
+    with torch.no_grad():
+        return PiecewiseRun(submodule, strategy, tensors), run_discarded(submodule, strategy, tensors)
+
+
+class PieceSample:
+    """While installed, loops over pieces run one piece of each kind instead of all.
+
+    The first piece makes the buffers that later ones add to, and pieces differ in length by at most
+    one: so the first, the second, and the first shorter one stand for all. For traces on tensors
+    without data only.
+
+    Attributes:
+        repeat: how many pieces the present one stands for.
+    """
+
+    repeat = 1
+
+
+_sample: ContextVar[PieceSample | None] = ContextVar("piece_sample", default=None)
+
+
+@contextmanager
+def sampled_pieces(sample: PieceSample) -> Iterator[None]:
+    """Install a sample for the code inside."""
+    token = _sample.set(sample)
+    try:
+        yield
+    finally:
+        _sample.reset(token)
+
+
 def spans(size: int, n: int) -> Iterator[slice]:
     """n slices of 0..size whose lengths differ by at most one, the longer ones first."""
     if not 1 <= n <= size:
         raise ValueError(f"cannot cut {size} into {n} pieces")
-    start = 0
-    for index in range(n):
-        length = size // n + (index < size % n)
-        yield slice(start, start + length)
-        start += length
+    length, longer = divmod(size, n)
+    pieces = [slice(i * length + min(i, longer), (i + 1) * length + min(i + 1, longer)) for i in range(n)]
+    sample = _sample.get()
+    if sample is None:
+        yield from pieces
+        return
+    first, rest = pieces[0], pieces[1:]
+    kinds = Counter([(1, first.stop)] + [(2, piece.stop - piece.start) for piece in rest])
+    for piece, kind in zip(pieces, [(1, first.stop)] + [(2, p.stop - p.start) for p in rest], strict=True):
+        sample.repeat = kinds.pop(kind, 0)
+        if sample.repeat:
+            yield piece
+    sample.repeat = 1
 
 
 # Every tensor along its rows: what follows a reduction needs one position at a time.
@@ -131,13 +177,12 @@ class _Gradients:
 
     def __init__(self, submodule: Submodule, tensors: Tensors, grad: Tensor) -> None:
         self.parameters = {name: p for name, p in submodule.named_parameters() if p.requires_grad}
-        self.of_state = {
-            # The residual passes the target's gradient on.
-            name: grad.clone(memory_format=torch.contiguous_format)
-            if name == submodule.target
-            else torch.zeros_like(tensors[name])
-            for name in submodule.reads
-        }
+        target, *others = submodule.reads
+        self.of_state = {name: torch.zeros_like(tensors[name]) for name in others}
+        # The residual passes the target's gradient on; where no stage reads the target, that is all.
+        self.of_state[target] = (
+            grad.clone(memory_format=torch.contiguous_format) if target in submodule.norms else grad
+        )
         self.of_parameters: ParameterGradients = {}
 
     def differentiate(

@@ -41,9 +41,11 @@ class TriangleMultiplication(Submodule):
         self.linear_out = nn.Linear(c, config.c_z)
         self.linear_gate = nn.Linear(config.c_z, config.c_z)
         self.dropout = config.dropout_pair
-        # z and its mask [*, r, r] are cut along the same axis, which is one further right in the mask.
-        self.context_dim, name = (-3, "row") if self.outgoing else (-2, "column")
-        self.context_cuts = {"z": self.context_dim, "pair_mask": self.context_dim + 1}
+        # z and its mask [*, r, r] are cut along the same axis, which is one further right in the mask
+        # and in the context [*, c, r, r].
+        dim, name = (-3, "row") if self.outgoing else (-2, "column")
+        self.context_dim = dim + 1
+        self.context_cuts = {"z": dim, "pair_mask": dim + 1}
         self.axes = (
             IndependentAxis(name, self.context_cuts),
             ReductionAxis("channel", c, concatenate=True),
@@ -51,15 +53,15 @@ class TriangleMultiplication(Submodule):
 
     def context(self, z: Tensor, pair_mask: Tensor, part: slice = FULL) -> Tensor:
         second = (self.linear_b, self.linear_b_gate) if self.outgoing else (self.linear_a, self.linear_a_gate)
-        return _gated(z, pair_mask, *second, part)
+        return _operand(z, pair_mask, *second, part)
 
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         if self.outgoing:
-            a = _gated(z, pair_mask, self.linear_a, self.linear_a_gate, part)  # [*, i, k, c]
-            product = a.movedim(-1, -3) @ context.movedim(-1, -3).transpose(-1, -2)
+            a = _operand(z, pair_mask, self.linear_a, self.linear_a_gate, part)
+            product = a @ context.transpose(-1, -2)  # a[c, i, k] b[c, j, k]
         else:
-            b = _gated(z, pair_mask, self.linear_b, self.linear_b_gate, part)  # [*, k, j, c]
-            product = context.movedim(-1, -3).transpose(-1, -2) @ b.movedim(-1, -3)
+            b = _operand(z, pair_mask, self.linear_b, self.linear_b_gate, part)
+            product = context.transpose(-1, -2) @ b  # a[c, k, i] b[c, k, j]
         return product.movedim(-3, -1)  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
@@ -67,6 +69,8 @@ class TriangleMultiplication(Submodule):
         return torch.sigmoid(self.linear_gate(z)) * update
 
 
-def _gated(z: Tensor, mask: Tensor, linear: nn.Linear, gate: nn.Linear, part: slice) -> Tensor:
+def _operand(z: Tensor, mask: Tensor, linear: nn.Linear, gate: nn.Linear, part: slice) -> Tensor:
+    """[*, c, r, r]: one operand of the product, channels first as the product wants them."""
     opening = torch.sigmoid(F.linear(z, gate.weight[part], gate.bias[part])) * mask[..., None]
-    return opening * F.linear(z, linear.weight[part], linear.bias[part])
+    operand = opening * F.linear(z, linear.weight[part], linear.bias[part])
+    return operand.movedim(-1, -3).contiguous()

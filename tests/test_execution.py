@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import EvoformerStack
+from model import Chain, EvoformerBlock, EvoformerStack
 from model.dropout import dropout_mask
 from model.evoformer import mask_constants
 from model.execution import PiecewiseRun, WholeRun, run_discarded, spans
@@ -13,7 +13,7 @@ from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis
 from tests.conftest import TINY, random_inputs, randomise
 
-BLOCK = [name.split(".")[-1] for name, _ in EvoformerStack(TINY).submodules()][:9]
+BLOCK = [name for name, _ in EvoformerBlock(TINY).submodules()]
 
 
 def tensors_for(submodule, inputs, seed=3, step=4):
@@ -37,7 +37,7 @@ def strategies(submodule, tensors):
 @pytest.mark.parametrize("name", BLOCK)
 def test_pieces_equal_whole(name: str, batch: tuple[int, ...]) -> None:
     stack = randomise(EvoformerStack(TINY).double(), seed=1)
-    submodule = dict(stack.submodules())[f"blocks.0.{name}"]
+    submodule = dict(stack.blocks[0].submodules())[name]
     tensors = tensors_for(submodule, random_inputs(TINY, batch=batch))
     whole = WholeRun(submodule, tensors)
     output = whole.take_output()
@@ -63,7 +63,7 @@ def test_pieces_equal_whole(name: str, batch: tuple[int, ...]) -> None:
 
 def test_whole_is_the_discarded_run_too(stack: EvoformerStack) -> None:
     inputs = random_inputs(TINY)
-    for _, submodule in stack.submodules():
+    for submodule in (step.submodule for step in Chain.of(stack).steps):
         tensors = tensors_for(submodule, inputs)
         with torch.no_grad():
             assert torch.equal(

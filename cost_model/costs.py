@@ -1,0 +1,129 @@
+"""The cost table: memory and work of every distinct step under every strategy it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cost_model.devices import Device
+from cost_model.roofline import seconds
+from cost_model.trace import Trace, Work, fake_copy, fake_tensors
+from model.chain import Chain, Step
+from model.config import InputShape
+from model.dropout import dropout_mask
+from model.execution import record, run_discarded
+from model.strategy import WHOLE, Strategy
+from model.submodule import IndependentAxis, Submodule
+
+# Piece counts offered: powers of two, and every index on its own where that is allowed.
+PIECES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step under one strategy. Bytes are above the state it enters with.
+
+    Attributes:
+        forward_bytes: peak of a forward that is recorded for backward, its new target included.
+        preserved_bytes: held from the end of that forward to its backward, without the new target.
+        backward_bytes: peak of its backward: what is preserved, the gradients of the whole state
+            (which are live all the while) and the workspace.
+        discard_bytes: peak of a forward that keeps nothing, its new target included.
+        forward_seconds, backward_seconds: time of either; backward includes what it recomputes.
+    """
+
+    strategy: Strategy
+    forward_bytes: int
+    preserved_bytes: int
+    backward_bytes: int
+    discard_bytes: int
+    forward_work: Work
+    backward_work: Work
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+
+    @property
+    def inter_mem(self) -> int:
+        """Peak of a forward and backward above what is preserved."""
+        return max(self.forward_bytes, self.backward_bytes) - self.preserved_bytes
+
+    def as_tuple(self) -> tuple[int, int, float]:
+        """(inter_mem, preserved_mem, time): the projection that people read."""
+        return self.inter_mem, self.preserved_bytes, self.forward_seconds + self.backward_seconds
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of all steps of a chain.
+
+    Attributes:
+        options: for each step, its strategies' costs; equal steps share one tuple.
+        targets: for each step, the state tensor it rewrites.
+        groups: steps of each block.
+        state_bytes: size of each state tensor; a gradient has the size of its tensor.
+        loss_bytes: peak that computing the loss and its gradient adds to what is live then.
+        training: False where nothing is preserved.
+    """
+
+    options: tuple[tuple[StepCost, ...], ...]
+    targets: tuple[str, ...]
+    groups: tuple[range, ...]
+    state_bytes: Mapping[str, int]
+    loss_bytes: int
+    training: bool
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients of the whole state, live throughout backward."""
+        return sum(self.state_bytes.values())
+
+
+def offered_strategies(submodule: Submodule, shapes: Mapping[str, Sequence[int]]) -> list[Strategy]:
+    """Every strategy that a step of these input shapes can run under."""
+    strategies = [WHOLE]
+    for axis in submodule.axes:
+        if isinstance(axis, IndependentAxis):
+            kind, size = "chunk", shapes[submodule.target][axis.cuts[submodule.target]]
+        else:
+            kind, size = "coshard", axis.size
+        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
+    return strategies
+
+
+def trace_step(
+    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], trace: Trace
+) -> StepCost:
+    """Cost of one step under one strategy; call on fake tensors, inside `trace`."""
+    base = trace.live_bytes
+    seed = 0 if step.submodule.training else None
+
+    trace.reset()
+    with torch.no_grad():
+        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed))
+    discard_bytes, forward_work = trace.peak_bytes - base, trace.work()
+    del output
+
+    trace.reset()
+    run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
+    forward_bytes = trace.peak_bytes - base
+    del output
+    preserved_bytes = trace.live_bytes - base
+
+    gradients = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    trace.reset()
+    result = run.vjp(gradients[step.target])
+    backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
+    del run, result, gradients
+    assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
+    return StepCost(
+        strategy,
+        forward_bytes,
+        preserved_bytes,
+        backward_bytes,
+        discard_bytes,
+        forward_work,
+        backward_work,
+    )

@@ -1,0 +1,90 @@
+"""What a device can do and what it adds to memory by itself. Free of torch.
+
+Peak figures are the makers' for dense arithmetic; times made from them are lower bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GIB = 2**30
+
+DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator or processor.
+
+    Attributes:
+        name: what users call it.
+        memory_bytes: what it has; None where it is not known (this machine's memory).
+        peak_flops: dense floating-point operations per second, by dtype.
+        bandwidth: bytes per second between its memory and its cores.
+        launch_seconds: cost of starting one kernel (on a CPU: of dispatching one operator).
+        block_bytes: every allocation is rounded up to a multiple of this.
+        workspace_bytes: what its libraries take once (cuBLAS).
+        source: where the figures come from.
+    """
+
+    name: str
+    memory_bytes: int | None
+    peak_flops: Mapping[str, float]
+    bandwidth: float
+    launch_seconds: float
+    block_bytes: int
+    workspace_bytes: int
+    source: str
+
+
+def _cuda(
+    name: str, gib: float, half: float, single: float, double: float, bandwidth: float, source: str, bf16: float = 0
+) -> Device:
+    flops = {"float16": half, "bfloat16": bf16 or half, "float32": single, "float64": double}
+    return Device(
+        name=name,
+        memory_bytes=int(gib * GIB),
+        peak_flops={dtype: value * 1e12 for dtype, value in flops.items()},
+        bandwidth=bandwidth * 1e9,
+        launch_seconds=5e-6,
+        block_bytes=512,
+        # cuBLAS: 32 MiB on Hopper, a little over 8 MiB before (torch's CUBLAS_WORKSPACE_CONFIG defaults).
+        workspace_bytes=(32 if name.startswith("h") else 9) * 2**20,
+        source=source,
+    )
+
+
+_TABLE = (
+    Device(
+        name="cpu",
+        memory_bytes=None,
+        # Two cores of a 2024 server processor with AVX-512, measured with torch.matmul. Half precision
+        # without native support is emulated.
+        peak_flops={"float16": 1e9, "bfloat16": 200e9, "float32": 50e9, "float64": 35e9},
+        bandwidth=8e9,  # between copies (32) and softmax (2): what elementwise operators reach
+        launch_seconds=5e-6,
+        block_bytes=1,
+        workspace_bytes=0,
+        source="measured on two cores, torch 2.13; indicative only",
+    ),
+    _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", bf16=15.7),
+    _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", bf16=15.7),
+    _cuda("a100-40gb", 40, 312, 19.5, 9.7, 1555, "NVIDIA A100 data sheet (SXM4)"),
+    _cuda("a100-80gb", 80, 312, 19.5, 9.7, 2039, "NVIDIA A100 data sheet (SXM4)"),
+    _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)"),
+    _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)"),
+    _cuda("l4-24gb", 24, 121, 30.3, 0.49, 300, "NVIDIA L4 data sheet, dense"),
+    _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", bf16=8.1),
+    _cuda("rtx4090-24gb", 24, 165, 82.6, 1.29, 1008, "NVIDIA Ada architecture white paper, fp32 accumulate"),
+)
+
+DEVICES: dict[str, Device] = {device.name: device for device in _TABLE}
+
+
+def device(name: str) -> Device:
+    """Look a device up; raises ValueError that lists the names."""
+    try:
+        return DEVICES[name]
+    except KeyError:
+        raise ValueError(f"unknown device {name!r}; choose one of: {', '.join(DEVICES)}, cuda") from None

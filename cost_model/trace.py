@@ -1,0 +1,135 @@
+"""Live bytes and work of code run on fake tensors: nothing is computed, no memory is used.
+
+Every storage made under `Trace` is counted from the operator that makes it until its last
+reference is gone. The cost is linear in the number of operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
+
+from model.execution import PieceSample
+
+
+@dataclass(frozen=True)
+class Work:
+    """Kernels run, by (FLOPs, bytes moved): how many of each.
+
+    Kept apart, not summed, because each kernel is bound by its own bottleneck.
+    """
+
+    kernels: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations; a multiply-add counts two."""
+        return sum(flops * count for (flops, _), count in self.kernels.items())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by all kernels."""
+        return sum(moved * count for (_, moved), count in self.kernels.items())
+
+    @property
+    def launches(self) -> int:
+        """Number of kernels."""
+        return self.kernels.total()
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.kernels + other.kernels)
+
+
+class Trace(TorchDispatchMode, PieceSample):
+    """Counts live bytes of the storages made inside it, their peak, and the work done.
+
+    Args:
+        block_bytes: each storage counts as a multiple of this (512 for CUDA's allocator).
+    """
+
+    def __init__(self, block_bytes: int = 1) -> None:
+        super().__init__()
+        self.block_bytes = block_bytes
+        self.live_bytes = self.peak_bytes = 0
+        self.kernels: Counter[tuple[int, int]] = Counter()
+        self._known: set[int] = set()
+
+    def reset(self) -> None:
+        """Start a phase: its peak begins at what is live now, its work at none."""
+        self.peak_bytes = self.live_bytes
+        self.kernels = Counter()
+
+    def work(self) -> Work:
+        """Work since the last reset."""
+        return Work(Counter(self.kernels))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
+        if made or func._schema.is_mutable:
+            self._count_work(func, args, kwargs, out, outputs)
+        return out
+
+    def _track(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        size = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        self._known.add(key)
+        weakref.finalize(storage, self._freed, key, size)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return True
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live_bytes -= size
+
+    def _count_work(self, func: Any, args: tuple, kwargs: dict, out: Any, outputs: list[Tensor]) -> None:
+        if func in _FREE:
+            return
+        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        count = flop_registry.get(func._overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+        self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat
+
+
+_FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+
+
+def _moved_bytes(tensor: Tensor) -> int:
+    # A broadcast operand is read once, whatever its shape says.
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Tensors made inside have shapes and no data. They claim to be on the CPU, whatever is planned for."""
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        yield mode
+
+
+def fake_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The same module with parameters and buffers that have no data; call inside `fake_tensors`."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,199 @@
+"""The simulator of schedules: one replay of an expression judges its memory and time, for every solver.
+
+It moves through the same phases as the executor and counts what is held: versions of the state
+(once, however many hold them), what recorded steps preserve, gradients, outputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cost_model.costs import CostTable, StepCost
+from model.strategy import Strategy
+from planner.schedule import Checkpoint, Run, Sequence, needs_forward
+
+Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward"]
+INPUT = -1  # the maker of the state that the chain starts from
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One run of one step (or of the loss).
+
+    Attributes:
+        phase, step: what runs; step is None for the loss.
+        held_bytes: live before it starts, inputs excluded.
+        peak_bytes: most that is live during it.
+        seconds: its predicted time.
+    """
+
+    phase: Phase
+    step: int | None
+    held_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a schedule costs. Bytes are above the model's parameters, gradients, optimizer and inputs.
+
+    Attributes:
+        moments: everything that runs, in order.
+        output_bytes: the new state, which outlives the chain.
+    """
+
+    moments: tuple[Moment, ...]
+    output_bytes: int
+
+    @property
+    def peak(self) -> Moment:
+        """The moment at which the most is live."""
+        return max(self.moments, key=lambda moment: moment.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is live at any moment."""
+        return self.peak.peak_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Time of one step."""
+        return sum(moment.seconds for moment in self.moments)
+
+
+def replay(schedule: Sequence, table: CostTable) -> Replay:
+    """Run a schedule on the cost table.
+
+    Raises:
+        ValueError: the schedule covers other steps than the table, or uses a strategy that it lacks.
+    """
+    steps = range(len(table.options))
+    if schedule.span != steps:
+        raise ValueError(f"the schedule covers steps {schedule.span}, the chain has {steps}")
+    return _Machine(table).run(schedule)
+
+
+Versions = Mapping[str, int]  # of each state tensor: the step that made it
+
+
+@dataclass
+class _Record:
+    """What one part holds between its forward and its backward."""
+
+    part: Run | Checkpoint
+    entry: Versions
+    bytes: int = 0
+
+
+@dataclass
+class _Machine:
+    table: CostTable
+    held_bytes: int = 0
+    moments: list[Moment] = field(default_factory=list)
+    holders: Counter[tuple[str, int]] = field(default_factory=Counter)
+    costs: list[dict[Strategy, StepCost]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.costs = [{cost.strategy: cost for cost in options} for options in self.table.options]
+
+    def run(self, schedule: Sequence) -> Replay:
+        table = self.table
+        entry = dict.fromkeys(table.state_bytes, INPUT)
+        if not table.training:
+            self.keep(entry)
+            self.discard(all_runs(schedule), entry, "discard")
+            return Replay(tuple(self.moments), table.gradient_bytes)
+        records: list[_Record] = []
+        state = self.forward(schedule, entry, records, redo=False)
+        outputs = sum(table.state_bytes[name] for name, maker in state.items() if maker != INPUT)
+        self.moment("loss", None, table.loss_bytes, 0.0)
+        while records:
+            self.backward(records)
+        return Replay(tuple(self.moments), outputs)
+
+    def cost(self, run: Run) -> StepCost:
+        try:
+            return self.costs[run.step][run.strategy]
+        except KeyError:
+            raise ValueError(f"step {run.step} has no cost for strategy {run.strategy}") from None
+
+    def moment(self, phase: Phase, step: int | None, extra_bytes: int, seconds: float) -> None:
+        self.moments.append(Moment(phase, step, self.held_bytes, self.held_bytes + extra_bytes, seconds))
+
+    def keep(self, versions: Versions) -> None:
+        for version in versions.items():
+            self.holders[version] += 1
+            if self.holders[version] == 1 and version[1] != INPUT:
+                self.held_bytes += self.table.state_bytes[version[0]]
+
+    def release(self, versions: Versions) -> None:
+        for version in versions.items():
+            self.holders[version] -= 1
+            if self.holders[version] == 0 and version[1] != INPUT:
+                self.held_bytes -= self.table.state_bytes[version[0]]
+
+    def advance(self, state: dict[str, int], step: int, fresh: int) -> None:
+        """The step's new target takes the place of the old one as the current version."""
+        target = self.table.targets[step]
+        self.keep({target: fresh})
+        self.release({target: state[target]})
+        state[target] = fresh
+
+    def discard(self, runs: Iterable[Run], state: dict[str, int], phase: Phase) -> None:
+        for run in runs:
+            cost = self.cost(run)
+            self.moment(phase, run.step, cost.discard_bytes, cost.forward_seconds)
+            self.advance(state, run.step, len(self.moments))  # a version of its own at every run
+
+    def forward(
+        self, body: Sequence, entry: Versions, records: list[_Record], redo: bool
+    ) -> dict[str, int]:
+        """Run `body`, leaving a record of each part; the caller owns the current versions returned."""
+        state = dict(entry)
+        self.keep(state)
+        live_gradients = self.table.gradient_bytes if redo else 0
+        for part in body.parts:
+            names = self.table.reads(part.span)
+            record = _Record(part, {name: state[name] for name in names})
+            self.keep(record.entry)
+            records.append(record)
+            if not needs_forward(part, body, redo):
+                continue
+            self.held_bytes += live_gradients
+            if isinstance(part, Checkpoint):
+                self.discard(part.first_pass(), state, "redo discard" if redo else "discard")
+            else:
+                cost = self.cost(part)
+                self.moment("redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds)
+                record.bytes = cost.preserved_bytes
+                self.held_bytes += record.bytes
+                self.advance(state, part.step, len(self.moments))
+            self.held_bytes -= live_gradients
+        return state
+
+    def backward(self, records: list[_Record]) -> None:
+        record = records.pop()
+        if isinstance(record.part, Checkpoint):
+            inner: list[_Record] = []
+            state = self.forward(record.part.body, record.entry, inner, redo=True)
+            self.release(state)
+            self.release(record.entry)
+            while inner:
+                self.backward(inner)
+            return
+        cost = self.cost(record.part)
+        self.held_bytes -= record.bytes  # backward_bytes counts it
+        self.moment("backward", record.part.step, cost.backward_bytes, cost.backward_seconds)
+        self.release(record.entry)
+
+
+def all_runs(schedule: Sequence) -> list[Run]:
+    """Every step once, as its first pass runs it."""
+    runs: list[Run] = []
+    for part in schedule.parts:
+        runs += part.first_pass() if isinstance(part, Checkpoint) else [part]
+    return runs

@@ -1,0 +1,131 @@
+"""The schedule: an expression over the steps of a chain.
+
+    Schedule = Run(step, strategy) | Sequence(parts) | Checkpoint(body, discard)
+
+Everything else interprets it: the replay costs it, the executor runs it, the report prints it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from model.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Run:
+    """One step, kept for backward as its strategy keeps it."""
+
+    step: int
+    strategy: Strategy
+
+    @property
+    def span(self) -> range:
+        """The steps covered."""
+        return range(self.step, self.step + 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Steps run twice: first discarding everything but the state at the exit, then by `body`, in backward.
+
+    Attributes:
+        body: how they run the second time.
+        discard: each step's strategy the first time.
+    """
+
+    body: Sequence
+    discard: tuple[Strategy, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.discard) != len(self.body.span):
+            raise ValueError(f"a checkpoint of {len(self.body.span)} steps has {len(self.discard)} strategies")
+
+    @property
+    def span(self) -> range:
+        """The steps covered."""
+        return self.body.span
+
+    def first_pass(self) -> Iterator[Run]:
+        """The discarding pass."""
+        return map(Run, self.span, self.discard)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Parts one after the other, covering consecutive steps."""
+
+    parts: tuple[Run | Checkpoint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a sequence needs at least one part")
+        for before, after in zip(self.parts, self.parts[1:], strict=False):
+            if before.span.stop != after.span.start:
+                raise ValueError(f"step {before.span.stop} is missing or out of order in the schedule")
+
+    @property
+    def span(self) -> range:
+        """The steps covered."""
+        return range(self.parts[0].span.start, self.parts[-1].span.stop)
+
+
+Schedule = Sequence
+
+
+def depth(schedule: Sequence) -> int:
+    """How many checkpoints lie within one another at most."""
+    return max((1 + depth(part.body) if isinstance(part, Checkpoint) else 0) for part in schedule.parts)
+
+
+def final_strategies(schedule: Sequence) -> dict[int, Strategy]:
+    """The strategy of each step's last run, the one that backward uses."""
+    strategies: dict[int, Strategy] = {}
+    for part in schedule.parts:
+        if isinstance(part, Checkpoint):
+            strategies |= final_strategies(part.body)
+        else:
+            strategies[part.step] = part.strategy
+    return strategies
+
+
+def forward_runs(schedule: Sequence) -> Counter[int]:
+    """How often each step's forward runs in one training step, first and repeated passes together."""
+    counts: Counter[int] = Counter()
+    _count(schedule, counts, redo=False)
+    return counts
+
+
+def _count(body: Sequence, counts: Counter[int], redo: bool) -> None:
+    for part in body.parts:
+        if isinstance(part, Checkpoint):
+            if not (redo and part is body.parts[-1]):
+                counts.update(part.span)
+            _count(part.body, counts, redo=True)
+        elif needs_forward(part, body, redo):
+            counts[part.step] += 1
+
+
+def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
+    """Whether a part's forward has to run when `body` does.
+
+    On a redo nobody reads the last state, so a last part that keeps nothing but its input need
+    not run before backward runs it again.
+    """
+    keeps_nothing = isinstance(part, Checkpoint) or part.strategy.kind != "whole"
+    return not (redo and part is body.parts[-1] and keeps_nothing)
+
+
+def shape_of(schedule: Sequence) -> str:
+    """The nesting in short, steps by number: `0-8 [9-17 [..]]`; equal neighbours are counted."""
+
+    def one(part: Run | Checkpoint) -> str:
+        if isinstance(part, Run):
+            return "s"
+        return f"[{shape_of(part.body)}]"
+
+    runs = ((text, len(list(same))) for text, same in groupby(map(one, schedule.parts)))
+    return " ".join(text if count == 1 else f"{count}x{text}" for text, count in runs)

@@ -1,0 +1,265 @@
+"""Reading alignments: what a row means, and one clear line for every file that is none."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from model.alignment import GAP, MASK, N_TOKENS, TOKENS, Alignment, AlignmentError, read_alignment
+
+ROOT = Path(__file__).parents[1]
+UBIQUITIN = ROOT / "experiments/data/ubiquitin.a3m"
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "family.a3m"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def letters(alignment: Alignment) -> list[str]:
+    return ["".join(TOKENS[token] for token in row) for row in alignment.tokens]
+
+
+def message(path: Path | str, **options) -> str:
+    """The error's message, after checking that it is one line that starts with the file's name."""
+    with pytest.raises(AlignmentError) as caught:
+        read_alignment(path, **options)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert text.startswith(f"{path}: ")
+    return text
+
+
+def test_tokens() -> None:
+    assert "".join(TOKENS[:20]) == "ACDEFGHIKLMNPQRSTVWY"
+    assert TOKENS[20:] == ("X", "-", "[mask]")
+    assert (GAP, MASK, N_TOKENS) == (21, 22, 23)
+
+
+def test_a3m_by_hand(file) -> None:
+    a = read_alignment(file(">q the query\nACDE\n>two\nkA-rrDEgg\n>three\n-..CdD.-\n"))
+    assert a.names == ("q the query", "two", "three")
+    assert (a.n_seq, a.n_res) == (3, 4)
+    assert letters(a) == ["ACDE", "A-DE", "-CD-"]
+    assert a.deletions.tolist() == [[0, 0, 0, 0], [1, 0, 2, 0], [0, 0, 1, 0]]
+    assert a.tokens.dtype == np.uint8
+    assert a.deletions.dtype == np.int32
+
+
+def test_dots_that_pad_insertions_are_no_columns(file) -> None:
+    a = read_alignment(file(">q\nA..C\n>b\nAkkC\n"))
+    assert letters(a) == ["AC", "AC"]
+    assert a.deletions.tolist() == [[0, 0], [0, 2]]
+
+
+def test_columns_without_a_query_residue_are_dropped_and_counted(file) -> None:
+    a = read_alignment(file(">q\n-AC--D-\n>b\nKAC-RDW\n>c\nKA-RRD-\n>d\n-ACrRGD-\n"))
+    assert letters(a) == ["ACD", "ACD", "A-D", "ACD"]
+    assert a.deletions.tolist() == [[0, 0, 0], [1, 0, 1], [1, 0, 2], [0, 0, 3]]
+
+
+def test_unusual_letters(file) -> None:
+    assert letters(read_alignment(file(">q\nBZUJOX\n"))) == ["DECXXX"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_layout_does_not_matter(file, end: str) -> None:
+    lines = ["#A3M#", "", "> q ", "AC", "", "  DE ", ">", "ACD", "E", "", ">b", "AC-E"]
+    a = read_alignment(file(b"\xef\xbb\xbf" + end.join(lines).encode()))
+    assert a.names == ("q", "", "b")
+    assert letters(a) == ["ACDE", "ACDE", "AC-E"]
+
+
+def test_annotation_rows_are_passed_over(file) -> None:
+    a = read_alignment(file(">ss_pred PSIPRED\nHHC\n>ss_conf\n987\n>q\nACD\n>b\nACD\n>ss_dssp\n"))
+    assert a.names == ("q", "b")
+
+
+def test_max_sequences_stops_reading(file) -> None:
+    path = file(">q\nAC\n>b\nAD\n>c\nA*\n")
+    assert read_alignment(path, max_sequences=2).names == ("q", "b")
+    assert read_alignment(path, max_sequences=1).n_seq == 1
+    assert "line 6" in message(path, max_sequences=3)
+    with pytest.raises(ValueError, match="max_sequences must be at least 1"):
+        read_alignment(path, max_sequences=0)
+
+
+def test_deep_alignment(file) -> None:
+    row = "ACDEFGHIKL" * 5
+    a = read_alignment(
+        file("".join(f">s{i}\n{row[:25]}{'k' * (i % 3)}{row[25:]}\n" for i in range(0, 9000, 3)))
+    )
+    assert (a.n_seq, a.n_res) == (3000, 50)
+
+
+def test_more_than_255_insertions(file) -> None:
+    a = read_alignment(file(f">q\nAC\n>b\nA{'k' * 70_000}C\n"))
+    assert a.deletions[1].tolist() == [0, 70_000]
+
+
+def test_shipped_file() -> None:
+    a = read_alignment(UBIQUITIN)
+    assert (a.n_seq, a.n_res) == (20, 76)
+    assert letters(a)[0] == "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+    assert (a.tokens == GAP).any()
+    assert a.deletions[a.names.index("elongin B Homo sapiens")].nonzero()[0].tolist() == [12, 61]
+    assert a.deletions.max() == 7
+    assert len(set(letters(a))) == a.n_seq
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "empty"),
+        ("\n \r\n", "empty"),
+        ("# a comment\n", "empty"),
+        (">ss_pred\nHHH\n", "empty"),
+        ("ACDE\n>q\nACDE\n", "line 1: no '>' header before the first sequence"),
+        ("\n\n2 4\nACDE\n", "line 3: no '>' header before the first sequence"),
+        (">q\n", "line 1: header 'q' has no sequence"),
+        (">q\nACDE\n\n>b\n>c\nACDE\n", "line 4: header 'b' has no sequence"),
+        (">q\nACDE\n>b\nACD\n", "sequence 'b' (line 3) has 3 aligned columns where the query has 4"),
+        (">q\nACDE\n>b\nACkDEE\n", "has 5 aligned columns where the query has 4"),
+        (">q\nAC-E\n>b\nAC.E\n", "write gaps as '-'"),
+        (">q\nACDE\n>b\nAC\nD*\n", "line 5: illegal character '*' in sequence 'b'"),
+        (">q\nAC DE\n", "illegal character ' '"),
+        (">q\nAC\x1bE\n", "illegal byte 0x1b"),
+        (">q\nACDÉ\n", "illegal byte 0xc3"),
+        (">" + "q" * 500 + "\n7\n", "'" + "q" * 57 + "...'"),
+        (">q\nACdE\n", "the query, sequence 'q' (line 1), has lower-case letters"),
+        (">q\nacde\n", "write them in upper case"),
+        (">q\n----\n>b\nACDE\n", "the query, sequence 'q' (line 1), has no residues"),
+        (">q\n....\n", "has no residues"),
+        (b">q\nAC\0DE\n", "line 2: holds binary data"),
+        (b">q\0\nACDE\n", "line 1: holds binary data"),
+        (">q\nACDE\n".encode("utf-16"), "binary data"),
+        (b">q\nACDE\n>caf\xe9\nACDE\n", "line 3: the header is not UTF-8"),
+        (gzip.compress(b">q\nACDE\n"), "gunzip"),
+        (b"BZh91AY&SY", "bunzip2"),
+        (b"\xfd7zXZ\x00", "unxz"),
+        (b"\x28\xb5\x2f\xfd\x04", "unzstd"),
+        (b"PK\x03\x04\x14", "unzip"),
+        ("# STOCKHOLM 1.0\nq ACDE\n//\n", "Stockholm format; convert it to A3M"),
+        ("CLUSTAL W (1.83)\n\nq ACDE\n", "Clustal format; convert it to A3M"),
+    ],
+)
+def test_broken_files(file, content: str | bytes, says: str) -> None:
+    assert says in message(file(content))
+
+
+def test_line_without_end(file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.alignment._MAX_LINE", 100)
+    assert "line 2 is over 100 characters" in message(file(">q\n" + "A" * 101))
+
+
+def test_unreadable_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no such file" in message(tmp_path / "absent.a3m")
+    assert "is a directory" in message(tmp_path)
+    for path, shown in (("absent\n.a3m", "absent\\n.a3m"), ("nul\0.a3m", "nul\\x00.a3m"), ("", "''")):
+        with pytest.raises(AlignmentError) as caught:
+            read_alignment(path)
+        assert str(caught.value).startswith(f"{shown}: ")
+        assert len(str(caught.value).splitlines()) == 1
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("builtins.open", refuse)
+    error: OSError = PermissionError(13, "Permission denied")
+    assert "check the file's permissions" in message("family.a3m")
+    error = OSError(5, "Input/output error")
+    assert "cannot be read (Input/output error)" in message("family.a3m")
+
+
+def test_reading_can_fail_midway(file, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def readline(self, _: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", lambda *_: Failing())
+    assert "cannot be read (Input/output error)" in message("family.a3m")
+
+
+def check_error_or_alignment(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    try:
+        a = read_alignment(path)
+    except AlignmentError as error:
+        assert str(error).startswith(f"{path}: ")
+        assert len(str(error).splitlines()) == 1
+        assert str(error).isprintable()
+        return
+    assert a.tokens.shape == a.deletions.shape == (len(a.names), a.n_res)
+    assert min(a.tokens.shape) >= 1
+    assert a.tokens.max() <= GAP
+    assert (a.tokens[0] < GAP).all()
+    assert a.deletions.min() >= 0
+
+
+ROW_BYTES = b">>>\n\n\r#-.ACDEXBacd* \0\xff"
+ALMOST = st.lists(st.sampled_from(list(ROW_BYTES)), max_size=60).map(bytes)
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+
+
+@FUZZ
+@example(content=b">q\r\rAC")
+@given(content=st.binary(max_size=200) | ALMOST | ALMOST.map(b">q\nAC-D\n>".__add__))
+def test_any_bytes(tmp_path: Path, content: bytes) -> None:
+    check_error_or_alignment(tmp_path / "family.a3m", content)
+
+
+@FUZZ
+@given(content=st.text(max_size=200), head=st.sampled_from(["", ">", ">q\nACD\n>", ">q\nACD\n>b\n"]))
+def test_any_text(tmp_path: Path, content: str, head: str) -> None:
+    check_error_or_alignment(tmp_path / "family.a3m", (head + content).encode("utf-8", "surrogatepass"))
+
+
+ROWS = st.integers(1, 8).flatmap(
+    lambda n: st.tuples(
+        st.text("ACDEFGHIKLMNPQRSTVWY", min_size=n, max_size=n),
+        st.lists(
+            st.lists(
+                st.tuples(st.text("acdy", max_size=3), st.sampled_from("ACDEFGHIKLMNPQRSTVWYX-")),
+                min_size=n,
+                max_size=n,
+            ),
+            max_size=4,
+        ),
+    )
+)
+
+
+@FUZZ
+@given(rows=ROWS)
+def test_rows_come_back(tmp_path: Path, rows: tuple[str, list[list[tuple[str, str]]]]) -> None:
+    query, others = rows
+    path = tmp_path / "family.a3m"
+    written = [query, *("".join(inserted + letter for inserted, letter in row) for row in others)]
+    path.write_text("".join(f">{i}\n{row}\n" for i, row in enumerate(written)))
+    a = read_alignment(path)
+    assert letters(a) == [query, *("".join(letter for _, letter in row) for row in others)]
+    assert a.deletions[1:].tolist() == [[len(inserted) for inserted, _ in row] for row in others]
+
+
+def test_reading_needs_no_torch() -> None:
+    code = f"import sys, model.alignment as a; a.read_alignment({str(UBIQUITIN)!r}); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

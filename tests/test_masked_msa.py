@@ -1,0 +1,206 @@
+"""Masking, embedding, head and loss, and a few training steps around a tiny stack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import EvoformerConfig, EvoformerStack
+from model.alignment import GAP, MASK, N_TOKENS, read_alignment
+from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
+from tests.conftest import TINY, randomise
+
+UBIQUITIN = Path(__file__).parents[1] / "experiments/data/ubiquitin.a3m"
+CONFIG = TINY.with_dropout(0.0)
+
+
+def tiny_model(config: EvoformerConfig = CONFIG, seed: int = 0) -> MaskedMSAModel:
+    torch.manual_seed(seed)
+    return MaskedMSAModel(config, EvoformerStack(config))
+
+
+def tiny_batch(n_seq: int = 6, n_res: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    a = random_alignment(n_seq, n_res, seed)
+    return mask_msa(a.tokens, a.deletions, seed)
+
+
+def test_batch_has_the_documented_shapes() -> None:
+    batch = tiny_batch(6, 9)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
+        "tokens_in": ((1, 6, 9), torch.int64),
+        "targets": ((1, 6, 9), torch.int64),
+        "is_masked": ((1, 6, 9), torch.bool),
+        "deletions": ((1, 6, 9), torch.int32),
+        "msa_mask": ((1, 6, 9), torch.float32),
+        "pair_mask": ((1, 9, 9), torch.float32),
+    }
+    assert batch["msa_mask"].all()
+    assert batch["pair_mask"].all()
+
+
+def test_masking_shares() -> None:
+    # In the first half of the columns all rows have A, in the second all have a gap, so that a draw from the
+    # profile looks like an unchanged position and a random amino acid differs in 19 of 20 cases, or always.
+    tokens = torch.zeros(1000, 400, dtype=torch.long)
+    tokens[:, 200:] = GAP
+    batch = mask_msa(tokens, torch.zeros_like(tokens), seed=1)
+    masked, now = batch["is_masked"][0], batch["tokens_in"][0]
+    assert masked.float().mean().item() == pytest.approx(0.15, abs=0.003)
+    assert torch.equal(now[~masked], tokens[~masked])
+    assert torch.equal(batch["targets"][0], tokens)
+    chosen, before = now[masked], tokens[masked]
+    assert (chosen == MASK).float().mean().item() == pytest.approx(0.7, abs=0.01)
+    in_gaps = chosen[before == GAP]
+    assert (in_gaps == GAP).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    random = in_gaps[in_gaps < 20]
+    assert len(random) / len(in_gaps) == pytest.approx(0.1, abs=0.01)
+    assert torch.bincount(random, minlength=20).min() > 0.6 * len(random) / 20
+    assert not (chosen == 20).any()
+
+
+def test_profile_draws_follow_the_column() -> None:
+    # Row 0 is W in every column, all other rows are Y: what row 0 turns into besides W, a random amino acid
+    # and the mask comes from the profile.
+    tokens = torch.full((20, 60_000), 19)
+    tokens[0] = 18
+    batch = mask_msa(tokens, torch.zeros_like(tokens), seed=2)
+    chosen = batch["tokens_in"][0, 0][batch["is_masked"][0, 0]]
+    expected = 0.1 * 19 / 20 + 0.1 / 20  # from the profile, and by chance
+    assert (chosen == 19).float().mean().item() == pytest.approx(expected, abs=0.015)
+
+
+def test_masking_is_deterministic_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, again, other = tiny_batch(seed=0), tiny_batch(seed=0), tiny_batch(seed=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["tokens_in"], other["tokens_in"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deletions", "says"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2), "must both be"),
+        (torch.zeros(3), torch.zeros(3), "must both be"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), "must both be"),
+        (torch.full((2, 3), MASK), torch.zeros(2, 3), "tokens must be from 0 to 21"),
+        (torch.full((2, 3), -1), torch.zeros(2, 3), "tokens must be from 0 to 21"),
+    ],
+)
+def test_masking_refuses(tokens, deletions, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        mask_msa(tokens, deletions, seed=0)
+
+
+def test_random_alignment() -> None:
+    a, again = random_alignment(50, 200, 3), random_alignment(50, 200, 3)
+    assert (a.n_seq, a.n_res, len(a.names)) == (50, 200, 50)
+    assert (a.tokens == again.tokens).all()
+    assert (a.deletions == again.deletions).all()
+    assert (a.tokens[0] < 20).all()
+    assert a.deletions[0].max() == 0
+    assert a.tokens.max() == GAP
+    assert a.deletions.max() == 3
+    same = (a.tokens[1:] == a.tokens[0]).mean(axis=1)
+    assert same.min() > 0.25
+    assert same.max() < 0.95
+    assert random_alignment(1, 1, 0).tokens.shape == (1, 1)
+    with pytest.raises(ValueError, match="n_seq must be"):
+        random_alignment(0, 4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shapes_and_dtype(dtype: torch.dtype) -> None:
+    model, batch = tiny_model().to(dtype), tiny_batch(6, 9)
+    m, z = model.embed(batch)
+    assert (m.shape, z.shape) == ((1, 6, 9, CONFIG.c_m), (1, 9, 9, CONFIG.c_z))
+    assert m.dtype == z.dtype == model.head(m).dtype == dtype
+    assert model.head(m).shape == (1, 6, 9, N_TOKENS)
+    loss = model(batch)
+    assert loss.shape == ()
+    assert loss.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    loss.backward()
+
+
+def test_embedding_equals_linear_layers_on_one_hot_vectors() -> None:
+    model, batch = randomise(tiny_model().double()), tiny_batch(5, 40)
+    batch["deletions"][0, 1, 2] = 6
+    m, z = model.embed(batch)
+
+    def linear(embedding: torch.nn.Embedding, token: int) -> torch.Tensor:
+        one_hot = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
+        one_hot[token] = 1.0
+        return one_hot @ embedding.weight
+
+    s, i, j = 1, 2, 39
+    query = batch["targets"][0, 0]
+    has, value = 1.0, 2 / math.pi * math.atan(6 / 3)
+    expected = linear(model.msa_embedding, batch["tokens_in"][0, s, i])
+    expected = expected + model.deletion_embedding(torch.tensor([has, value], dtype=torch.float64))
+    expected = expected + linear(model.query_embedding, query[i])
+    torch.testing.assert_close(m[0, s, i], expected, atol=1e-6, rtol=0)  # features are made in float32
+
+    for a, b, offset in ((i, j, -32), (j, i, 32), (i, i + 5, -5), (i, i, 0)):
+        pair = linear(model.left_embedding, query[a]) + linear(model.right_embedding, query[b])
+        pair = pair + linear(model.offset_embedding, offset + 32)
+        torch.testing.assert_close(z[0, a, b], pair)
+
+
+def test_loss_is_the_mean_over_masked_positions() -> None:
+    model, batch = randomise(tiny_model().double()), tiny_batch(6, 9)
+    m, z = model.embed(batch)
+    chosen = batch["is_masked"]
+    each = -torch.log_softmax(model.head(m)[chosen], -1)
+    expected = each.gather(-1, batch["targets"][chosen][:, None]).mean()
+    torch.testing.assert_close(model.loss(m, z, batch), expected)
+
+
+def test_loss_without_a_masked_position_is_zero() -> None:
+    batch = tiny_batch()
+    batch["is_masked"] = torch.zeros_like(batch["is_masked"])
+    loss = tiny_model()(batch)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_only_the_last_blocks_pair_submodules_get_no_gradient() -> None:
+    model = randomise(tiny_model().double())
+    model(tiny_batch()).backward()
+    without = {name.split(".")[3] for name, p in model.named_parameters() if p.grad is None}
+    blocks = {name.split(".")[2] for name, p in model.named_parameters() if p.grad is None}
+    assert blocks == {str(CONFIG.n_block - 1)}
+    assert without == {
+        "outer_product_mean",
+        "triangle_outgoing",
+        "triangle_incoming",
+        "triangle_starting",
+        "triangle_ending",
+        "pair_transition",
+    }
+
+
+def test_one_block_still_trains_the_pair_embedding() -> None:
+    model = randomise(tiny_model(replace(CONFIG, n_block=1)).double())
+    model(tiny_batch()).backward()
+    assert model.left_embedding.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("source", ["random", "file"])
+def test_loss_goes_down(source: str) -> None:
+    a = random_alignment(8, 12, 0) if source == "random" else read_alignment(UBIQUITIN, max_sequences=8)
+    model, batch = tiny_model(), mask_msa(a.tokens, a.deletions, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(N_TOKENS), rel=0.5)
+    assert losses[-1] < 0.8 * losses[0]
