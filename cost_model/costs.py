@@ -61,7 +61,7 @@ class CostTable:
 
     Attributes:
         options: for each step, its strategies' costs; equal steps share one tuple.
-        targets: for each step, the state tensor it rewrites.
+        step_reads: for each step, the state tensors it reads; the first is the one it rewrites.
         groups: steps of each block.
         state_bytes: size of each state tensor; a gradient has the size of its tensor.
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
@@ -69,11 +69,25 @@ class CostTable:
     """
 
     options: tuple[tuple[StepCost, ...], ...]
-    targets: tuple[str, ...]
+    step_reads: tuple[tuple[str, ...], ...]
     groups: tuple[range, ...]
     state_bytes: Mapping[str, int]
     loss_bytes: int
     training: bool
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """For each step, the state tensor it rewrites."""
+        return tuple(names[0] for names in self.step_reads)
+
+    def reads(self, span: range) -> tuple[str, ...]:
+        """The state tensors that consecutive steps read and did not make themselves."""
+        made: set[str] = set()
+        names: dict[str, None] = {}
+        for step in span:
+            names |= dict.fromkeys(name for name in self.step_reads[step] if name not in made)
+            made.add(self.targets[step])
+        return tuple(names)
 
     @property
     def gradient_bytes(self) -> int:

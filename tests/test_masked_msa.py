@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import EvoformerConfig, EvoformerStack
-from model.alignment import GAP, MASK, N_TOKENS, read_alignment
+from model.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
 from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
 from tests.conftest import TINY, randomise
 
@@ -43,34 +43,33 @@ def test_batch_has_the_documented_shapes() -> None:
 
 
 def test_masking_shares() -> None:
-    # In the first half of the columns all rows have A, in the second all have a gap, so that a draw from the
-    # profile looks like an unchanged position and a random amino acid differs in 19 of 20 cases, or always.
-    tokens = torch.zeros(1000, 400, dtype=torch.long)
-    tokens[:, 200:] = GAP
+    # In columns of gaps, a draw from the profile looks unchanged, and only a random amino acid is a residue.
+    tokens = torch.full((500, 800), GAP)
     batch = mask_msa(tokens, torch.zeros_like(tokens), seed=1)
     masked, now = batch["is_masked"][0], batch["tokens_in"][0]
     assert masked.float().mean().item() == pytest.approx(0.15, abs=0.003)
     assert torch.equal(now[~masked], tokens[~masked])
     assert torch.equal(batch["targets"][0], tokens)
-    chosen, before = now[masked], tokens[masked]
-    assert (chosen == MASK).float().mean().item() == pytest.approx(0.7, abs=0.01)
-    in_gaps = chosen[before == GAP]
-    assert (in_gaps == GAP).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    random = in_gaps[in_gaps < 20]
-    assert len(random) / len(in_gaps) == pytest.approx(0.1, abs=0.01)
-    assert torch.bincount(random, minlength=20).min() > 0.6 * len(random) / 20
-    assert not (chosen == 20).any()
+    counts = torch.bincount(now[masked], minlength=N_TOKENS)
+    shares = counts / counts.sum()
+    assert shares[MASK].item() == pytest.approx(0.7, abs=0.01)
+    assert shares[GAP].item() == pytest.approx(0.2, abs=0.01)
+    assert shares[UNKNOWN].item() == 0.0
+    torch.testing.assert_close(shares[:20], torch.full((20,), 0.005), atol=0.0015, rtol=0)
 
 
 def test_profile_draws_follow_the_column() -> None:
-    # Row 0 is W in every column, all other rows are Y: what row 0 turns into besides W, a random amino acid
-    # and the mask comes from the profile.
-    tokens = torch.full((20, 60_000), 19)
-    tokens[0] = 18
+    # One row in four has W, the others Y, in the first half of the columns; no row has either in the second.
+    tokens = torch.zeros(2000, 200, dtype=torch.long)
+    tokens[:, :100] = 19
+    tokens[::4, :100] = 18
     batch = mask_msa(tokens, torch.zeros_like(tokens), seed=2)
-    chosen = batch["tokens_in"][0, 0][batch["is_masked"][0, 0]]
-    expected = 0.1 * 19 / 20 + 0.1 / 20  # from the profile, and by chance
-    assert (chosen == 19).float().mean().item() == pytest.approx(expected, abs=0.015)
+    masked, now = batch["is_masked"][0], batch["tokens_in"][0]
+    by_chance = 0.1 / 20
+    from_w = now[masked & (tokens == 18)]
+    assert (from_w == 19).float().mean().item() == pytest.approx(0.1 * 3 / 4 + by_chance, abs=0.015)
+    elsewhere = now[masked & (tokens == 0)]
+    assert (elsewhere == 19).float().mean().item() == pytest.approx(by_chance, abs=0.002)
 
 
 def test_masking_is_deterministic_and_leaves_the_global_generator_alone() -> None:
