@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cost_model.devices import Device
 from cost_model.roofline import seconds
 from cost_model.trace import Trace, Work, fake_copy, fake_tensors
-from model.chain import Chain, Step
+from model.chain import Chain, Step, reads_from_outside
 from model.config import InputShape
-from model.dropout import dropout_mask
-from model.execution import record, run_discarded
+from model.evoformer import mask_constants
+from model.execution import record, run_discarded, sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
 
-# Piece counts offered: powers of two, and every index on its own where that is allowed.
-PIECES = (2, 4, 8, 16, 32)
+# Piece counts offered, where the axis is that long.
+PIECES = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,7 @@ class CostTable:
 
     def reads(self, span: range) -> tuple[str, ...]:
         """The state tensors that consecutive steps read and did not make themselves."""
-        made: set[str] = set()
-        names: dict[str, None] = {}
-        for step in span:
-            names |= dict.fromkeys(name for name in self.step_reads[step] if name not in made)
-            made.add(self.targets[step])
-        return tuple(names)
+        return reads_from_outside(self.step_reads[step] for step in span)
 
     @property
     def gradient_bytes(self) -> int:
@@ -141,3 +136,60 @@ def trace_step(
         forward_work,
         backward_work,
     )
+
+
+def build_cost_table(
+    stack: nn.Module,
+    shape: InputShape,
+    dtype: str,
+    device: Device,
+    training: bool = True,
+    progress: Callable[[str], None] = lambda name: None,
+) -> CostTable:
+    """Trace every distinct step of a stack under every strategy it offers.
+
+    Args:
+        stack: as for Chain.of; its parameters may be on the meta device.
+        dtype: of parameters and state, by name.
+        progress: called with the name of each step as it is traced.
+    """
+    torch_dtype = getattr(torch, dtype)
+    with fake_tensors(), Trace(device.block_bytes) as trace, sampled_pieces(trace):
+        chain = Chain.of(fake_copy(stack, torch_dtype))
+        config = stack.config
+        m = torch.empty(shape.batch, shape.n_seq, shape.n_res, config.c_m, dtype=torch_dtype)
+        z = torch.empty(shape.batch, shape.n_res, shape.n_res, config.c_z, dtype=torch_dtype)
+        state, constants = {"m": m, "z": z}, mask_constants(m, z)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        traced: dict[tuple, tuple[StepCost, ...]] = {}
+        for step in chain.steps:
+            key = step.submodule.signature()
+            if key in traced:
+                continue
+            progress(step.name)
+            traced[key] = tuple(
+                timed(trace_step(step, strategy, state, constants, trace), device, dtype)
+                for strategy in offered_strategies(step.submodule, shapes)
+            )
+        state_bytes = {name: _rounded(tensor.nbytes, device) for name, tensor in state.items()}
+    return CostTable(
+        options=tuple(traced[step.submodule.signature()] for step in chain.steps),
+        step_reads=tuple(step.reads for step in chain.steps),
+        groups=chain.groups,
+        state_bytes=state_bytes,
+        loss_bytes=sum(state_bytes.values()),  # mean_square makes the gradients and nothing else
+        training=training,
+    )
+
+
+def timed(cost: StepCost, device: Device, dtype: str) -> StepCost:
+    """The same cost with its times on a device, from the roofline."""
+    return replace(
+        cost,
+        forward_seconds=seconds(cost.forward_work, device, dtype),
+        backward_seconds=seconds(cost.backward_work, device, dtype),
+    )
+
+
+def _rounded(size: int, device: Device) -> int:
+    return -(-size // device.block_bytes) * device.block_bytes

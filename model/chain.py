@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,9 +38,9 @@ class Step:
         return self.submodule.reads
 
     @cached_property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The submodule's parameters, in the order of its `named_parameters`."""
-        return tuple(self.submodule.parameters())
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The submodule's parameters by name."""
+        return dict(self.submodule.named_parameters())
 
     def tensors(
         self, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], seed: int | None
@@ -74,3 +74,17 @@ class Chain:
         return tuple(
             range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True)
         )
+
+    def reads(self, span: range) -> tuple[str, ...]:
+        """The state tensors that consecutive steps read and did not make themselves."""
+        return reads_from_outside([self.steps[index].reads for index in span])
+
+
+def reads_from_outside(step_reads: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Of steps that each rewrite the first tensor they read: what they read before one of them made it."""
+    made: set[str] = set()
+    names: dict[str, None] = {}
+    for reads in step_reads:
+        names |= dict.fromkeys(name for name in reads if name not in made)
+        made.add(reads[0])
+    return tuple(names)

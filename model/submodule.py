@@ -141,7 +141,7 @@ class Submodule(nn.Module):
     def signature(self) -> tuple:
         """Equal for submodules that cost the same on the same input."""
         parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in self.named_parameters())
-        return type(self).__name__, self.dropout_shared_dim, self.dropout > 0, self.axes, parameters
+        return type(self).__name__, self.dropout_shared_dim, self.dropout > 0, repr(self.axes), parameters
 
 
 def dropped(update: Tensor, tensors: Tensors) -> Tensor:

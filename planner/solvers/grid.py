@@ -46,9 +46,10 @@ class GridCosts:
         self.table, self.unit_bytes, self.size = table, unit_bytes, size
         self.kinds = _kinds(table)
         self.gradients = self.units(table.gradient_bytes)
-        self.everything = self.fresh(range(len(table.step_reads)))
-        # The last step that writes each state tensor: it makes an output.
-        self._last_writers = {table.targets[step]: step for step in range(len(table.targets))}
+        self.targets = table.targets
+        self._writes = _last_writes(self.targets)
+        self._outputs = self._writes[-1]  # the steps that make the outputs
+        self.everything = self.fresh(range(len(self.targets)))
         self._cache: dict[tuple, object] = {}
 
     def units(self, size_bytes: int) -> int:
@@ -68,10 +69,11 @@ class GridCosts:
     def recorded(self, step: int, which: Pass, ends_redo: bool) -> list[Recorded]:
         """The undominated strategies of a recorded step; `ends_redo` where nobody reads its target."""
         table = self.table
-        output = which is Pass.FIRST and self._last_writers[table.targets[step]] == step
+        target = self.targets[step]
+        output = which is Pass.FIRST and self._outputs[target] == step
 
         def make() -> list[Recorded]:
-            new = table.state_bytes[table.targets[step]]
+            new = table.state_bytes[target]
             rows = []
             for cost in table.options[step]:
                 forward, preserved = cost.forward_bytes, cost.preserved_bytes + new
@@ -89,7 +91,7 @@ class GridCosts:
                 )
             return _undominated(rows)
 
-        key = ("recorded", id(table.options[step]), table.targets[step], which, ends_redo, output)
+        key = ("recorded", id(table.options[step]), target, which, ends_redo, output)
         return self.cached(key, make)
 
     def discarded(self, step: int) -> list[Discarded]:
@@ -107,14 +109,17 @@ class GridCosts:
 
     def fresh(self, steps: range) -> int:
         """Units of the state tensors that those steps make."""
-        names = {self.table.targets[step] for step in steps}
-        return sum(self.units(self.table.state_bytes[name]) for name in names)
+        made = self._writes[steps.stop]
+        return sum(self.units(size) for name, size in self.table.state_bytes.items() if made[name] >= steps.start)
 
     def exit(self, steps: range) -> int:
         """Units that a checkpoint over those steps leaves behind; outputs are counted with the inputs."""
-        names = {self.table.targets[step] for step in steps}
-        kept = [name for name in names if self._last_writers[name] not in steps]
-        return sum(self.units(self.table.state_bytes[name]) for name in kept)
+        made = self._writes[steps.stop]
+        return sum(
+            self.units(size)
+            for name, size in self.table.state_bytes.items()
+            if made[name] >= steps.start and made[name] != self._outputs[name]
+        )
 
     def discard_pass(self, group: int, start: int, stop: int, entered_fresh: bool, which: Pass) -> Times:
         """Least time of a discarding pass over steps of one group, by memory left.
@@ -155,6 +160,14 @@ def _kinds(table: CostTable) -> list[int]:
         )
         for group in table.groups
     ]
+
+
+def _last_writes(targets: tuple[str, ...]) -> list[dict[str, int]]:
+    """For each position of the chain, the last step before it that wrote each tensor; -1 for none."""
+    writes = [dict.fromkeys(targets, -1)]
+    for step, target in enumerate(targets):
+        writes.append({**writes[-1], target: step})
+    return writes
 
 
 def _undominated(rows: list[Recorded]) -> list[Recorded]:
