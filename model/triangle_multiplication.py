@@ -62,7 +62,7 @@ class TriangleMultiplication(Submodule):
         else:
             b = _operand(z, pair_mask, self.linear_b, self.linear_b_gate, part)
             product = context.transpose(-1, -2) @ b  # a[c, k, i] b[c, k, j]
-        return product.movedim(-3, -1)  # [*, i, j, c]
+        return product.movedim(-3, -1).contiguous()  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
         update = self.linear_out(self.norm_product(update))
