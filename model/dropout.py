@@ -14,11 +14,11 @@ from model.submodule import Submodule
 _SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring steps get unrelated seeds
 
 
-def draw_seed(model: nn.Module) -> int | None:
-    """A fresh seed for this forward pass; None where the model drops nothing."""
+def draw_seed(model: nn.Module, given: int | None = None) -> int | None:
+    """The seed given, or a fresh one for this forward pass; None where the model drops nothing."""
     if not model.training or not any(getattr(module, "dropout", 0.0) for module in model.modules()):
         return None
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, ()).item()) if given is None else given
 
 
 def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: int) -> Tensor | None:

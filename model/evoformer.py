@@ -73,10 +73,16 @@ class EvoformerStack(nn.Module):
                 nn.init.constant_(module.bias, 1.0 if last.endswith(("_gate", "_g")) else 0.0)
 
     def forward(
-        self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
+        self,
+        m: Tensor,
+        z: Tensor,
+        msa_mask: Tensor | None = None,
+        pair_mask: Tensor | None = None,
+        dropout_seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Run the blocks; `dropout_seed` is drawn from torch's default generator when None."""
         constants = mask_constants(m, z, msa_mask, pair_mask)
-        seed = draw_seed(self)
+        seed = draw_seed(self, dropout_seed)
         state = {"m": m, "z": z}
         for step in Chain.of(self).steps:
             state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))

@@ -1,0 +1,25 @@
+"""Plans: the fastest way to run a chain of steps within a memory budget.
+
+Names are imported on first use, so that the command line answers before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_LAZY = {
+    "Plan": "planner.plan",
+    "load_plan": "planner.plan",
+    "make_plan": "planner.planning",
+    "NoPlanError": "planner.planning",
+    "apply_plan": "planner.verify",
+    "verify_plan": "planner.verify",
+    "simulate_plan": "planner.verify",
+}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'planner' has no attribute {name!r}")

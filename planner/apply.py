@@ -151,15 +151,21 @@ class PlannedModule(nn.Module):
             )
 
     def forward(
-        self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
+        self,
+        m: Tensor,
+        z: Tensor,
+        msa_mask: Tensor | None = None,
+        pair_mask: Tensor | None = None,
+        dropout_seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """As the stack's own forward."""
         state = {"m": m, "z": z}
         del m, z
         for name, shape in (self.shapes or {}).items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
         constants = mask_constants(state["m"], state["z"], msa_mask, pair_mask)
-        tape = Tape(self.chain, constants, draw_seed(self.stack))
+        tape = Tape(self.chain, constants, draw_seed(self.stack, dropout_seed))
         recording = torch.is_grad_enabled()
         for part in self.schedule.parts:
             if isinstance(part, Run):

@@ -129,3 +129,16 @@ def shape_of(schedule: Sequence) -> str:
 
     runs = ((text, len(list(same))) for text, same in groupby(map(one, schedule.parts)))
     return " ".join(text if count == 1 else f"{count}x{text}" for text, count in runs)
+
+
+def shortened(schedule: Sequence, steps: int) -> Sequence:
+    """The schedule of the first `steps` steps: the same choices, cut off."""
+    parts: list[Run | Checkpoint] = []
+    for part in schedule.parts:
+        if part.span.start >= steps:
+            break
+        if isinstance(part, Checkpoint) and part.span.stop > steps:
+            body = shortened(part.body, steps)
+            part = Checkpoint(body, part.discard[: len(body.span)])
+        parts.append(part)
+    return Sequence(tuple(parts))

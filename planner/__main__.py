@@ -1,0 +1,5 @@
+"""`python -m planner` is `evoplan`."""
+
+from planner.cli import main
+
+main()

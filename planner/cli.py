@@ -1,0 +1,309 @@
+"""The command line. Thin: it reads arguments, calls the planner, prints. torch is imported by commands only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cost_model.devices import DEVICES, DTYPES
+from model.config import PRESETS, InputShape, override, preset
+from planner.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from planner.planning import Costed
+    from planner.problem import Problem
+
+BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
+
+
+class _Size(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Dropout(click.ParamType):
+    name = "P|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            rate = 0.0 if value == "off" else float(value)
+        except ValueError:
+            rate = -1.0
+        if not 0 <= rate < 1:
+            self.fail(f"{value!r} is not a dropout rate; write off or a number from 0 to below 1", param, ctx)
+        return rate
+
+
+_PROBLEM_OPTIONS = [
+    click.option("--model", default="alphafold2", show_default=True, help=f"Preset: {', '.join(PRESETS)}."),
+    click.option("--n-blocks", type=click.IntRange(1), help="Blocks of the stack."),
+    click.option("--n-seq", type=click.IntRange(1), help="Rows s of the alignment."),
+    click.option("--n-res", type=click.IntRange(1), help="Residues r."),
+    click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
+    click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
+    click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
+    click.option("--msa", type=click.Path(), help="Take s and r from this A3M or FASTA alignment."),
+    click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
+    click.option("--mode", type=click.Choice(["training", "inference"]), default="training", show_default=True),
+    click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; the preset's own if not given."),
+    click.option("--optimizer", type=click.Choice(["none", "sgd", "adamw"]), default="adamw", show_default=True,
+                 help="Its states count."),
+    click.option("--device", default="cpu", show_default=True, help=f"cpu, cuda, or {', '.join(list(DEVICES)[1:])}."),
+    click.option("--memory", type=_Size(), help="Budget, like 16GiB; the device's memory if not given."),
+    click.option("--ranks", type=click.IntRange(1, 1), default=1, show_default=True, help="Devices; 1 so far."),
+]  # fmt: skip
+_JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
+
+
+def _problem_options(command: Callable) -> Callable:
+    for option in reversed(_PROBLEM_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="evoplan")
+def cli() -> None:
+    """Plan, run and verify Evoformer stacks within a memory budget."""
+
+
+@cli.command()
+@_problem_options
+@click.option("--solver", "solver_name", default="dp", show_default=True, help="dp, none, small, large or sqrt.")
+@click.option("--out", type=click.Path(), help="Write the plan here.")
+@_JSON
+def plan(solver_name: str, out: str | None, json_path: str | None, **flags: Any) -> None:
+    """Find the fastest schedule that fits; print it and what it saves."""
+    _check_writable(out, json_path)
+    problem = _problem(**flags)
+    from planner.planning import solve
+    from planner.report import print_plan
+    from planner.solvers import solver
+
+    solver(solver_name)
+    costed = _costed(problem)
+    with _progress("solving"):
+        found = solve(costed, solver_name)
+    print_plan(found, _console())
+    for path in filter(None, (out, json_path)):
+        found.save(path)
+    if out:
+        click.echo(f"plan written to {out}")
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@_JSON
+def show(plan_file: str, json_path: str | None) -> None:
+    """Print a plan: its schedule, its memory over time, and where the peak is and why."""
+    _check_writable(json_path)
+    from planner.plan import load_plan, write_json
+    from planner.planning import cost_problem
+    from planner.replay import replay
+    from planner.report import print_plan, print_schedule, print_timeline
+
+    found = load_plan(plan_file)
+    with _progress("tracing") as update:
+        costed = cost_problem(found.problem, progress=update)
+    console = _console()
+    print_plan(found, console)
+    console.print()
+    print_schedule(found, console)
+    console.print()
+    result = replay(found.sequence(), costed.table)
+    print_timeline(result, costed.fixed_bytes, console)
+    if json_path:
+        moments = [
+            {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
+             "peak_bytes": costed.fixed_bytes + moment.peak_bytes}
+            for moment in result.moments
+        ]  # fmt: skip
+        write_json(json_path, {"plan": found.to_json(), "timeline": moments})
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@click.option("--simulate", is_flag=True, help="Memory only, on fake tensors: for what this machine cannot hold.")
+@click.option("--blocks", type=click.IntRange(1), help="Only the first K blocks of the stack.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs; medians count.")
+@_JSON
+def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, json_path: str | None) -> None:
+    """Apply a plan, measure it here, and compare it with the model without a plan."""
+    _check_writable(json_path)
+    from planner.plan import load_plan, write_json
+    from planner.planning import shorten_plan
+    from planner.report import describe_problem, print_verification
+    from planner.verify import simulate_plan, verify_plan
+
+    found = load_plan(plan_file)
+    with _progress("preparing") as update:
+        if blocks is not None and blocks < found.problem.config.n_block:
+            found = shorten_plan(found, blocks, progress=update)
+        elif blocks is not None and blocks > found.problem.config.n_block:
+            raise ValueError(f"--blocks {blocks}: the plan has {found.problem.config.n_block} blocks")
+        update("simulating" if simulate else "running")
+        result = simulate_plan(found) if simulate else verify_plan(None, found, repeats, progress=update)
+    console = _console()
+    console.print(describe_problem(found.problem), highlight=False)
+    print_verification(result, console)
+    if json_path:
+        write_json(json_path, result.to_json())
+    sys.exit(0 if result.ok else CHECK_FAILED)
+
+
+@cli.command()
+@_problem_options
+@click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
+@click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
+@click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
+@_JSON
+def sweep(points: int, out: str | None, plot: str | None, json_path: str | None, **flags: Any) -> None:
+    """The frontier of memory and time, baselines marked on it."""
+    _check_writable(out, plot, json_path)
+    problem = _problem(**flags)
+    from planner.plan import write_json
+    from planner.planning import sweep as sweep_frontier
+    from planner.plot import plot_sweep
+    from planner.report import print_sweep
+
+    costed = _costed(problem.model_copy(update={"budget_bytes": None}))
+    with _progress("solving") as update:
+        document = sweep_frontier(costed, points, update)
+    print_sweep(document, _console())
+    for path in filter(None, (out, json_path)):
+        write_json(path, document)
+    if plot:
+        plot_sweep(document, plot)
+        click.echo(f"picture written to {plot}")
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@click.option("--msa", type=click.Path(), help="A3M or FASTA alignment; random data if not given.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_JSON
+def run(
+    plan_file: str, msa: str | None, steps: int, learning_rate: float, seed: int, json_path: str | None
+) -> None:
+    """Train (masked-MSA loss) or infer under a plan; print predicted beside measured."""
+    _check_writable(json_path)
+    from planner.plan import load_plan, write_json
+    from planner.run import run_plan
+
+    found = load_plan(plan_file)
+    document = run_plan(found, msa, steps, learning_rate, seed, _console())
+    if json_path:
+        write_json(json_path, document)
+    sys.exit(0 if document["ok"] else CHECK_FAILED)
+
+
+def _problem(
+    model: str,
+    n_blocks: int | None,
+    n_seq: int | None,
+    n_res: int | None,
+    c_m: int | None,
+    c_z: int | None,
+    batch: int | None,
+    msa: str | None,
+    dropout: float | None,
+    device: str,
+    memory: int | None,
+    **rest: Any,
+) -> Problem:
+    """The problem that the flags describe."""
+    chosen = preset(model)
+    config = override(chosen.config, n_block=n_blocks, c_m=c_m, c_z=c_z)
+    if dropout is not None:
+        config = config.with_dropout(dropout)
+    shape: InputShape = chosen.shape
+    if msa is not None:
+        from model.alignment import read_alignment
+
+        alignment = read_alignment(msa)
+        shape = replace(shape, n_seq=alignment.n_seq, n_res=alignment.n_res)
+    shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch)
+    if device not in (*DEVICES, "cuda"):
+        raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
+    from planner.problem import Problem
+
+    if memory is None and device in DEVICES:
+        memory = DEVICES[device].memory_bytes
+    return Problem(model=model, config=config, shape=shape, device=device, budget_bytes=memory, **rest)
+
+
+def _costed(problem: Problem) -> Costed:
+    with _progress("loading torch") as update:
+        from planner.planning import cost_problem
+
+        return cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal; nothing where output goes to a file."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda text: status.update(text)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
+def _check_writable(*paths: str | None) -> None:
+    """Refuse a path that cannot be written before the work is done."""
+    for path in filter(None, paths):
+        parent = Path(path).absolute().parent
+        if not parent.is_dir():
+            raise ValueError(f"{path}: folder {parent} does not exist; make it first")
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: is a folder; name a file")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
+    try:
+        cli.main(args=arguments, prog_name="evoplan", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} (see evoplan --help)", BAD_INPUT)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except (ValueError, OSError) as error:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", BAD_INPUT)
+        least = getattr(error, "least_feasible_bytes", None)
+        if least is not None:
+            _fail(f"{error} = {format_size(least)}", INFEASIBLE)
+        _fail(str(error), BAD_INPUT)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"evoplan: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,169 @@
+"""The plan file: one JSON document, validated on load. No pickles, no code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.strategy import Strategy
+from planner.problem import Problem
+from planner.schedule import Checkpoint, Run, Sequence
+
+SCHEMA = 1
+
+
+class PlanFileError(ValueError):
+    """A plan file that cannot be used; the message is one line that names it."""
+
+
+class Prediction(BaseModel):
+    """Bytes and seconds of one step under a schedule. peak_bytes = static_bytes + activation_bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    peak_bytes: int
+    static_bytes: int
+    activation_bytes: int
+    step_seconds: float
+
+
+class SolverReport(BaseModel):
+    """Who found the schedule, how long it took, and how far from optimal it may be (None: not proven)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    seconds: float
+    gap: float | None = None
+
+
+class Plan(BaseModel):
+    """A problem and the schedule that answers it.
+
+    Attributes:
+        costs: where memory and time figures came from.
+        schedule: nested parts; see `schedule_to_json`.
+        static: the parts of predicted.static_bytes.
+        baselines: the same prediction for what people do by hand.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["evoplan-plan"] = "evoplan-plan"
+    schema_version: Literal[1] = SCHEMA
+    problem: Problem
+    costs: dict[str, str]
+    solver: SolverReport
+    predicted: Prediction
+    static: dict[str, int]
+    baselines: dict[str, Prediction]
+    least_feasible_bytes: int | None
+    schedule: list[Any]
+
+    def sequence(self) -> Sequence:
+        """The schedule as an expression; ValueError where it is none."""
+        return schedule_from_json(self.schedule)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, sealed with a digest of its content."""
+        document = self.model_dump(mode="json")
+        return {**document, "digest": _digest(document)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan, all of it or nothing."""
+        write_json(path, self.to_json())
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read and check a plan file.
+
+    Raises:
+        PlanFileError: missing, cut off, altered, of another schema, or not a plan.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanFileError(f"{path}: cannot be read ({error.strerror}); make it with `evoplan plan --out`") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`") from None
+    except json.JSONDecodeError as error:
+        raise PlanFileError(
+            f"{path}: cut off or not JSON (line {error.lineno}); make it again with `evoplan plan --out`"
+        ) from None
+    if not isinstance(document, dict) or document.get("format") != "evoplan-plan":
+        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`")
+    if document.get("schema_version") != SCHEMA:
+        raise PlanFileError(
+            f"{path}: plan schema {document.get('schema_version')!r}, this version reads {SCHEMA}; "
+            "make it again with `evoplan plan --out`"
+        )
+    digest = document.pop("digest", None)
+    if digest != _digest(document):
+        raise PlanFileError(f"{path}: altered since it was made; make it again with `evoplan plan --out`")
+    try:
+        plan = Plan.model_validate(document)
+        plan.sequence()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanFileError(f"{path}: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanFileError(f"{path}: schedule: {error}") from None
+    return plan
+
+
+def _digest(document: dict[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """Write JSON atomically: readers see the old file or the new one."""
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file through a temporary one beside it; OSError leaves nothing behind."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def schedule_to_json(schedule: Sequence) -> list[Any]:
+    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}."""
+    return [
+        [part.step, str(part.strategy)]
+        if isinstance(part, Run)
+        else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
+        for part in schedule.parts
+    ]
+
+
+def schedule_from_json(parts: list[Any]) -> Sequence:
+    """The inverse of `schedule_to_json`; ValueError says what is wrong."""
+    built: list[Run | Checkpoint] = []
+    for part in parts:
+        match part:
+            case [int(step), str(strategy)]:
+                built.append(Run(step, Strategy.parse(strategy)))
+            case {"checkpoint": list(body), "discard": list(discard)}:
+                strategies = tuple(Strategy.parse(str(text)) for text in discard)
+                built.append(Checkpoint(schedule_from_json(body), strategies))
+            case _:
+                raise ValueError(f"{part!r} is no part of a schedule")
+    return Sequence(tuple(built))

@@ -1,0 +1,234 @@
+"""From a problem to a plan: costs, solver, prediction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cost_model.costs import CostTable, build_cost_table
+from cost_model.devices import Device, device
+from cost_model.local import local_cuda
+from cost_model.static import static_bytes
+from model.config import EvoformerConfig, InputShape
+from model.evoformer import EvoformerStack
+from planner.plan import Plan, Prediction, SolverReport, schedule_to_json
+from planner.problem import Problem
+from planner.replay import replay
+from planner.schedule import Sequence, shortened
+from planner.sizes import parse_size
+from planner.solvers import BASELINES, Frontier, InfeasibleError, solver
+
+Progress = Callable[[str], None]
+
+COST_SOURCES = {"memory": "traced", "time": "roofline", "torch": torch.__version__.split("+")[0]}
+
+
+class NoPlanError(ValueError):
+    """Nothing fits the budget.
+
+    Attributes:
+        least_feasible_bytes: the least budget that has a plan.
+    """
+
+    def __init__(self, message: str, least_feasible_bytes: int) -> None:
+        super().__init__(message)
+        self.least_feasible_bytes = least_feasible_bytes
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A problem with everything a solver needs to know about it."""
+
+    problem: Problem
+    stack: nn.Module
+    device: Device
+    table: CostTable
+    static: dict[str, int]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Static bytes that are live at every moment: all but the outputs."""
+        return sum(self.static.values()) - self.static["outputs"]
+
+    def predict(self, schedule: Sequence) -> Prediction:
+        """What a schedule needs, by replay."""
+        result = replay(schedule, self.table)
+        peak, static = self.fixed_bytes + result.peak_bytes, sum(self.static.values())
+        return Prediction(
+            peak_bytes=peak, static_bytes=static, activation_bytes=peak - static, step_seconds=result.seconds
+        )
+
+    def chain_budget(self) -> int | None:
+        """What the budget leaves for the chain."""
+        budget = self.problem.budget_bytes
+        return None if budget is None else budget - self.fixed_bytes
+
+
+def device_named(name: str) -> Device:
+    """A device of the table, or this machine's GPU for `cuda`; ValueError says what there is."""
+    return local_cuda() if name == "cuda" else device(name)
+
+
+def empty_stack(config: EvoformerConfig) -> EvoformerStack:
+    """The model without data, in training mode."""
+    with torch.device("meta"):
+        return EvoformerStack(config).train()
+
+
+def cost_problem(problem: Problem, stack: nn.Module | None = None, progress: Progress = lambda _: None) -> Costed:
+    """Trace the costs of a problem.
+
+    Args:
+        stack: the model; made without data from problem.config when not given.
+    """
+    stack = empty_stack(problem.config) if stack is None else stack
+    where = device_named(problem.device)
+    table = build_cost_table(stack, problem.shape, problem.dtype, where, problem.training, progress)
+    sizes = [parameter.numel() for parameter in stack.parameters()]
+    static = static_bytes(
+        sizes, problem.config, problem.shape, problem.dtype, where, problem.optimizer, problem.training
+    )
+    return Costed(problem, stack, where, table, static)
+
+
+def solve(costed: Costed, solver_name: str = "dp") -> Plan:
+    """Find the schedule.
+
+    Raises:
+        NoPlanError: nothing fits, or the named baseline does not.
+    """
+    start = time.perf_counter()
+    budget = costed.problem.budget_bytes
+    try:
+        schedule = solver(solver_name)(costed.table, costed.chain_budget())
+    except InfeasibleError as error:
+        least = costed.fixed_bytes + error.least_bytes
+        step = "the loss" if error.step is None else costed_step_name(costed, error.step)
+        raise NoPlanError(
+            f"no plan fits a budget of {budget} bytes; the least that does is {least} bytes "
+            f"(what stands in the way: {error.phase} of {step})",
+            least,
+        ) from None
+    seconds = time.perf_counter() - start
+    predicted = costed.predict(schedule)
+    if budget is not None and predicted.peak_bytes > budget:
+        raise NoPlanError(
+            f"{solver_name} needs {predicted.peak_bytes} bytes, the budget is {budget} bytes; "
+            "use --solver dp or a larger budget",
+            predicted.peak_bytes,
+        )
+    return Plan(
+        problem=costed.problem,
+        costs=COST_SOURCES,
+        solver=SolverReport(name=solver_name, seconds=seconds),
+        predicted=predicted,
+        static=costed.static,
+        baselines=predict_baselines(costed),
+        least_feasible_bytes=None,
+        schedule=schedule_to_json(schedule),
+    )
+
+
+def costed_step_name(costed: Costed, step: int) -> str:
+    """Qualified name of a step of the model."""
+    names = [
+        f"blocks.{i}.{name}" for i, block in enumerate(costed.stack.blocks) for name, _ in block.submodules()
+    ]
+    return names[step]
+
+
+def predict_baselines(costed: Costed) -> dict[str, Prediction]:
+    """The named baselines on the same costs; in inference there is nothing to recompute."""
+    if not costed.problem.training:
+        return {"none": costed.predict(BASELINES["none"](costed.table))}
+    return {name: costed.predict(make(costed.table)) for name, make in BASELINES.items()}
+
+
+def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict:
+    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}, and the baselines.
+
+    Args:
+        count: how many budgets, evenly spaced on a logarithmic scale.
+        progress: called before each.
+    """
+    if not costed.problem.training:
+        raise ValueError("sweep is for training: in inference nothing is traded for time but chunks; use plan")
+    frontier = Frontier(costed.table)
+    points = []
+    for budget in frontier.budgets(count):
+        progress(f"budget {len(points) + 1}")
+        predicted = costed.predict(frontier.schedule(budget))
+        points.append(
+            {
+                "budget_bytes": costed.fixed_bytes + budget,
+                "peak_bytes": predicted.peak_bytes,
+                "step_seconds": predicted.step_seconds,
+            }
+        )
+    return {
+        "problem": costed.problem.model_dump(mode="json"),
+        "costs": COST_SOURCES,
+        "static_bytes": sum(costed.static.values()),
+        "points": points,
+        "baselines": {name: baseline.model_dump() for name, baseline in predict_baselines(costed).items()},
+    }
+
+
+def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -> Plan:
+    """The plan for the first blocks of its stack, cut off, costed anew; it answers to no budget."""
+    config = replace(plan.problem.config, n_block=blocks)
+    problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
+    costed = cost_problem(problem, progress=progress)
+    schedule = shortened(plan.sequence(), len(costed.table.options))
+    return plan.model_copy(
+        update={
+            "problem": problem,
+            "predicted": costed.predict(schedule),
+            "static": costed.static,
+            "baselines": predict_baselines(costed),
+            "schedule": schedule_to_json(schedule),
+        }
+    )
+
+
+def make_plan(
+    stack: nn.Module,
+    inputs: Iterable[Tensor],
+    budget: str | int | None = None,
+    *,
+    device: str = "cpu",
+    mode: str = "training",
+    optimizer: str = "adamw",
+    solver: str = "dp",
+) -> Plan:
+    """Plan a stack for inputs like these.
+
+    Args:
+        stack: an EvoformerStack.
+        inputs: m [b, s, r, c_m], z [b, r, r, c_z], and optionally masks; only shapes and dtype count.
+        budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
+
+    Raises:
+        NoPlanError: nothing fits.
+        ValueError: inputs, budget or a name that make no sense.
+    """
+    m, z, *_ = inputs
+    if m.ndim != 4 or z.ndim != 4:
+        raise ValueError("m and z need a batch dimension: [b, s, r, c_m] and [b, r, r, c_z]")
+    problem = Problem(
+        model="custom",
+        config=stack.config,
+        shape=InputShape(m.shape[1], m.shape[2], m.shape[0]),
+        dtype=str(m.dtype).removeprefix("torch."),
+        mode=mode,
+        optimizer=optimizer,
+        device=device,
+        budget_bytes=None if budget is None else parse_size(budget),
+    )
+    if tuple(z.shape) != problem.state_shapes()["z"]:
+        raise ValueError(f"z {tuple(z.shape)} does not belong to m {tuple(m.shape)}")
+    return solve(cost_problem(problem, stack), solver)

@@ -1,0 +1,69 @@
+"""The frontier as a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from planner.plan import write_atomically
+
+GIB = 2**30
+
+
+def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] | None = None) -> None:
+    """Draw step time against peak memory, baselines marked.
+
+    Args:
+        document: as `planner.planning.sweep` returns it.
+        path: its suffix names the format (png, svg, pdf).
+        plan: a prediction {peak_bytes, step_seconds} to mark as the plan.
+
+    Raises:
+        ValueError: a suffix that is no picture format.
+    """
+    path = Path(path)
+    picture = path.suffix.lstrip(".").lower() or "png"
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    if picture not in figure.canvas.get_supported_filetypes():
+        plt.close(figure)
+        raise ValueError(f"{path}: pictures are written as png, svg or pdf, not {picture!r}")
+    points = document["points"]
+    unit, name = (GIB, "GiB") if points[-1]["peak_bytes"] > 4 * GIB else (2**20, "MiB")
+    axes.step(
+        [p["peak_bytes"] / unit for p in points],
+        [p["step_seconds"] for p in points],
+        where="post", color="tab:blue", label="planned",
+    )  # fmt: skip
+    for (label, baseline), marker in zip(document["baselines"].items(), "osD^v<>", strict=False):
+        axes.plot(
+            baseline["peak_bytes"] / unit, baseline["step_seconds"],
+            marker, color="tab:orange", markersize=7, linestyle="none",
+        )  # fmt: skip
+        axes.annotate(
+            label, (baseline["peak_bytes"] / unit, baseline["step_seconds"]),
+            textcoords="offset points", xytext=(6, 5),
+        )  # fmt: skip
+    if plan is not None:
+        axes.plot(plan["peak_bytes"] / unit, plan["step_seconds"], "*", color="tab:green", markersize=14, label="this plan")
+    problem = document["problem"]
+    config, shape = problem["config"], problem["shape"]
+    axes.set_title(
+        f"{config['n_block']} blocks, s={shape['n_seq']}, r={shape['n_res']}, {problem['dtype']}, {problem['device']}"
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlabel(f"peak memory [{name}]")
+    axes.set_ylabel(f"step time [s, {document['costs']['time']}]")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format=picture, dpi=150)
+    plt.close(figure)
+    write_atomically(path, content.getvalue())

@@ -1,0 +1,55 @@
+"""What is planned for: a model, its shapes, a device and a budget."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cost_model.devices import DTYPES
+from model.config import EvoformerConfig, InputShape
+
+Mode = Literal["training", "inference"]
+Optimizer = Literal["none", "sgd", "adamw"]
+
+
+class Problem(BaseModel):
+    """The question a plan answers.
+
+    Attributes:
+        model: name of the preset it started from, or "custom".
+        budget_bytes: what the device may hold at the peak of a step; None is unlimited.
+        ranks: devices that share the model; one so far.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    config: EvoformerConfig
+    shape: InputShape
+    dtype: str = "float32"
+    mode: Mode = "training"
+    optimizer: Optimizer = "adamw"
+    device: str = "cpu"
+    ranks: Literal[1] = 1
+    budget_bytes: int | None = Field(default=None, ge=1)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"unknown dtype {value!r}; choose one of: {', '.join(DTYPES)}")
+        return value
+
+    @property
+    def training(self) -> bool:
+        """Whether there is a backward."""
+        return self.mode == "training"
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of m and z, the batch first."""
+        shape, config = self.shape, self.config
+        return {
+            "m": (shape.batch, shape.n_seq, shape.n_res, config.c_m),
+            "z": (shape.batch, shape.n_res, shape.n_res, config.c_z),
+        }

@@ -1,0 +1,199 @@
+"""Plans in words: tables for people. Everything here prints; nothing computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from planner.plan import Plan, Prediction
+from planner.problem import Problem
+from planner.replay import Replay
+from planner.schedule import Checkpoint, Sequence, depth, final_strategies, forward_runs
+from planner.sizes import format_seconds, format_size
+from planner.verify import Verification
+
+
+def describe_problem(problem: Problem) -> str:
+    """One line."""
+    config, shape = problem.config, problem.shape
+    batch = f", batch {shape.batch}" if shape.batch > 1 else ""
+    budget = "no budget" if problem.budget_bytes is None else f"budget {format_size(problem.budget_bytes)}"
+    return (
+        f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{batch}, "
+        f"{problem.dtype} {problem.mode} on {problem.device}, {budget}"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The decision per submodule, the prediction, and the saving against the baselines."""
+    console.print(describe_problem(plan.problem), highlight=False)
+    schedule = plan.sequence()
+    console.print(_decisions(schedule, plan.problem))
+    console.print(_comparison(plan))
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.static.items() if size)
+    console.print(f"static: {parts}", highlight=False)
+    console.print(
+        f"memory {plan.costs['memory']}, time {plan.costs['time']}; "
+        f"solved by {plan.solver.name} in {format_seconds(plan.solver.seconds)}",
+        highlight=False,
+    )
+
+
+def _decisions(schedule: Sequence, problem: Problem) -> Table:
+    """Of each submodule: under which strategies it runs backward, and how often forward runs."""
+    names = submodule_names()
+    per_block = len(names)
+    final, runs = final_strategies(schedule), forward_runs(schedule)
+    checkpoints = depth(schedule)
+    title = f"decision per submodule (checkpoints {checkpoints} deep)" if problem.training else "decision per submodule"
+    table = _table(title, "submodule", "strategy (blocks)", "forward runs")
+    for position, name in enumerate(names):
+        steps = range(position, len(schedule.span), per_block)
+        counts = Counter(str(final[step]) for step in steps)
+        text = ", ".join(f"{strategy} ({count})" for strategy, count in counts.most_common())
+        most = [runs[step] for step in steps]
+        table.add_row(name, text, f"{min(most)}" if min(most) == max(most) else f"{min(most)}-{max(most)}")
+    return table
+
+
+def _comparison(plan: Plan) -> Table:
+    table = _table("predicted", "schedule", "peak", "activations", "step time", "peak / plan", "time / plan")
+
+    def add(name: str, prediction: Prediction, style: str | None = None) -> None:
+        own = plan.predicted
+        table.add_row(
+            name,
+            format_size(prediction.peak_bytes),
+            format_size(prediction.activation_bytes),
+            format_seconds(prediction.step_seconds),
+            f"{prediction.peak_bytes / own.peak_bytes:.2f}",
+            f"{prediction.step_seconds / own.step_seconds:.2f}",
+            style=style,
+        )
+
+    add("plan", plan.predicted, "bold")
+    for name, prediction in plan.baselines.items():
+        add(name, prediction)
+    return table
+
+
+def submodule_names() -> list[str]:
+    """Names of a block's submodules, in order."""
+    return [
+        "row_attention", "column_attention", "msa_transition", "outer_product_mean", "triangle_outgoing",
+        "triangle_incoming", "triangle_starting", "triangle_ending", "pair_transition",
+    ]  # fmt: skip
+
+
+def print_schedule(plan: Plan, console: Console) -> None:
+    """The schedule as nested lines; equal neighbouring blocks are folded."""
+    for line in fold(list(schedule_lines(plan.sequence()))):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def schedule_lines(schedule: Sequence, indent: str = "") -> Iterable[str]:
+    """One line per recorded step and per checkpoint."""
+    names = submodule_names()
+    for part in schedule.parts:
+        if isinstance(part, Checkpoint):
+            first, last = part.span.start, part.span.stop - 1
+            counts = Counter(map(str, part.discard))
+            discard = ", ".join(f"{name} x{count}" for name, count in counts.most_common(3))
+            yield f"{indent}checkpoint {_place(first)} .. {_place(last)}  [first pass: {discard}{', ...' * (len(counts) > 3)}]"
+            yield from schedule_lines(part.body, indent + "  ")
+        else:
+            block, position = divmod(part.step, len(names))
+            yield f"{indent}{names[position]} (block {block}): {part.strategy}"
+
+
+def _place(step: int) -> str:
+    names = submodule_names()
+    return f"{names[step % len(names)]} (block {step // len(names)})"
+
+
+def fold(lines: list[str], limit: int = 60) -> list[str]:
+    """At most `limit` lines: the middle is counted, not shown."""
+    if len(lines) <= limit:
+        return lines
+    half = limit // 2
+    return [*lines[:half], f"... {len(lines) - 2 * half} lines more; all are in the plan file ...", *lines[-half:]]
+
+
+def print_timeline(result: Replay, fixed_bytes: int, console: Console) -> None:
+    """Where the memory goes over the step, and what is live at the peak."""
+    table = _table("memory timeline (each row: the largest moment of a phase in a sixteenth of the step)",
+                   "phase", "step", "held before", "peak")  # fmt: skip
+    moments = result.moments
+    size = max(1, -(-len(moments) // 16))
+    peak = result.peak
+    for start in range(0, len(moments), size):
+        moment = max(moments[start : start + size], key=lambda m: m.peak_bytes)
+        where = "-" if moment.step is None else _place(moment.step)
+        table.add_row(
+            moment.phase, where, format_size(fixed_bytes + moment.held_bytes),
+            format_size(fixed_bytes + moment.peak_bytes), style="bold" if moment is peak else None,
+        )  # fmt: skip
+    console.print(table)
+    where = "the loss" if peak.step is None else _place(peak.step)
+    console.print(
+        f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {where}: "
+        f"{format_size(fixed_bytes)} static, {format_size(peak.held_bytes)} kept by earlier steps, "
+        f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself (gradients of the state included)",
+        highlight=False,
+    )
+
+
+def print_verification(found: Verification, console: Console) -> None:
+    """Predicted beside measured."""
+    table = _table(f"verification ({found.backend})", "", "predicted", "measured", "without plan")
+
+    def size(value: int | None) -> str:
+        return "-" if value is None else format_size(value)
+
+    def time(value: float | None) -> str:
+        return "-" if value is None else format_seconds(value)
+
+    table.add_row(
+        "peak", size(found.predicted_peak_bytes), size(found.measured_peak_bytes), size(found.unplanned_peak_bytes)
+    )
+    static = found.static_bytes
+    table.add_row(
+        "activations",
+        size(found.predicted_peak_bytes - static),
+        size(found.measured_peak_bytes - static),
+        size(None if found.unplanned_peak_bytes is None else found.unplanned_peak_bytes - static),
+    )
+    table.add_row(
+        "step time",
+        time(found.predicted_step_seconds),
+        time(found.measured_step_seconds),
+        time(found.unplanned_step_seconds),
+    )
+    console.print(table)
+    for name, error in (("loss", found.max_loss_error), ("gradient", found.max_gradient_error)):
+        if error is not None:
+            console.print(f"largest {name} error {error:.2g} (tolerance {found.tolerances[name]:.0e})", highlight=False)
+    console.print("ok" if found.ok else "FAILED", style="green" if found.ok else "red")
+
+
+def print_sweep(document: dict, console: Console) -> None:
+    """A dozen points of the frontier, and the baselines."""
+    table = _table("frontier", "", "peak", "step time")
+    points = document["points"]
+    for index in sorted({round(i * (len(points) - 1) / 11) for i in range(12)}):
+        point = points[index]
+        table.add_row("plan", format_size(point["peak_bytes"]), format_seconds(point["step_seconds"]))
+    for name, baseline in document["baselines"].items():
+        table.add_row(name, format_size(baseline["peak_bytes"]), format_seconds(baseline["step_seconds"]))
+    console.print(table)

@@ -1,0 +1,39 @@
+"""Sizes as people write them: 16GiB, 800MB, 1.5 GiB, 1048576."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgtp", start=1):
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in a size such as "16GiB"; ValueError says what is expected."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        if text < 1:
+            raise ValueError(f"a size must be at least one byte, not {text}")
+        return text
+    match = _PATTERN.fullmatch(str(text))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write it like 16GiB, 800MB or 1048576")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size for people, in binary units."""
+    sign, size = ("-", -size) if size < 0 else ("", size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.4g} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -1,0 +1,47 @@
+"""What people do by hand, as schedules: costed and executed like any other."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from cost_model.costs import CostTable
+from model.strategy import WHOLE
+from planner.schedule import Checkpoint, Run, Sequence
+
+
+def _whole(steps: range) -> tuple[Run, ...]:
+    return tuple(Run(step, WHOLE) for step in steps)
+
+
+def _checkpoint(parts: tuple[Run | Checkpoint, ...]) -> Checkpoint:
+    body = Sequence(parts)
+    return Checkpoint(body, (WHOLE,) * len(body.span))
+
+
+def keep_everything(table: CostTable) -> Sequence:
+    """`none`: no recompute at all."""
+    return Sequence(_whole(range(len(table.options))))
+
+
+def every_submodule(table: CostTable) -> Sequence:
+    """`small`: every submodule recomputed on its own."""
+    return Sequence(tuple(_checkpoint(_whole(range(step, step + 1))) for step in range(len(table.options))))
+
+
+def every_block(table: CostTable) -> Sequence:
+    """`large`: every block recomputed as a whole.
+
+    Source: Jumper et al. (2021), Suppl. 1.11.8.
+    """
+    return Sequence(tuple(_checkpoint(_whole(group)) for group in table.groups))
+
+
+def square_root(table: CostTable) -> Sequence:
+    """`sqrt`: segments of about sqrt(n) blocks, recomputed, and each block in them once more.
+
+    Source: Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
+    """
+    blocks = [_checkpoint(_whole(group)) for group in table.groups]
+    length = max(1, isqrt(len(blocks)))
+    segments = [tuple(blocks[i : i + length]) for i in range(0, len(blocks), length)]
+    return Sequence(tuple(_checkpoint(segment) for segment in segments))

@@ -1,0 +1,217 @@
+"""The dynamic program against every schedule of short random chains, and against the replay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_model.costs import CostTable, StepCost
+from cost_model.trace import Work
+from model.strategy import WHOLE, Strategy
+from planner.replay import replay
+from planner.schedule import depth
+from planner.solvers.dp import Program
+from tests.brute_force import by_charges, by_replay, least_seconds, schedules
+
+KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))
+UNITS = 90  # bytes; enough for most schedules of three steps
+
+
+def cases(count: int) -> settings:
+    """So many cases, the same ones every time."""
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def step_options(
+    rng: Random, new: int, gradients: int, strategies: list[Strategy], backward_from: int
+) -> tuple[StepCost, ...]:
+    """Costs of one step, as a tracer could find them: what is held fits into every peak."""
+    options = []
+    for strategy in strategies:
+        preserved = rng.randint(0, 9) if strategy == WHOLE else 0
+        options.append(
+            StepCost(
+                strategy,
+                forward_bytes=new + preserved + rng.randint(0, 4),
+                preserved_bytes=preserved,
+                backward_bytes=gradients + preserved + backward_from + rng.randint(0, 6),
+                discard_bytes=new + rng.randint(0, 6),
+                forward_work=Work(),
+                backward_work=Work(),
+                forward_seconds=float(rng.randint(1, 9)),
+                backward_seconds=float(rng.randint(1, 9) + 20 * (strategy != WHOLE) * rng.randint(0, 1)),
+            )
+        )
+    return tuple(options)
+
+
+@st.composite
+def tables(
+    draw: st.DrawFn,
+    steps: tuple[int, int] = (1, 3),
+    most: int = 2,
+    streams: str = "mz",
+    read_all: bool = False,
+    backward_from: int = 0,
+) -> CostTable:
+    """Random chains of one or two groups over the tensors that their steps write.
+
+    Args:
+        steps: how many, from and to.
+        most: strategies per step.
+        read_all: whether each step reads the whole state.
+        backward_from: least workspace of a backward.
+    """
+    count = draw(st.integers(*steps))
+    cut = draw(st.integers(0, count - 1))  # the first step of the second group, 0 for one group
+    period = cut if 2 * cut == count and draw(st.booleans()) else count  # two groups may be equal
+    targets = draw(st.lists(st.sampled_from(streams), min_size=period, max_size=period))
+    names = sorted(set(targets))
+    few = st.lists(st.sampled_from(KINDS), min_size=1, max_size=most, unique=True)
+    offered = [draw(few) for _ in targets]
+    rng = Random(draw(st.integers(0, 2**32)))
+    state = {name: rng.randint(1, 5) for name in names}
+    reads = [
+        (target, *(name for name in names if name != target and (read_all or rng.random() < 0.5)))
+        for target in targets
+    ]
+    options = [
+        step_options(rng, state[target], sum(state.values()), strategies, backward_from)
+        for target, strategies in zip(targets, offered, strict=True)
+    ]
+    times = count // period
+    return CostTable(
+        options=tuple(options * times),
+        step_reads=tuple(reads * times),
+        groups=(range(cut), range(cut, count)) if cut else (range(count),),
+        state_bytes=state,
+        loss_bytes=rng.randint(0, 8),
+        training=True,
+    )
+
+
+def writes_all(table: CostTable) -> bool:
+    """Whether every group rewrites the whole state, as blocks of a model do."""
+    return all({table.targets[step] for step in group} == set(table.state_bytes) for group in table.groups)
+
+
+def check_schedules(program: Program, table: CostTable) -> None:
+    """Each distinct schedule read off: in its budget by the replay, and as fast as promised."""
+    assert np.all(program.times[1:] <= program.times[:-1])
+    for memory in range(program.size):
+        if not program.times[memory] < (program.times[memory - 1] if memory else np.inf):
+            continue
+        schedule = program.schedule(memory)
+        played = replay(schedule, table)
+        assert played.peak_bytes - played.output_bytes <= memory * program.unit_bytes
+        assert played.seconds <= program.times[memory]
+        assert played.seconds == program.times[memory] or not writes_all(table)
+        assert program.max_depth is None or depth(schedule) <= program.max_depth
+
+
+def check_optimum(table: CostTable, max_depth: int | None) -> None:
+    """The least time at every budget, under the charges that the program makes."""
+    program = Program(table, 1, UNITS, max_depth)
+    optimum = least_seconds(table, UNITS, by_charges, max_depth)
+    np.testing.assert_array_equal(program.times, optimum)
+    check_schedules(program, table)
+
+
+@cases(450)
+@given(tables())
+def test_it_finds_the_optimum(table: CostTable) -> None:
+    check_optimum(table, None)
+
+
+@cases(40)
+@given(tables(steps=(1, 3), most=3))
+def test_it_finds_the_optimum_among_more_strategies(table: CostTable) -> None:
+    check_optimum(table, None)
+
+
+@cases(40)
+@given(tables(steps=(4, 5), most=1))
+def test_it_finds_the_optimum_of_longer_chains(table: CostTable) -> None:
+    check_optimum(table, 2)
+
+
+@cases(150)
+@given(tables(steps=(2, 4)), st.sampled_from([0, 1, 2]))
+def test_it_finds_the_optimum_at_limited_depth(table: CostTable, max_depth: int) -> None:
+    check_optimum(table, max_depth)
+
+
+@cases(150)
+@given(tables())
+def test_the_replay_bounds_it_from_both_sides(table: CostTable) -> None:
+    """Charges exceed the replay by at most the state twice: outputs not made yet or new targets
+    that were read already, and what a discarding run holds on top of them.
+    """
+    slack = 2 * sum(table.state_bytes.values())
+    times = Program(table, 1, UNITS).times
+    optimum = least_seconds(table, UNITS, by_replay)
+    assert np.all(times >= optimum)
+    assert np.all(times[slack:] <= optimum[: len(optimum) - slack])
+
+
+@cases(150)
+@given(tables(read_all=True, backward_from=30))
+def test_it_is_the_replays_optimum_where_backward_decides(table: CostTable) -> None:
+    """The charges differ from the replay's before the loss, and for targets that the next step
+    does not read. Where backward needs the most and every step reads everything, they agree.
+    """
+    times = Program(table, 1, UNITS).times
+    np.testing.assert_array_equal(times, least_seconds(table, UNITS, by_replay))
+
+
+@cases(60)
+@given(tables())
+def test_no_charge_is_below_the_replay(table: CostTable) -> None:
+    """The brute force's two judges; the simpler one is what the program is compared with."""
+    for schedule in schedules(table, 2):
+        charged, played = by_charges(schedule, table), by_replay(schedule, table)
+        assert charged.seconds == played.seconds
+        assert charged.peak_bytes >= played.peak_bytes
+        assert [step for step, _ in sorted(charged.discards)] == [step for step, _ in sorted(played.discards)]
+        assert all(a >= b for a, b in zip(sorted(charged.discards), sorted(played.discards), strict=True))
+
+
+@cases(150)
+@given(tables(steps=(2, 8), most=3), st.integers(1, 7), st.sampled_from([None, 0, 1, 2, 3]))
+def test_schedules_keep_their_budget_on_any_grid(table: CostTable, unit: int, max_depth: int | None) -> None:
+    program = Program(table, unit, -(-150 // unit), max_depth)
+    check_schedules(program, table)
+    exact = Program(table, 1, unit * (program.size - 1), max_depth).times[::unit]
+    assert np.all(program.times >= exact)
+
+
+@cases(60)
+@given(tables(steps=(2, 6), most=3))
+def test_more_depth_is_never_slower(table: CostTable) -> None:
+    by_depth = [Program(table, 1, UNITS, limit).times for limit in (0, 1, 2, 6, None)]
+    for less, more in zip(by_depth, by_depth[1:], strict=False):
+        assert np.all(more <= less)
+    np.testing.assert_array_equal(by_depth[-1], by_depth[-2])  # six steps nest no deeper than six
+
+
+@pytest.mark.parametrize("max_depth", [None, 2])
+@cases(20)
+@given(tables(steps=(2, 4), most=3))
+def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTable) -> None:
+    """Six equal groups cost the same where nothing tells the program that they are equal."""
+    size = len(table.options)
+    six = replace(
+        table,
+        options=table.options * 6,
+        step_reads=table.step_reads * 6,
+        groups=tuple(range(i, i + size) for i in range(0, 6 * size, size)),
+    )
+    apart = replace(six, options=tuple(tuple(list(options)) for options in six.options))
+    shared = Program(six, 1, 2 * UNITS, max_depth)
+    np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
+    check_schedules(shared, six)
