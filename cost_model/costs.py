@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cost_model.devices import Device
 from cost_model.roofline import seconds
+from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, Work, fake_copy, fake_tensors
 from model.chain import Chain, Step, reads_from_outside
 from model.config import InputShape
@@ -20,6 +21,9 @@ from model.submodule import IndependentAxis, Submodule
 
 # Piece counts offered, where the axis is that long.
 PIECES = (2, 4, 8, 16, 32, 64)
+
+# The loss, its parts and its gradient, live during backward: a few numbers.
+LOSS_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,11 @@ def trace_step(
     preserved_bytes = trace.live_bytes - base
 
     gradients = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
-    del run, result, gradients
+    del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
     return StepCost(
         strategy,
@@ -154,7 +159,8 @@ def build_cost_table(
         progress: called with the name of each step as it is traced.
     """
     torch_dtype = getattr(torch, dtype)
-    with fake_tensors(), Trace(device.block_bytes) as trace, sampled_pieces(trace):
+    scratch = CpuScratch() if device.name == "cpu" else None
+    with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
         chain = Chain.of(fake_copy(stack, torch_dtype))
         config = stack.config
         m = torch.empty(shape.batch, shape.n_seq, shape.n_res, config.c_m, dtype=torch_dtype)
@@ -177,7 +183,8 @@ def build_cost_table(
         step_reads=tuple(step.reads for step in chain.steps),
         groups=chain.groups,
         state_bytes=state_bytes,
-        loss_bytes=sum(state_bytes.values()),  # mean_square makes the gradients and nothing else
+        # mean_square makes the gradients and nothing else.
+        loss_bytes=sum(state_bytes.values()) + LOSS_BYTES,
         training=training,
     )
 

@@ -61,8 +61,8 @@ _TABLE = (
         memory_bytes=None,
         # Two cores of a 2024 server processor with AVX-512, measured with torch.matmul. Half precision
         # without native support is emulated.
-        peak_flops={"float16": 1e9, "bfloat16": 200e9, "float32": 50e9, "float64": 35e9},
-        bandwidth=8e9,  # between copies (32) and softmax (2): what elementwise operators reach
+        peak_flops={"float16": 1e9, "bfloat16": 200e9, "float32": 80e9, "float64": 40e9},
+        bandwidth=25e9,
         launch_seconds=5e-6,
         block_bytes=1,
         workspace_bytes=0,

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from model.execution import PieceSample
 
 
@@ -57,31 +58,47 @@ class Trace(TorchDispatchMode, PieceSample):
 
     Args:
         block_bytes: each storage counts as a multiple of this (512 for CUDA's allocator).
+        scratch: tells what operators allocate besides their outputs; None: nothing.
     """
 
-    def __init__(self, block_bytes: int = 1) -> None:
+    def __init__(self, block_bytes: int = 1, scratch: CpuScratch | None = None) -> None:
         super().__init__()
-        self.block_bytes = block_bytes
-        self.live_bytes = self.peak_bytes = 0
+        self.block_bytes, self.scratch = block_bytes, scratch
+        self.live_bytes = self._peak_of_storages = 0
         self.kernels: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
+        self._live_after: dict[Call, int] = {}
 
     def reset(self) -> None:
         """Start a phase: its peak begins at what is live now, its work at none."""
-        self.peak_bytes = self.live_bytes
+        self._peak_of_storages = self.live_bytes
+        self._live_after = {}
         self.kernels = Counter()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes live since the last reset. With scratch, the phase's operators are measured here."""
+        if self.scratch is None:
+            return self._peak_of_storages
+        scratch = self.scratch.measure(self._live_after)
+        during = (live + scratch[call] for call, live in self._live_after.items())
+        return max([self._peak_of_storages + NUMBER_BYTES, *during])
 
     def work(self) -> Work:
         """Work since the last reset."""
         return Work(Counter(self.kernels))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is _DEVICE:  # asked about as often as all else together
+            return args[0].fake_device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
         if made or func._schema.is_mutable:
             self._count_work(func, args, kwargs, out, outputs)
+        if self.scratch is not None and (call := self.scratch.call(func, args)) is not None:
+            self._live_after[call] = max(self._live_after.get(call, 0), self.live_bytes)
         return out
 
     def _track(self, tensor: Tensor) -> bool:
@@ -93,7 +110,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self._known.add(key)
         weakref.finalize(storage, self._freed, key, size)
         self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._peak_of_storages = max(self._peak_of_storages, self.live_bytes)
         return True
 
     def _freed(self, key: int, size: int) -> None:
@@ -109,6 +126,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat
 
 
+_DEVICE = torch.ops.prim.device.default
 _FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
 
 

@@ -91,14 +91,21 @@ def plan(solver_name: str, out: str | None, json_path: str | None, **flags: Any)
     """Find the fastest schedule that fits; print it and what it saves."""
     _check_writable(out, json_path)
     problem = _problem(**flags)
-    from planner.planning import solve
+    from planner.plan import write_json
+    from planner.planning import NoPlanError, solve
     from planner.report import print_plan
     from planner.solvers import solver
 
-    solver(solver_name)
+    solver(solver_name)  # a wrong name is said before the work
     costed = _costed(problem)
-    with _progress("solving"):
-        found = solve(costed, solver_name)
+    try:
+        with _progress("solving"):
+            found = solve(costed, solver_name)
+    except NoPlanError as error:
+        if json_path:
+            least = {"least_feasible_bytes": error.least_feasible_bytes, "budget_bytes": problem.budget_bytes}
+            write_json(json_path, least)
+        raise
     print_plan(found, _console())
     for path in filter(None, (out, json_path)):
         found.save(path)
@@ -196,7 +203,7 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
 @click.argument("plan_file", type=click.Path())
 @click.option("--msa", type=click.Path(), help="A3M or FASTA alignment; random data if not given.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @_JSON
 def run(

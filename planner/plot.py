@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from planner.plan import write_atomically
 
@@ -57,7 +58,8 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
         f"{config['n_block']} blocks, s={shape['n_seq']}, r={shape['n_res']}, {problem['dtype']}, {problem['device']}"
     )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel(f"peak memory [{name}]")
     axes.set_ylabel(f"step time [s, {document['costs']['time']}]")
     axes.set_ylim(bottom=0)

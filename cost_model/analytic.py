@@ -1,0 +1,340 @@
+"""Closed formulas for the memory and the parameters of one Evoformer block. Importing this needs no torch.
+
+Legend: s sequences, r residues, c_m and c_z channels of m [*, s, r, c_m] and z [*, r, r, c_z]; within a
+submodule h heads, c its inner width (of one head, of the outer product's factors, of the triangle product's
+operands), t how many times a transition widens. The formulas are leading terms: statistics of
+normalisations, masks, pair biases and weights are left out, below 1 % together at AlphaFold 2's sizes.
+
+`python -m cost_model.analytic` prints them beside what the traced code holds.
+
+Source: Jumper et al. (2021), Suppl. Alg. 6-15; what is saved follows from the code in `model`. `notes` are
+the MagicCube notes' estimates, which this file corrects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from model.config import PRESETS, EvoformerConfig, InputShape
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A number of tensor elements.
+
+    Attributes:
+        symbol: in the letters of the legend above, for a batch of one; a space multiplies.
+        elements: its value, times the batch.
+        says: which tensors they are; of an estimate, why it is wrong.
+    """
+
+    symbol: str
+    elements: Callable[[EvoformerConfig, InputShape], int]
+    says: str
+
+
+@dataclass(frozen=True)
+class MemoryFormulas:
+    """One submodule, run whole. The state it enters with is not counted.
+
+    Attributes:
+        output: the new target.
+        saved: held from the end of forward to backward, without the new target.
+        forward: live at the peak of a forward that is recorded for backward; `saved` stands for that formula.
+        notes: the MagicCube notes' estimate of its peak.
+    """
+
+    output: Formula
+    saved: Formula
+    forward: Formula
+    notes: Formula
+
+
+class Row(NamedTuple):
+    """A formula evaluated: whose, which attribute of MemoryFormulas, by symbol, in bytes."""
+
+    name: str
+    quantity: str
+    symbol: str
+    bytes: int
+
+
+def _evaluated(symbol: str, letters: Mapping[str, int]) -> int:
+    product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", symbol.replace("²", "**2").replace("³", "**3"))
+    return eval(product, {"__builtins__": {"max": max}}, letters)  # a literal of this file
+
+
+def _formula(symbol: str, says: str, saved: str = "0", **fields: str) -> Formula:
+    """The formula of a symbol; `fields` says where the configuration holds its h and c."""
+
+    def elements(config: EvoformerConfig, shape: InputShape) -> int:
+        letters = {"s": shape.n_seq, "r": shape.n_res, "c_m": config.c_m, "c_z": config.c_z}
+        letters |= {"t": config.transition_factor}
+        letters |= {letter: getattr(config, field) for letter, field in fields.items()}
+        return shape.batch * _evaluated(symbol, letters | {"saved": _evaluated(saved, letters)})
+
+    return Formula(symbol, elements, says)
+
+
+def _formulas(
+    target: str, saved: tuple[str, str], forward: tuple[str, str], notes: tuple[str, str], **fields: str
+) -> MemoryFormulas:
+    output = {"m": "s r c_m", "z": "r² c_z"}[target], f"the new {target}"
+    return MemoryFormulas(
+        *(_formula(*line, saved=saved[0], **fields) for line in (output, saved, forward, notes))
+    )
+
+
+_SCORES = (
+    "the scores alone: softmax makes a second copy, which stays until backward with all it was made from"
+)
+_HIDDEN = "right for a widening of 4, but for the hidden layer alone: its input and output are there too"
+
+# Suppl. Alg. 11 and 12.
+_TRIANGLE_MULTIPLICATION = _formulas(
+    "z",
+    saved=(
+        "r² (3 c_z + 10 c)",
+        "normalised z, the output's projection and its gate; of each operand its gate before and after "
+        "masking, its value, and the operand; the product, and the product normalised",
+    ),
+    forward=("saved + r² c_z", "at the output's gate: one tensor more than is saved"),
+    notes=("r² c", "the product alone, one of the thirteen tensors of its size that are saved at c = c_z"),
+    c="c_tri",
+)
+
+FORMULAS: dict[str, MemoryFormulas] = {
+    "row_attention": _formulas(  # Suppl. Alg. 7
+        "m",
+        saved=(
+            "h s r² + s r (c_m + 6 h c) + r² c_z",
+            "softmax weights; normalised m; q, k, v, the attended values, the gate, their product; "
+            "normalised z, which the bias is made from",
+        ),
+        forward=(
+            "max(2 h s r² + s r (c_m + 2 h c) + r² c_z, saved + s r c_m)",
+            "at the softmax: scores and weights; normalised m, q, k; normalised z; or at the output",
+        ),
+        notes=("h s r²", _SCORES),
+        h="n_head_msa",
+        c="c_head",
+    ),
+    "column_attention": _formulas(  # Suppl. Alg. 8
+        "m",
+        saved=(
+            "h s² r + s r (c_m + 6 h c)",
+            "softmax weights; transposed normalised m; q, k, v, the attended values, the gate, their product",
+        ),
+        forward=(
+            "max(2 h s² r + s r (2 c_m + 2 h c), saved + 3 s r c_m)",
+            "at the softmax: scores and weights; normalised m, as it is and transposed; q, k; or at the "
+            "output, which is transposed back: twice that, and normalised m as it is",
+        ),
+        notes=("h s² r", _SCORES),
+        h="n_head_msa",
+        c="c_head",
+    ),
+    "msa_transition": _formulas(  # Suppl. Alg. 9
+        "m",
+        saved=("(t + 1) s r c_m", "the hidden layer, rectified in place; normalised m"),
+        forward=("saved + s r c_m", "what is saved, and the output"),
+        notes=("4 s r c_m", _HIDDEN),
+    ),
+    "outer_product_mean": _formulas(  # Suppl. Alg. 10
+        "z",
+        saved=(
+            "r² c² + s r (c_m + 2 c)",
+            "the outer product as its projection reads it; normalised m; both factors",
+        ),
+        forward=(
+            "2 r² c² + s r (c_m + 2 c)",
+            "the outer product as it is made and as its projection reads it; normalised m; both factors",
+        ),
+        notes=("r² c²", "one copy: the change of layout before the projection makes a second"),
+        c="c_opm",
+    ),
+    "triangle_outgoing": _TRIANGLE_MULTIPLICATION,
+    "triangle_incoming": _TRIANGLE_MULTIPLICATION,
+    "triangle_starting": _formulas(  # Suppl. Alg. 13
+        "z",
+        saved=(
+            "h r³ + r² (c_z + 6 h c)",
+            "softmax weights; normalised z; q, k, v, the attended values, the gate, their product",
+        ),
+        forward=(
+            "max(2 h r³ + r² (c_z + 2 h c), saved + r² c_z)",
+            "at the softmax: scores and weights; normalised z, q, k; or at the output",
+        ),
+        notes=("h r³", _SCORES),
+        h="n_head_pair",
+        c="c_head",
+    ),
+    "triangle_ending": _formulas(  # Suppl. Alg. 14
+        "z",
+        saved=(
+            "h r³ + r² (2 c_z + 6 h c)",
+            "as around the starting node; normalised z transposed twice, for the bias and for q, k, v",
+        ),
+        forward=(
+            "max(2 h r³ + r² (3 c_z + 2 h c), saved + 3 r² c_z)",
+            "at the softmax: scores and weights; normalised z, as it is and transposed twice; q, k; or at "
+            "the output, which is transposed back: twice that, and normalised z as it is",
+        ),
+        notes=("h r³", _SCORES),
+        h="n_head_pair",
+        c="c_head",
+    ),
+    "pair_transition": _formulas(  # Suppl. Alg. 15
+        "z",
+        saved=("(t + 1) r² c_z", "the hidden layer, rectified in place; normalised z"),
+        forward=("saved + r² c_z", "what is saved, and the output"),
+        notes=("4 r² c_z", _HIDDEN),
+    ),
+}
+
+BLOCK_OUTPUT = _formula("s r c_m + r² c_z", "the state: what a checkpoint around each block keeps")
+SUBMODULE_OUTPUTS = _formula(
+    "3 s r c_m + 6 r² c_z", "every new m and z of a block; each is the next one's input"
+)
+NOTES_SUBMODULE_OUTPUTS = _formula("3 s r c_m + 6 s r² c_z", "s too often: z has no sequences")
+
+
+def block_saved_elements(config: EvoformerConfig, shape: InputShape) -> int:
+    """What one block adds from the end of its forward to its backward, every submodule whole.
+
+    Its outputs are among it, its inputs are not.
+    """
+    saved = sum(formulas.saved.elements(config, shape) for formulas in FORMULAS.values())
+    return saved + SUBMODULE_OUTPUTS.elements(config, shape)
+
+
+def analytic_table(config: EvoformerConfig, shape: InputShape, dtype_bytes: int) -> list[Row]:
+    """Four rows (output, saved, forward, notes) of each submodule, in the order in which they run.
+
+    Args:
+        dtype_bytes: size of one element.
+    """
+    return [
+        Row(name, quantity, formula.symbol, formula.elements(config, shape) * dtype_bytes)
+        for name, formulas in FORMULAS.items()
+        for quantity, formula in vars(formulas).items()
+    ]
+
+
+def submodule_parameters(config: EvoformerConfig) -> dict[str, int]:
+    """Number of parameters of each submodule of one block."""
+    c_m, c_z, opm, tri, t = config.c_m, config.c_z, config.c_opm, config.c_tri, config.transition_factor
+
+    def linear(c_in: int, c_out: int) -> int:
+        return (c_in + 1) * c_out
+
+    def attention(c_in: int, heads: int) -> int:
+        width = heads * config.c_head
+        return 2 * c_in + 3 * c_in * width + linear(c_in, width) + linear(width, c_in)
+
+    def transition(c: int) -> int:
+        return 2 * c + linear(c, t * c) + linear(t * c, c)
+
+    multiplication = 2 * c_z + 4 * linear(c_z, tri) + 2 * tri + linear(tri, c_z) + linear(c_z, c_z)
+    triangle_attention = attention(c_z, config.n_head_pair) + c_z * config.n_head_pair
+    return {
+        "row_attention": attention(c_m, config.n_head_msa) + 2 * c_z + c_z * config.n_head_msa,
+        "column_attention": attention(c_m, config.n_head_msa),
+        "msa_transition": transition(c_m),
+        "outer_product_mean": 2 * c_m + 2 * linear(c_m, opm) + linear(opm**2, c_z),
+        "triangle_outgoing": multiplication,
+        "triangle_incoming": multiplication,
+        "triangle_starting": triangle_attention,
+        "triangle_ending": triangle_attention,
+        "pair_transition": transition(c_z),
+    }
+
+
+def parameter_count(config: EvoformerConfig) -> int:
+    """Parameters of one block: 1,829,952 at AlphaFold 2's widths, where the notes say less than a million."""
+    return sum(submodule_parameters(config).values())
+
+
+def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """Bytes each submodule saves and its forward peak, and what the block holds: run without data."""
+    import torch
+
+    from cost_model.trace import Trace, fake_copy, fake_tensors
+    from model import Chain, EvoformerStack
+    from model.evoformer import mask_constants
+    from model.execution import record
+    from model.strategy import WHOLE
+
+    with torch.device("meta"):
+        stack = EvoformerStack(replace(config, n_block=1))
+    traced, runs = {}, []
+    with fake_tensors(), Trace() as trace:
+        make = partial(torch.empty, dtype=getattr(torch, dtype))
+        steps = Chain.of(fake_copy(stack, getattr(torch, dtype))).steps
+        m = make(shape.batch, shape.n_seq, shape.n_res, config.c_m)
+        z = make(shape.batch, shape.n_res, shape.n_res, config.c_z)
+        entry, constants = {"m": m, "z": z}, mask_constants(m, z)
+        state, at_entry = dict(entry), trace.live_bytes
+        for name, step in zip(FORMULAS, steps, strict=True):
+            before = trace.live_bytes
+            trace.reset()
+            run, output = record(step.submodule, WHOLE, step.tensors(state, constants, 0))
+            runs.append(run)
+            traced[name] = trace.live_bytes - before - output.nbytes, trace.peak_bytes - before
+            state[step.target] = output
+        return traced, trace.live_bytes - at_entry
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the formulas, and their values beside the trace of AlphaFold 2's main stack."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cost_model.devices import DTYPES
+
+    config, shape = PRESETS["alphafold2-finetune"].config, PRESETS["alphafold2-finetune"].shape
+    parser = argparse.ArgumentParser(prog="python -m cost_model.analytic", description=main.__doc__)
+    parser.add_argument("--seq", type=int, default=shape.n_seq, help="sequences, s (default: %(default)s)")
+    parser.add_argument("--res", type=int, default=shape.n_res, help="residues, r (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        shape = InputShape(options.seq, options.res)
+    except ValueError as error:
+        parser.error(str(error))
+    item = DTYPES[options.dtype]
+    traced, block = _traced(config, shape, options.dtype)
+
+    symbols = Table("submodule", "notes", "saved", "forward peak", title="Elements, by symbol")
+    numbers = Table("submodule", title=f"MiB at s = {shape.n_seq}, r = {shape.n_res}, {options.dtype}")
+    for header in ("notes", "saved", "traced", "forward peak", "traced"):
+        numbers.add_column(header, justify="right")
+
+    def add(name: str, *sizes: Any) -> None:
+        numbers.add_row(name, *("" if size is None else f"{size / 2**20:,.1f}" for size in sizes))
+
+    def size(formula: Formula) -> int:
+        return formula.elements(config, shape) * item
+
+    for name, of in FORMULAS.items():
+        symbols.add_row(name, of.notes.symbol, of.saved.symbol, of.forward.symbol)
+        add(name, size(of.notes), size(of.saved), traced[name][0], size(of.forward), traced[name][1])
+    numbers.add_section()
+    saved = sum(size(of.saved) for of in FORMULAS.values())
+    add("sum", sum(size(of.notes) for of in FORMULAS.values()), saved, sum(x for x, _ in traced.values()))
+    outputs = size(SUBMODULE_OUTPUTS)
+    add("outputs", size(NOTES_SUBMODULE_OUTPUTS), outputs, block - sum(x for x, _ in traced.values()))
+    add("block", None, saved + outputs, block)
+    console = Console()
+    console.print(symbols, numbers)
+    console.print(f"Output of one block: {size(BLOCK_OUTPUT) / 2**20:,.1f} MiB.", end=" ")
+    console.print(f"Parameters of one block: {parameter_count(config):,}.", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Questions answered with the planner: one script each, writing JSON and drawing from it."""

@@ -1,0 +1,144 @@
+"""Training or inference under a plan, on a real alignment or on random data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from cost_model import measure
+from model.alignment import Alignment, read_alignment
+from model.evoformer import EvoformerStack
+from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
+from planner.plan import Plan
+from planner.report import describe_problem
+from planner.sizes import format_seconds, format_size
+from planner.verify import PEAK_TOLERANCE, apply_plan, available_bytes
+
+# What the embedding and the masked-MSA head may add to the stack's own peak, as a part of it.
+PROGRAM_TOLERANCE = 2 * PEAK_TOLERANCE
+
+
+def alignment_for(plan: Plan, msa: str | None, seed: int) -> Alignment:
+    """The alignment to run on, of the plan's r and at least its s.
+
+    Raises:
+        ValueError: its shape is not the plan's; both are named.
+    """
+    shape = plan.problem.shape
+    if msa is None:
+        return random_alignment(shape.n_seq, shape.n_res, seed)
+    alignment = read_alignment(msa)
+    if alignment.n_res != shape.n_res or alignment.n_seq < shape.n_seq:
+        raise ValueError(
+            f"{msa}: {alignment.n_seq} sequences of {alignment.n_res} residues, the plan is for "
+            f"{shape.n_seq} of {shape.n_res}; plan for it with `evoplan plan --msa {msa}`"
+        )
+    return alignment
+
+
+def sample(alignment: Alignment, n_seq: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and deletions [n_seq, r] of the query and a random choice of the others."""
+    others = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))[: n_seq - 1]
+    rows = np.concatenate([[0], np.sort(others)])
+    return torch.from_numpy(alignment.tokens[rows]), torch.from_numpy(alignment.deletions[rows])
+
+
+def run_plan(plan: Plan, msa: str | None, steps: int, learning_rate: float, seed: int, console: Console) -> dict:
+    """Run `steps` steps; prints each and returns what was predicted and measured.
+
+    Args:
+        msa: an A3M or FASTA file; None for random related sequences.
+        learning_rate: of the plan's optimizer (none: the parameters stay).
+    """
+    problem = plan.problem
+    if problem.shape.batch != 1:
+        raise ValueError("run takes one alignment at a time; plan with --batch 1")
+    alignment = alignment_for(plan, msa, seed)
+    kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if plan.predicted.peak_bytes > available_bytes(kind):
+        raise ValueError(
+            f"the plan needs {format_size(plan.predicted.peak_bytes)}, this machine has "
+            f"{format_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
+        )
+    console.print(describe_problem(problem), highlight=False)
+    torch.manual_seed(seed)
+    stack = EvoformerStack(problem.config)
+    model = MaskedMSAModel(problem.config, stack).to(kind, getattr(torch, problem.dtype))
+    model.stack = apply_plan(stack, plan)
+    model.train(problem.training)
+    around = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in stack.parameters())
+    optimizer = _optimizer(problem.optimizer, model, learning_rate) if problem.training else None
+    states = plan.static["optimizer"] // max(1, plan.static["parameters"])
+    copies = 2 + states if problem.training else 1
+    predicted = plan.predicted.peak_bytes + copies * around
+
+    losses: list[float] = []
+    times: list[float] = []
+    peak: int | None = None
+    for index in range(steps):
+        tokens, deletions = sample(alignment, problem.shape.n_seq, seed + index)
+        batch = {name: t.to(kind) for name, t in mask_msa(tokens, deletions, seed + index).items()}
+
+        def step(batch: dict = batch) -> None:
+            losses.append(_step(model, batch, optimizer is not None or problem.training))
+
+        if index == min(1, steps - 1):  # once the optimizer has its states
+            live = copies * sum(p.nbytes for p in model.parameters()) + plan.static["workspace"]
+            peak = live + measure.peak_bytes(step, kind)
+        else:
+            times.append(measure.seconds(step, kind))
+        if optimizer is not None:
+            optimizer.step()
+        clock = f"  {format_seconds(times[-1])}" if times and index != min(1, steps - 1) else ""
+        console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
+    assert peak is not None
+    budget = problem.budget_bytes
+    ok = abs(peak - predicted) <= PROGRAM_TOLERANCE * predicted and (budget is None or peak <= budget + copies * around)
+    seconds = median(times) if times else None
+    console.print(
+        f"peak: predicted {format_size(predicted)}, measured {format_size(peak)} ({kind}-allocator)"
+        + (f", budget {format_size(budget)}" if budget else ""),
+        highlight=False,
+    )
+    if seconds is not None:
+        console.print(
+            f"step time: predicted {format_seconds(plan.predicted.step_seconds)} ({plan.costs['time']}), "
+            f"measured {format_seconds(seconds)}",
+            highlight=False,
+        )
+    return {
+        "losses": losses,
+        "backend": f"{kind}-allocator",
+        "predicted_peak_bytes": predicted,
+        "measured_peak_bytes": peak,
+        "predicted_step_seconds": plan.predicted.step_seconds,
+        "measured_step_seconds": seconds,
+        "ok": ok,
+    }
+
+
+def _optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer | None:
+    makers: dict[str, Callable[[], torch.optim.Optimizer | None]] = {
+        "none": lambda: None,
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9),
+        # Fused: no temporaries of the parameters' size.
+        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True),
+    }
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return makers[name]()
+
+
+def _step(model: MaskedMSAModel, batch: dict, training: bool) -> float:
+    if not training:
+        with torch.no_grad():
+            return float(model(batch))
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    loss = model(batch)
+    loss.backward()
+    return float(loss.detach())

@@ -1,0 +1,136 @@
+"""The command line: one line per error, the promised exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from planner.cli import main
+from planner.sizes import parse_size
+
+SMALL = ["--model", "alphafold2-narrow", "--n-blocks", "2", "--n-seq", "5", "--n-res", "7", "--c-m", "16", "--c-z", "12"]
+ALIGNMENT = str(Path(__file__).parents[1] / "experiments" / "data" / "ubiquitin.a3m")
+
+
+def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error."""
+    try:
+        main(list(arguments))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    main(["plan", *SMALL, "--memory", "8MiB", "--out", str(path)])
+    return str(path)
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; from planner.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sweep" in done.stdout
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--model", "alphafold9"],
+        ["plan", "--n-seq", "0"],
+        ["plan", "--n-res", "-3"],
+        ["plan", "--memory", "lots"],
+        ["plan", "--memory", "0"],
+        ["plan", "--dtype", "int8"],
+        ["plan", "--device", "abacus"],
+        ["plan", "--dropout", "1.5"],
+        ["plan", "--solver", "magic"],
+        ["plan", "--msa", "nothing.a3m"],
+        ["plan", "--out", "no/such/folder/plan.json"],
+        ["plan", "--no-such-flag"],
+        ["sweep", "--points", "1"],
+        ["sweep", *SMALL, "--mode", "inference"],
+        ["show", "nothing.json"],
+        ["verify", "nothing.json"],
+        ["run", "nothing.json"],
+        ["dance"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input(capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
+    code, _, error = call(capsys, *arguments)
+    assert code == 2
+    assert error.startswith("evoplan: ")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    result = tmp_path / "result.json"
+    code, _, error = call(
+        capsys, "plan", *SMALL, "--memory", "100kB", "--out", str(out), "--json", str(result)
+    )
+    assert code == 3
+    assert "least" in error
+    assert not out.exists()
+    assert json.loads(result.read_text())["least_feasible_bytes"] > 100_000
+
+
+def test_plan_show_verify_run(capsys: pytest.CaptureFixture, plan_file: str, tmp_path: Path) -> None:
+    assert call(capsys, "show", plan_file, "--json", str(tmp_path / "show.json"))[0] == 0
+    timeline = json.loads((tmp_path / "show.json").read_text())["timeline"]
+    plan = json.loads(Path(plan_file).read_text())
+    assert max(moment["peak_bytes"] for moment in timeline) == plan["predicted"]["peak_bytes"]
+    for flags, backend in (([], "cpu-allocator"), (["--simulate"], "simulated")):
+        path = tmp_path / "verify.json"
+        assert call(capsys, "verify", plan_file, *flags, "--repeats", "1", "--json", str(path))[0] == 0
+        found = json.loads(path.read_text())
+        assert found["backend"] == backend
+        assert found["ok"]
+        assert (found["measured_step_seconds"] is None) == (backend == "simulated")
+    assert call(capsys, "verify", plan_file, "--blocks", "1", "--repeats", "1")[0] == 0
+    path = tmp_path / "run.json"
+    assert call(capsys, "run", plan_file, "--steps", "2", "--json", str(path))[0] == 0
+    assert len(json.loads(path.read_text())["losses"]) == 2
+
+
+def test_run_refuses_another_alignment(capsys: pytest.CaptureFixture, plan_file: str) -> None:
+    code, _, error = call(capsys, "run", plan_file, "--msa", ALIGNMENT)
+    assert code == 2
+    assert "76 residues" in error
+    assert "of 7;" in error
+
+
+def test_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    assert call(capsys, "sweep", *SMALL, "--points", "5", "--out", str(out), "--plot", str(picture))[0] == 0
+    points = json.loads(out.read_text())["points"]
+    assert all(point["peak_bytes"] <= point["budget_bytes"] for point in points)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, error = call(capsys, "sweep", *SMALL, "--points", "2", "--plot", str(tmp_path / "sweep.doc"))
+    assert code == 2
+    assert "png, svg or pdf" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GiB", 16 * 2**30), ("800MB", 800_000_000), ("1.5 kib", 1536), ("7", 7), ("2b", 2)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "1e3", "5 furlongs", "0.1", "nan", "inf"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)

@@ -1,0 +1,89 @@
+"""Plans applied for real, on small models: what was predicted is what the allocator sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import EvoformerConfig, EvoformerStack, InputShape
+from planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
+from planner.planning import Costed, cost_problem, solve
+from planner.problem import Problem
+from planner.solvers import Frontier
+
+CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2)
+
+
+@pytest.fixture(scope="module")
+def costed() -> Costed:
+    return cost_problem(Problem(model="custom", config=CONFIG, shape=InputShape(9, 17), dtype="float64"))
+
+
+def at(costed: Costed, share: float):
+    """A plan for a budget that lies at `share` between the least and the largest of any use."""
+    frontier = Frontier(costed.table)
+    budgets = frontier.budgets(9)
+    budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
+    problem = costed.problem.model_copy(update={"budget_bytes": budget})
+    return solve(Costed(problem, costed.stack, costed.device, costed.table, costed.static))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_plans_keep_their_promise(costed: Costed, share: float) -> None:
+    plan = at(costed, share)
+    found = verify_plan(None, plan, repeats=1)
+    assert found.ok
+    assert found.max_gradient_error < 1e-12
+    predicted = found.predicted_peak_bytes - found.static_bytes
+    measured = found.measured_peak_bytes - found.static_bytes
+    assert 0.98 * predicted <= measured <= predicted
+    simulated = simulate_plan(plan)
+    assert abs(simulated.measured_peak_bytes - found.predicted_peak_bytes) <= 0.01 * predicted
+
+
+def test_inference(costed: Costed) -> None:
+    problem = Problem(model="custom", config=CONFIG, shape=InputShape(9, 17), mode="inference", dtype="float64")
+    whole = solve(cost_problem(problem))
+    tight = problem.model_copy(update={"budget_bytes": int(whole.predicted.peak_bytes * 0.75)})
+    plan = solve(cost_problem(tight))
+    found = verify_plan(None, plan, repeats=1)
+    assert found.ok
+    assert found.measured_peak_bytes <= tight.budget_bytes
+    assert found.max_loss_error < 1e-12
+
+
+def test_least_feasible_is_feasible_and_one_byte_less_is_not(costed: Costed) -> None:
+    with pytest.raises(NoPlanError) as caught:
+        solve(Costed(costed.problem.model_copy(update={"budget_bytes": 1}), costed.stack, costed.device,
+                     costed.table, costed.static))  # fmt: skip
+    least = caught.value.least_feasible_bytes
+    for budget, fits in ((least, True), (least - 1, False)):
+        problem = costed.problem.model_copy(update={"budget_bytes": budget})
+        ask = Costed(problem, costed.stack, costed.device, costed.table, costed.static)
+        if fits:
+            assert solve(ask).predicted.peak_bytes <= budget
+        else:
+            with pytest.raises(NoPlanError):
+                solve(ask)
+
+
+def test_more_budget_is_never_slower(costed: Costed) -> None:
+    frontier = Frontier(costed.table)
+    seconds = [frontier.seconds(budget) for budget in frontier.budgets(200)]
+    assert all(a >= b for a, b in zip(seconds, seconds[1:], strict=False))
+    assert seconds[-1] < seconds[0] < float("inf")
+
+
+def test_python_interface() -> None:
+    stack = EvoformerStack(CONFIG)
+    m, z = torch.randn(1, 9, 17, 24), torch.randn(1, 17, 17, 20)
+    plan = make_plan(stack, (m, z), budget="8MiB")
+    planned = apply_plan(stack, plan)
+    assert {id(p) for p in planned.parameters()} == {id(p) for p in stack.parameters()}
+    torch.testing.assert_close(planned(m, z, dropout_seed=1), stack(m, z, dropout_seed=1))
+    with pytest.raises(ValueError, match="the plan is for"):
+        apply_plan(EvoformerStack(EvoformerConfig(1, 24, 20)), plan)
+    with pytest.raises(ValueError, match="float32"):
+        apply_plan(EvoformerStack(CONFIG).double(), plan)
+    with pytest.raises(ValueError, match="does not belong"):
+        make_plan(stack, (m, z[:, 1:]))
