@@ -22,7 +22,7 @@ from model.submodule import IndependentAxis, Submodule
 # Piece counts offered, where the axis is that long.
 PIECES = (2, 4, 8, 16, 32, 64)
 
-# The loss, its parts and its gradient, live during backward: a few numbers.
+# The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_BYTES = 256
 
 
@@ -111,6 +111,7 @@ def trace_step(
 ) -> StepCost:
     """Cost of one step under one strategy; call on fake tensors, inside `trace`."""
     base = trace.live_bytes
+    loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
     seed = 0 if step.submodule.training else None
 
     trace.reset()
@@ -123,10 +124,9 @@ def trace_step(
     run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
     forward_bytes = trace.peak_bytes - base
     del output
-    preserved_bytes = trace.live_bytes - base
+    preserved_bytes = trace.live_bytes - base - loss.nbytes
 
     gradients = {name: torch.empty_like(tensor) for name, tensor in state.items()}
-    loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base, trace.work()

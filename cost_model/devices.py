@@ -39,7 +39,14 @@ class Device:
 
 
 def _cuda(
-    name: str, gib: float, half: float, single: float, double: float, bandwidth: float, source: str, bf16: float = 0
+    name: str,
+    gib: float,
+    half: float,
+    single: float,
+    double: float,
+    bandwidth: float,
+    source: str,
+    bf16: float = 0,
 ) -> Device:
     flops = {"float16": half, "bfloat16": bf16 or half, "float32": single, "float64": double}
     return Device(

@@ -20,4 +20,6 @@ def local_cuda() -> Device:
     properties = torch.cuda.get_device_properties(0)
     words = properties.name.lower().replace("-", " ").split()
     known = next((d for name, d in DEVICES.items() if name.split("-")[0] in words), DEVICES["a100-40gb"])
-    return replace(known, name="cuda", memory_bytes=properties.total_memory, source=f"{properties.name}; {known.source}")
+    return replace(
+        known, name="cuda", memory_bytes=properties.total_memory, source=f"{properties.name}; {known.source}"
+    )

@@ -67,6 +67,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self.live_bytes = self._peak_of_storages = 0
         self.kernels: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
+        # For operators with scratch: most bytes live when one of them returns.
         self._live_after: dict[Call, int] = {}
 
     def reset(self) -> None:
@@ -77,12 +78,16 @@ class Trace(TorchDispatchMode, PieceSample):
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes live since the last reset. With scratch, the phase's operators are measured here."""
+        """Most bytes live since the last reset, scratch included."""
+        peak = self._peak_of_storages
         if self.scratch is None:
-            return self._peak_of_storages
-        scratch = self.scratch.measure(self._live_after)
-        during = (live + scratch[call] for call, live in self._live_after.items())
-        return max([self._peak_of_storages + NUMBER_BYTES, *during])
+            return peak
+        peak += NUMBER_BYTES
+        # Only what may raise the peak is looked up: that may mean to run it.
+        for call, live in sorted(self._live_after.items(), key=lambda item: -item[1]):
+            if live + self.scratch.bound_bytes(call) > peak:
+                peak = max(peak, live + self.scratch.bytes(call))
+        return peak
 
     def work(self) -> Work:
         """Work since the last reset."""
@@ -127,7 +132,11 @@ class Trace(TorchDispatchMode, PieceSample):
 
 
 _DEVICE = torch.ops.prim.device.default
-_FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+_FREE = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+}
 
 
 def _moved_bytes(tensor: Tensor) -> int:

@@ -36,7 +36,9 @@ def main(folder: Path = Path("demo")) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=110)
     folder.mkdir(exist_ok=True)
     alignment = read_alignment(ALIGNMENT)
-    console.print(f"{ALIGNMENT.name}: {alignment.n_seq} sequences of {alignment.n_res} residues", highlight=False)
+    console.print(
+        f"{ALIGNMENT.name}: {alignment.n_seq} sequences of {alignment.n_res} residues", highlight=False
+    )
     problem = Problem(
         model="alphafold2",
         config=replace(preset("alphafold2").config, n_block=N_BLOCK),

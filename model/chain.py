@@ -71,9 +71,7 @@ class Chain:
     def groups(self) -> tuple[range, ...]:
         """The steps of each group."""
         firsts = [s.index for s in self.steps if s.index == 0 or self.steps[s.index - 1].group != s.group]
-        return tuple(
-            range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True)
-        )
+        return tuple(range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True))
 
     def reads(self, span: range) -> tuple[str, ...]:
         """The state tensors that consecutive steps read and did not make themselves."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.config import EvoformerConfig
 from model.chain import Chain
+from model.config import EvoformerConfig
 from model.dropout import draw_seed
 from model.msa import MSAColumnAttention, MSARowAttentionWithPairBias
 from model.outer_product_mean import OuterProductMean, pair_count
@@ -61,9 +61,7 @@ class EvoformerStack(nn.Module):
             if not isinstance(module, nn.Linear):
                 continue
             last = name.rpartition(".")[2]
-            if last in ("linear_o", "linear_out", "linear_2"):
-                nn.init.zeros_(module.weight)
-            elif last.endswith(("_gate", "_g")):
+            if last in ("linear_o", "linear_out", "linear_2") or last.endswith(("_gate", "_g")):
                 nn.init.zeros_(module.weight)
             elif last == "linear_1":
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

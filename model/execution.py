@@ -15,14 +15,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from model.strategy import Strategy
 from model.submodule import (
     ReductionAxis,
     Submodule,
     Tensors,
-    add_residual,
     dropped,
 )
-from model.strategy import Strategy
 
 # Gradients by name: those of the state tensors, and those of the parameters.
 Gradients = dict[str, Tensor]

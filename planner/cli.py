@@ -1,4 +1,4 @@
-"""The command line. Thin: it reads arguments, calls the planner, prints. torch is imported by commands only."""
+"""The command line: reads arguments, calls the planner, prints. Only commands import torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cost_model.devices import DEVICES, DTYPES
+from cost_model.static import OPTIMIZER_STATES
 from model.config import PRESETS, InputShape, override, preset
 from planner.sizes import format_size, parse_size
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from planner.problem import Problem
 
 BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
+
+
+_MODES = ["training", "inference"]
 
 
 class _Size(click.ParamType):
@@ -59,13 +63,15 @@ _PROBLEM_OPTIONS = [
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
     click.option("--msa", type=click.Path(), help="Take s and r from this A3M or FASTA alignment."),
     click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
-    click.option("--mode", type=click.Choice(["training", "inference"]), default="training", show_default=True),
-    click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; the preset's own if not given."),
-    click.option("--optimizer", type=click.Choice(["none", "sgd", "adamw"]), default="adamw", show_default=True,
-                 help="Its states count."),
-    click.option("--device", default="cpu", show_default=True, help=f"cpu, cuda, or {', '.join(list(DEVICES)[1:])}."),
-    click.option("--memory", type=_Size(), help="Budget, like 16GiB; the device's memory if not given."),
-    click.option("--ranks", type=click.IntRange(1, 1), default=1, show_default=True, help="Devices; 1 so far."),
+    click.option("--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True),
+    click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; else the preset's own."),
+    click.option(
+        "--optimizer", type=click.Choice(list(OPTIMIZER_STATES)), default="adamw", show_default=True,
+        help="Its states count.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
+    click.option("--memory", type=_Size(), help="Budget, like 16GiB; else the device's memory."),
+    click.option("--ranks", type=click.IntRange(1, 1), default=1, show_default=True, help="1 so far."),
 ]  # fmt: skip
 _JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
 
@@ -84,7 +90,9 @@ def cli() -> None:
 
 @cli.command()
 @_problem_options
-@click.option("--solver", "solver_name", default="dp", show_default=True, help="dp, none, small, large or sqrt.")
+@click.option(
+    "--solver", "solver_name", default="dp", show_default=True, help="dp, none, small, large or sqrt."
+)
 @click.option("--out", type=click.Path(), help="Write the plan here.")
 @_JSON
 def plan(solver_name: str, out: str | None, json_path: str | None, **flags: Any) -> None:
@@ -145,9 +153,13 @@ def show(plan_file: str, json_path: str | None) -> None:
 
 @cli.command()
 @click.argument("plan_file", type=click.Path())
-@click.option("--simulate", is_flag=True, help="Memory only, on fake tensors: for what this machine cannot hold.")
+@click.option(
+    "--simulate", is_flag=True, help="Memory only, on fake tensors: for what this machine cannot hold."
+)
 @click.option("--blocks", type=click.IntRange(1), help="Only the first K blocks of the stack.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs; medians count.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs; medians count."
+)
 @_JSON
 def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, json_path: str | None) -> None:
     """Apply a plan, measure it here, and compare it with the model without a plan."""
@@ -304,7 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", BAD_INPUT)
+            _fail(
+                f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", BAD_INPUT
+            )
         least = getattr(error, "least_feasible_bytes", None)
         if least is not None:
             _fail(f"{error} = {format_size(least)}", INFEASIBLE)

@@ -89,7 +89,9 @@ def load_plan(path: str | Path) -> Plan:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanFileError(f"{path}: cannot be read ({error.strerror}); make it with `evoplan plan --out`") from None
+        raise PlanFileError(
+            f"{path}: cannot be read ({error.strerror}); make it with `evoplan plan --out`"
+        ) from None
     except (UnicodeDecodeError, RecursionError):
         raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`") from None
     except json.JSONDecodeError as error:

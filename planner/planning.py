@@ -79,7 +79,9 @@ def empty_stack(config: EvoformerConfig) -> EvoformerStack:
         return EvoformerStack(config).train()
 
 
-def cost_problem(problem: Problem, stack: nn.Module | None = None, progress: Progress = lambda _: None) -> Costed:
+def cost_problem(
+    problem: Problem, stack: nn.Module | None = None, progress: Progress = lambda _: None
+) -> Costed:
     """Trace the costs of a problem.
 
     Args:
@@ -156,7 +158,9 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         progress: called before each.
     """
     if not costed.problem.training:
-        raise ValueError("sweep is for training: in inference nothing is traded for time but chunks; use plan")
+        raise ValueError(
+            "sweep is for training: in inference nothing is traded for time but chunks; use plan"
+        )
     frontier = Frontier(costed.table)
     points = []
     for budget in frontier.budgets(count):

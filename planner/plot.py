@@ -51,18 +51,26 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
             textcoords="offset points", xytext=(6, 5),
         )  # fmt: skip
     if plan is not None:
-        axes.plot(plan["peak_bytes"] / unit, plan["step_seconds"], "*", color="tab:green", markersize=14, label="this plan")
+        axes.plot(
+            plan["peak_bytes"] / unit,
+            plan["step_seconds"],
+            "*",
+            color="tab:green",
+            markersize=14,
+            label="this plan",
+        )
     problem = document["problem"]
     config, shape = problem["config"], problem["shape"]
-    axes.set_title(
-        f"{config['n_block']} blocks, s={shape['n_seq']}, r={shape['n_res']}, {problem['dtype']}, {problem['device']}"
-    )
+    sizes = f"{config['n_block']} blocks, s={shape['n_seq']}, r={shape['n_res']}"
+    axes.set_title(f"{sizes}, {problem['dtype']}, {problem['device']}")
     axes.set_xscale("log")
     for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel(f"peak memory [{name}]")
     axes.set_ylabel(f"step time [s, {document['costs']['time']}]")
-    axes.set_ylim(bottom=0)
+    # The last bytes cost the most: what is far slower than any baseline is left out of the picture.
+    slowest = max(p["step_seconds"] for p in document["baselines"].values())
+    axes.set_ylim(0, min(1.05 * points[0]["step_seconds"], 2.5 * slowest))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     content = io.BytesIO()

@@ -152,9 +152,7 @@ class _Machine:
             self.moment(phase, run.step, cost.discard_bytes, cost.forward_seconds)
             self.advance(state, run.step, len(self.moments))  # a version of its own at every run
 
-    def forward(
-        self, body: Sequence, entry: Versions, records: list[_Record], redo: bool
-    ) -> dict[str, int]:
+    def forward(self, body: Sequence, entry: Versions, records: list[_Record], redo: bool) -> dict[str, int]:
         """Run `body`, leaving a record of each part; the caller owns the current versions returned."""
         state = dict(entry)
         self.keep(state)
@@ -171,7 +169,9 @@ class _Machine:
                 self.discard(part.first_pass(), state, "redo discard" if redo else "discard")
             else:
                 cost = self.cost(part)
-                self.moment("redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds)
+                self.moment(
+                    "redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds
+                )
                 record.bytes = cost.preserved_bytes
                 self.held_bytes += record.bytes
                 self.advance(state, part.step, len(self.moments))

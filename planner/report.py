@@ -56,7 +56,11 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
     per_block = len(names)
     final, runs = final_strategies(schedule), forward_runs(schedule)
     checkpoints = depth(schedule)
-    title = f"decision per submodule (checkpoints {checkpoints} deep)" if problem.training else "decision per submodule"
+    title = (
+        f"decision per submodule (checkpoints {checkpoints} deep)"
+        if problem.training
+        else "decision per submodule"
+    )
     table = _table(title, "submodule", "strategy (blocks)", "forward runs")
     for position, name in enumerate(names):
         steps = range(position, len(schedule.span), per_block)
@@ -110,7 +114,8 @@ def schedule_lines(schedule: Sequence, indent: str = "") -> Iterable[str]:
             first, last = part.span.start, part.span.stop - 1
             counts = Counter(map(str, part.discard))
             discard = ", ".join(f"{name} x{count}" for name, count in counts.most_common(3))
-            yield f"{indent}checkpoint {_place(first)} .. {_place(last)}  [first pass: {discard}{', ...' * (len(counts) > 3)}]"
+            more = ", ..." if len(counts) > 3 else ""
+            yield f"{indent}checkpoint {_place(first)} .. {_place(last)}  [first pass: {discard}{more}]"
             yield from schedule_lines(part.body, indent + "  ")
         else:
             block, position = divmod(part.step, len(names))
@@ -127,7 +132,11 @@ def fold(lines: list[str], limit: int = 60) -> list[str]:
     if len(lines) <= limit:
         return lines
     half = limit // 2
-    return [*lines[:half], f"... {len(lines) - 2 * half} lines more; all are in the plan file ...", *lines[-half:]]
+    return [
+        *lines[:half],
+        f"... {len(lines) - 2 * half} lines more; all are in the plan file ...",
+        *lines[-half:],
+    ]
 
 
 def print_timeline(result: Replay, fixed_bytes: int, console: Console) -> None:
@@ -149,7 +158,7 @@ def print_timeline(result: Replay, fixed_bytes: int, console: Console) -> None:
     console.print(
         f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {where}: "
         f"{format_size(fixed_bytes)} static, {format_size(peak.held_bytes)} kept by earlier steps, "
-        f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself (gradients of the state included)",
+        f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself, gradients included",
         highlight=False,
     )
 
@@ -165,7 +174,10 @@ def print_verification(found: Verification, console: Console) -> None:
         return "-" if value is None else format_seconds(value)
 
     table.add_row(
-        "peak", size(found.predicted_peak_bytes), size(found.measured_peak_bytes), size(found.unplanned_peak_bytes)
+        "peak",
+        size(found.predicted_peak_bytes),
+        size(found.measured_peak_bytes),
+        size(found.unplanned_peak_bytes),
     )
     static = found.static_bytes
     table.add_row(
@@ -183,7 +195,9 @@ def print_verification(found: Verification, console: Console) -> None:
     console.print(table)
     for name, error in (("loss", found.max_loss_error), ("gradient", found.max_gradient_error)):
         if error is not None:
-            console.print(f"largest {name} error {error:.2g} (tolerance {found.tolerances[name]:.0e})", highlight=False)
+            console.print(
+                f"largest {name} error {error:.2g} (tolerance {found.tolerances[name]:.0e})", highlight=False
+            )
     console.print("ok" if found.ok else "FAILED", style="green" if found.ok else "red")
 
 

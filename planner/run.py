@@ -47,7 +47,9 @@ def sample(alignment: Alignment, n_seq: int, seed: int) -> tuple[torch.Tensor, t
     return torch.from_numpy(alignment.tokens[rows]), torch.from_numpy(alignment.deletions[rows])
 
 
-def run_plan(plan: Plan, msa: str | None, steps: int, learning_rate: float, seed: int, console: Console) -> dict:
+def run_plan(
+    plan: Plan, msa: str | None, steps: int, learning_rate: float, seed: int, console: Console
+) -> dict:
     """Run `steps` steps; prints each and returns what was predicted and measured.
 
     Args:
@@ -97,7 +99,9 @@ def run_plan(plan: Plan, msa: str | None, steps: int, learning_rate: float, seed
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
     assert peak is not None
     budget = problem.budget_bytes
-    ok = abs(peak - predicted) <= PROGRAM_TOLERANCE * predicted and (budget is None or peak <= budget + copies * around)
+    ok = abs(peak - predicted) <= PROGRAM_TOLERANCE * predicted and (
+        budget is None or peak <= budget + copies * around
+    )
     seconds = median(times) if times else None
     console.print(
         f"peak: predicted {format_size(predicted)}, measured {format_size(peak)} ({kind}-allocator)"

@@ -42,7 +42,9 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if len(self.discard) != len(self.body.span):
-            raise ValueError(f"a checkpoint of {len(self.body.span)} steps has {len(self.discard)} strategies")
+            raise ValueError(
+                f"a checkpoint of {len(self.body.span)} steps has {len(self.discard)} strategies"
+            )
 
     @property
     def span(self) -> range:
@@ -120,7 +122,7 @@ def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
 
 
 def shape_of(schedule: Sequence) -> str:
-    """The nesting in short: s a recorded step, [..] a checkpoint; equal neighbours are counted: `3xs [2xs s]`."""
+    """The nesting in short: s a step, [..] a checkpoint, equal neighbours counted: `3xs [2xs s]`."""
 
     def one(part: Run | Checkpoint) -> str:
         if isinstance(part, Run):

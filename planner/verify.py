@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from cost_model import measure
-from cost_model.devices import Device
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.evoformer import EvoformerStack
 from model.execution import sampled_pieces
@@ -58,10 +57,14 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
     if config is None or [p.shape for p in stack.parameters()] != [
         p.shape for p in empty_stack(plan.problem.config).parameters()
     ]:
-        raise ValueError(f"the plan is for {plan.problem.config}, the model has {config}; plan for this model")
+        raise ValueError(
+            f"the plan is for {plan.problem.config}, the model has {config}; plan for this model"
+        )
     dtype = next(stack.parameters()).dtype
     if str(dtype) != f"torch.{plan.problem.dtype}":
-        raise ValueError(f"the plan is for {plan.problem.dtype}, the model is in {dtype}; plan for that dtype")
+        raise ValueError(
+            f"the plan is for {plan.problem.dtype}, the model is in {dtype}; plan for that dtype"
+        )
     return PlannedModule(stack, plan.sequence(), plan.problem.state_shapes())
 
 
@@ -224,13 +227,15 @@ def _errors(plain: _Step, planned: _Step) -> tuple[float, float | None]:
     expected, gradients = plain.results()
     got, planned_gradients = planned.results()
     loss_error = max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(expected, got, strict=True)
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-300))
+        for a, b in zip(expected, got, strict=True)
     )
     if not gradients:
         return loss_error, None
     largest = max(float(g.abs().max()) for g in gradients)
     differences = (
-        float((a.double() - b.double()).abs().max()) for a, b in zip(gradients, planned_gradients, strict=True)
+        float((a.double() - b.double()).abs().max())
+        for a, b in zip(gradients, planned_gradients, strict=True)
     )
     return loss_error, max(differences) / largest
 

@@ -10,10 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from model import EvoformerBlock, EvoformerConfig
 from planner.cli import main
+from planner.report import submodule_names
 from planner.sizes import parse_size
 
-SMALL = ["--model", "alphafold2-narrow", "--n-blocks", "2", "--n-seq", "5", "--n-res", "7", "--c-m", "16", "--c-z", "12"]
+SMALL = [
+    "--model",
+    "alphafold2-narrow",
+    "--n-blocks",
+    "2",
+    "--n-seq",
+    "5",
+    "--n-res",
+    "7",
+    "--c-m",
+    "16",
+    "--c-z",
+    "12",
+]
 ALIGNMENT = str(Path(__file__).parents[1] / "experiments" / "data" / "ubiquitin.a3m")
 
 
@@ -35,8 +50,17 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def test_the_report_names_the_submodules_of_a_block() -> None:
+    block = EvoformerBlock(EvoformerConfig(c_m=4, c_z=4))
+    assert submodule_names() == [name for name, _ in block.submodules()]
+
+
 def test_help_does_not_load_torch() -> None:
-    code = "import sys; from planner.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from planner.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,7 +44,9 @@ def test_plans_keep_their_promise(costed: Costed, share: float) -> None:
 
 
 def test_inference(costed: Costed) -> None:
-    problem = Problem(model="custom", config=CONFIG, shape=InputShape(9, 17), mode="inference", dtype="float64")
+    problem = Problem(
+        model="custom", config=CONFIG, shape=InputShape(9, 17), mode="inference", dtype="float64"
+    )
     whole = solve(cost_problem(problem))
     tight = problem.model_copy(update={"budget_bytes": int(whole.predicted.peak_bytes * 0.75)})
     plan = solve(cost_problem(tight))
@@ -70,7 +74,7 @@ def test_least_feasible_is_feasible_and_one_byte_less_is_not(costed: Costed) -> 
 def test_more_budget_is_never_slower(costed: Costed) -> None:
     frontier = Frontier(costed.table)
     seconds = [frontier.seconds(budget) for budget in frontier.budgets(200)]
-    assert all(a >= b for a, b in zip(seconds, seconds[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(seconds))
     assert seconds[-1] < seconds[0] < float("inf")
 
 

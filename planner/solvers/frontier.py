@@ -130,7 +130,9 @@ class Frontier:
     def budgets(self, count: int) -> list[int]:
         """Budgets from the least to the largest of any use, evenly spaced on a logarithmic scale."""
         first, last = self.least_replay.peak_bytes, self._most.peak_bytes
-        return sorted({int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last})
+        return sorted(
+            {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
+        )
 
 
 def _unit_bytes(span: int, table: CostTable) -> int:

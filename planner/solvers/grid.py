@@ -101,14 +101,18 @@ class GridCosts:
                 for cost in self.table.options[step]
             ]
             rows.sort(key=lambda row: (row.need, row.seconds))
-            return [row for i, row in enumerate(rows) if all(row.seconds < other.seconds for other in rows[:i])]
+            return [
+                row for i, row in enumerate(rows) if all(row.seconds < other.seconds for other in rows[:i])
+            ]
 
         return self.cached(("discarded", id(self.table.options[step])), make)
 
     def fresh(self, steps: range) -> int:
         """Units of the state tensors that those steps make."""
         made = self._writes[steps.stop]
-        return sum(self.units(size) for name, size in self.table.state_bytes.items() if made[name] >= steps.start)
+        return sum(
+            self.units(size) for name, size in self.table.state_bytes.items() if made[name] >= steps.start
+        )
 
     def exit(self, steps: range, which: Pass) -> int:
         """Units that a checkpoint over those steps leaves behind.

@@ -1,0 +1,98 @@
+"""How close predictions are: predicted against the allocator's measured peak, over a grid of plans.
+
+    python -m experiments.accuracy
+
+Sizes that do not divide, one to six blocks, two dtypes, dropout on and off, four budgets each from
+the least feasible up. Ratios are of activations: static bytes are excluded from both sides.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model.config import EvoformerConfig, InputShape
+from planner.plan import write_json
+from planner.planning import Costed, cost_problem, solve
+from planner.problem import Problem
+from planner.schedule import depth
+from planner.solvers import Frontier
+from planner.verify import verify_plan
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+NARROW = EvoformerConfig(c_m=64, c_z=64)
+WIDE = EvoformerConfig()
+# (config, blocks, s, r, dtype, dropout)
+GRID = [
+    (NARROW, 1, 37, 41, "float32", True),
+    (NARROW, 4, 29, 53, "float32", False),
+    (NARROW, 6, 19, 47, "float32", True),
+    (WIDE, 2, 13, 37, "float32", False),
+    (NARROW, 2, 31, 59, "bfloat16", True),
+    (NARROW, 5, 23, 43, "bfloat16", False),
+    (WIDE, 3, 17, 35, "bfloat16", True),
+]
+SHARES = (0.0, 0.3, 0.6, 0.9)  # of the way from the least to the most, on a logarithmic scale
+
+
+def rows(case: tuple) -> list[dict]:
+    """The four plans of one case, measured."""
+    config, blocks, s, r, dtype, dropout = case
+    config = replace(config, n_block=blocks)
+    config = config if dropout else config.with_dropout(0.0)
+    problem = Problem(model="custom", config=config, shape=InputShape(s, r), dtype=dtype)
+    costed = cost_problem(problem)
+    budgets = Frontier(costed.table).budgets(101)
+    found = []
+    for share in SHARES:
+        budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
+        asked = Costed(
+            problem.model_copy(update={"budget_bytes": budget}),
+            costed.stack, costed.device, costed.table, costed.static,
+        )  # fmt: skip
+        plan = solve(asked)
+        result = verify_plan(None, plan, repeats=1)
+        predicted = result.predicted_peak_bytes - result.static_bytes
+        measured = result.measured_peak_bytes - result.static_bytes
+        found.append(
+            {
+                "blocks": blocks, "c_m": config.c_m, "s": s, "r": r, "dtype": dtype, "dropout": dropout,
+                "depth": depth(plan.sequence()),
+                "predicted_bytes": predicted,
+                "measured_bytes": measured,
+                "ratio": measured / predicted,
+                "max_gradient_error": result.max_gradient_error,
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> int:
+    """Print the table, write it as JSON; 0 if every ratio lies in 0.98 to 1."""
+    console = Console(width=110)
+    table = Table(
+        "blocks", "c_m", "s", "r", "dtype", "dropout", "depth", "predicted", "measured", "ratio", "gradients"
+    )
+    everything = []
+    for case in GRID:
+        for row in rows(case):
+            everything.append(row)
+            table.add_row(
+                *(str(row[key]) for key in ("blocks", "c_m", "s", "r", "dtype", "dropout", "depth")),
+                f"{row['predicted_bytes'] / 1e6:.2f} MB", f"{row['measured_bytes'] / 1e6:.2f} MB",
+                f"{row['ratio']:.4f}", f"{row['max_gradient_error']:.1e}",
+            )  # fmt: skip
+    console.print(table)
+    ratios = [row["ratio"] for row in everything]
+    console.print(f"{len(ratios)} runs, measured / predicted from {min(ratios):.4f} to {max(ratios):.4f}")
+    write_json(RESULTS, {"torch": torch.__version__, "backend": "cpu-allocator", "runs": everything})
+    return 0 if min(ratios) >= 0.98 and max(ratios) <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
