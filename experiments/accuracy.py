@@ -80,6 +80,7 @@ def main() -> int:
     )
     everything = []
     for case in GRID:
+        print(f"{case[1]} blocks, s={case[2]}, r={case[3]}, {case[4]} ...", file=sys.stderr, flush=True)
         for row in rows(case):
             everything.append(row)
             table.add_row(

@@ -311,14 +311,18 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{error.format_message()} (see evoplan --help)", BAD_INPUT)
     except click.exceptions.Abort:
         _fail("interrupted", 130)
+    except MemoryError:
+        _fail(
+            "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
+            CHECK_FAILED,
+        )
     except (ValueError, OSError) as error:
         from pydantic import ValidationError
 
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            _fail(
-                f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", BAD_INPUT
-            )
+            where = "".join(f"{part}: " for part in first["loc"])
+            _fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
         least = getattr(error, "least_feasible_bytes", None)
         if least is not None:
             _fail(f"{error} = {format_size(least)}", INFEASIBLE)

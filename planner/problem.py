@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cost_model.devices import DTYPES
 from model.config import EvoformerConfig, InputShape
@@ -40,6 +40,18 @@ class Problem(BaseModel):
         if value not in DTYPES:
             raise ValueError(f"unknown dtype {value!r}; choose one of: {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> Problem:
+        # The largest tensors: attention weights, the outer product, a transition's hidden layer.
+        c, (s, r, b) = self.config, (self.shape.n_seq, self.shape.n_res, self.shape.batch)
+        heads = max(c.n_head_msa, c.n_head_pair) * c.c_head
+        widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
+        if b * max(s, r) ** 2 * r * widest > 2**58:
+            raise ValueError(
+                f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
+            )
+        return self
 
     @property
     def training(self) -> bool:

@@ -74,6 +74,7 @@ def test_help_does_not_load_torch() -> None:
         ["plan", "--model", "alphafold9"],
         ["plan", "--n-seq", "0"],
         ["plan", "--n-res", "-3"],
+        ["plan", "--n-seq", "1000000000", "--n-res", "1000000"],
         ["plan", "--memory", "lots"],
         ["plan", "--memory", "0"],
         ["plan", "--dtype", "int8"],
