@@ -200,6 +200,9 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
     from planner.plot import plot_sweep
     from planner.report import print_sweep
 
+    if not problem.training:
+        raise ValueError("sweep is for training: in inference only chunks trade time for memory; use plan")
+
     costed = _costed(problem.model_copy(update={"budget_bytes": None}))
     with _progress("solving") as update:
         document = sweep_frontier(costed, points, update)
