@@ -157,10 +157,6 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         count: how many budgets, evenly spaced on a logarithmic scale.
         progress: called before each.
     """
-    if not costed.problem.training:
-        raise ValueError(
-            "sweep is for training: in inference nothing is traded for time but chunks; use plan"
-        )
     frontier = Frontier(costed.table)
     points = []
     for budget in frontier.budgets(count):
