@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cost_model import measure
+from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.evoformer import EvoformerStack
 from model.execution import sampled_pieces
@@ -73,7 +74,8 @@ def simulate_plan(plan: Plan) -> Verification:
     problem = plan.problem
     where = device_named(problem.device)
     dtype = getattr(torch, problem.dtype)
-    with fake_tensors(), Trace(where.block_bytes) as trace, sampled_pieces(trace):
+    scratch = CpuScratch() if where.name == "cpu" else None
+    with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         stack = fake_copy(empty_stack(problem.config), dtype)
         before = trace.live_bytes
         step = _Step(PlannedModule(stack, plan.sequence()), plan, dtype, "cpu")
