@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from cost_model.devices import Device
+from cost_model.liveness import INPUT, Liveness, Version
 from cost_model.roofline import seconds
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, Work, fake_copy, fake_tensors
-from model.chain import Chain, Step, reads_from_outside
+from model.chain import Chain, Step
 from model.config import InputShape
 from model.evoformer import mask_constants
 from model.execution import record, run_discarded, sampled_pieces
@@ -33,8 +35,8 @@ class StepCost:
     Attributes:
         forward_bytes: peak of a forward that is recorded for backward, its new target included.
         preserved_bytes: held from the end of that forward to its backward, without the new target.
-        backward_bytes: peak of its backward: what is preserved, the gradients of the whole state
-            (which are live all the while) and the workspace.
+        backward_bytes: peak of its backward: what is preserved, the gradients that are live there
+            (of all state that later steps read) and the workspace.
         discard_bytes: peak of a forward that keeps nothing, its new target included.
         forward_seconds, backward_seconds: time of either; backward includes what it recomputes.
     """
@@ -70,6 +72,7 @@ class CostTable:
         state_bytes: size of each state tensor; a gradient has the size of its tensor.
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
         training: False where nothing is preserved.
+        outputs: state tensors that are wanted at the end; None for all.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -78,20 +81,25 @@ class CostTable:
     state_bytes: Mapping[str, int]
     loss_bytes: int
     training: bool
+    outputs: tuple[str, ...] | None = None
 
-    @property
+    @cached_property
     def targets(self) -> tuple[str, ...]:
         """For each step, the state tensor it rewrites."""
         return tuple(names[0] for names in self.step_reads)
 
-    def reads(self, span: range) -> tuple[str, ...]:
-        """The state tensors that consecutive steps read and did not make themselves."""
-        return reads_from_outside(self.step_reads[step] for step in span)
+    @cached_property
+    def liveness(self) -> Liveness:
+        """Who holds which version of the state."""
+        return Liveness(self.step_reads, self.outputs)
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Gradients of the whole state, live throughout backward."""
-        return sum(self.state_bytes.values())
+    def bytes_of(self, versions: Iterable[Version]) -> int:
+        """Size of some versions of the state; the chain's inputs are not its own and count nothing."""
+        return sum(self.state_bytes[name] for name, maker in versions if maker != INPUT)
+
+    def gradient_bytes(self, position: int) -> int:
+        """Gradients that are live while backward stands before step `position`."""
+        return sum(self.state_bytes[version.tensor] for version in self.liveness.alive(position))
 
 
 def offered_strategies(submodule: Submodule, shapes: Mapping[str, Sequence[int]]) -> list[Strategy]:

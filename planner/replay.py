@@ -7,16 +7,17 @@ It moves through the same phases as the executor and counts what is held: versio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from cost_model.costs import CostTable, StepCost
+from cost_model.liveness import Version
 from model.strategy import Strategy
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
 
 Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward"]
-INPUT = -1  # the maker of the state that the chain starts from
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Replay:
     moments: tuple[Moment, ...]
     output_bytes: int
 
-    @property
+    @cached_property
     def peak(self) -> Moment:
         """The moment at which the most is live."""
         return max(self.moments, key=lambda moment: moment.peak_bytes)
@@ -77,24 +78,26 @@ def replay(schedule: Sequence, table: CostTable) -> Replay:
     return _Machine(table).run(schedule)
 
 
-Versions = Mapping[str, int]  # of each state tensor: the step that made it
-
-
 @dataclass
 class _Record:
     """What one part holds between its forward and its backward."""
 
     part: Run | Checkpoint
-    entry: Versions
+    entry: tuple[Version, ...]
     bytes: int = 0
 
 
 @dataclass
 class _Machine:
+    """The state is a version of each tensor that is still needed; runs make versions of their own.
+
+    A tensor made again on a redo is another tensor, so makers are counted through: the n-th run's.
+    """
+
     table: CostTable
     held_bytes: int = 0
     moments: list[Moment] = field(default_factory=list)
-    holders: Counter[tuple[str, int]] = field(default_factory=Counter)
+    holders: Counter[Version] = field(default_factory=Counter)
     costs: list[dict[Strategy, StepCost]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,21 +105,17 @@ class _Machine:
 
     def run(self, schedule: Sequence) -> Replay:
         table = self.table
-        entry = dict.fromkeys(table.state_bytes, INPUT)
+        state = {version.tensor: version for version in table.liveness.alive(0)}
+        self.keep(state.values())
         if not table.training:
-            self.keep(entry)
-            self.discard(all_runs(schedule), entry, "discard")
-            return Replay(tuple(self.moments), self.made_bytes(entry))
+            self.discard(all_runs(schedule), state, "discard")
+            return Replay(tuple(self.moments), table.bytes_of(state.values()))
         records: list[_Record] = []
-        state = self.forward(schedule, entry, records, redo=False)
+        self.forward(schedule, state, records, redo=False)
         self.moment("loss", None, table.loss_bytes, 0.0)
         while records:
             self.backward(records)
-        return Replay(tuple(self.moments), self.made_bytes(state))
-
-    def made_bytes(self, state: Versions) -> int:
-        """Bytes of the state tensors that the chain made."""
-        return sum(self.table.state_bytes[name] for name, maker in state.items() if maker != INPUT)
+        return Replay(tuple(self.moments), table.bytes_of(state.values()))
 
     def cost(self, run: Run) -> StepCost:
         try:
@@ -127,39 +126,39 @@ class _Machine:
     def moment(self, phase: Phase, step: int | None, extra_bytes: int, seconds: float) -> None:
         self.moments.append(Moment(phase, step, self.held_bytes, self.held_bytes + extra_bytes, seconds))
 
-    def keep(self, versions: Versions) -> None:
-        for version in versions.items():
+    def keep(self, versions: Iterable[Version]) -> None:
+        for version in versions:
             self.holders[version] += 1
-            if self.holders[version] == 1 and version[1] != INPUT:
-                self.held_bytes += self.table.state_bytes[version[0]]
+            if self.holders[version] == 1:
+                self.held_bytes += self.table.bytes_of([version])
 
-    def release(self, versions: Versions) -> None:
-        for version in versions.items():
+    def release(self, versions: Iterable[Version]) -> None:
+        for version in versions:
             self.holders[version] -= 1
-            if self.holders[version] == 0 and version[1] != INPUT:
-                self.held_bytes -= self.table.state_bytes[version[0]]
+            if self.holders[version] == 0:
+                self.held_bytes -= self.table.bytes_of([version])
 
-    def advance(self, state: dict[str, int], step: int, fresh: int) -> None:
-        """The step's new target takes the place of the old one as the current version."""
+    def advance(self, state: dict[str, Version], step: int) -> None:
+        """The step's new target takes the place of the old one; what nobody reads any longer goes."""
         target = self.table.targets[step]
-        self.keep({target: fresh})
-        self.release({target: state[target]})
+        fresh = Version(target, len(self.moments))
+        self.keep([fresh])
+        self.release([state[target]])
         state[target] = fresh
+        self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
 
-    def discard(self, runs: Iterable[Run], state: dict[str, int], phase: Phase) -> None:
+    def discard(self, runs: Iterable[Run], state: dict[str, Version], phase: Phase) -> None:
         for run in runs:
             cost = self.cost(run)
             self.moment(phase, run.step, cost.discard_bytes, cost.forward_seconds)
-            self.advance(state, run.step, len(self.moments))  # a version of its own at every run
+            self.advance(state, run.step)
 
-    def forward(self, body: Sequence, entry: Versions, records: list[_Record], redo: bool) -> dict[str, int]:
-        """Run `body`, leaving a record of each part; the caller owns the current versions returned."""
-        state = dict(entry)
-        self.keep(state)
-        live_gradients = self.table.gradient_bytes if redo else 0
+    def forward(self, body: Sequence, state: dict[str, Version], records: list[_Record], redo: bool) -> None:
+        """Run `body` from a state that is the caller's, leaving a record of each part."""
+        live_gradients = self.table.gradient_bytes(body.span.stop) if redo else 0
         for part in body.parts:
-            names = self.table.reads(part.span)
-            record = _Record(part, {name: state[name] for name in names})
+            entry = self.table.liveness.entry(part.span)
+            record = _Record(part, tuple(state[version.tensor] for version in entry))
             self.keep(record.entry)
             records.append(record)
             if not needs_forward(part, body, redo):
@@ -174,16 +173,17 @@ class _Machine:
                 )
                 record.bytes = cost.preserved_bytes
                 self.held_bytes += record.bytes
-                self.advance(state, part.step, len(self.moments))
+                self.advance(state, part.step)
             self.held_bytes -= live_gradients
-        return state
 
     def backward(self, records: list[_Record]) -> None:
         record = records.pop()
         if isinstance(record.part, Checkpoint):
             inner: list[_Record] = []
-            state = self.forward(record.part.body, record.entry, inner, redo=True)
-            self.release(state)
+            state = {version.tensor: version for version in record.entry}
+            self.keep(state.values())
+            self.forward(record.part.body, state, inner, redo=True)
+            self.release(state.values())
             self.release(record.entry)
             while inner:
                 self.backward(inner)

@@ -6,8 +6,7 @@ Nothing here is taken from the solvers. Two judges say what a schedule needs:
 each at least as high, under which the least time is a function of the memory left alone:
   - the outputs are held all the while, and what a discarding run makes of them is held twice;
   - a new target is held until the backward of its maker (or of the checkpoint that made it) begins,
-    even where its last reader is done before; but nobody keeps that of the last part of a redo;
-  - past the first group of a checkpoint, its discarding pass holds the whole state anew.
+    even where its last reader is done before; but nobody keeps that of the last part of a redo.
 """
 
 from __future__ import annotations
@@ -94,6 +93,7 @@ def by_charges(schedule: Sequence, table: CostTable) -> Judged:
     costs = [{cost.strategy: cost for cost in options} for options in table.options]
     outputs = {max(i for i, name in enumerate(table.targets) if name == target) for target in table.targets}
     peaks, discards, seconds = [0], [], 0.0
+    gradient_bytes = sum(table.state_bytes.values())  # every tensor of these chains is an output
 
     def size(step: int) -> int:
         return table.state_bytes[table.targets[step]]
@@ -102,15 +102,13 @@ def by_charges(schedule: Sequence, table: CostTable) -> Judged:
         return {table.targets[step]: step for step in span}
 
     def first_pass(span: range, held: int) -> None:
-        first_group = next(group for group in table.groups if span.start in group)
         for step in span:
-            fresh = made(range(span.start, step)) if step in first_group else set(table.targets)
-            discards.append((step, held + sum(table.state_bytes[name] for name in fresh)))
+            discards.append((step, held + sum(map(size, made(range(span.start, step)).values()))))
 
     def body(parts: Body, held: int, redo: bool) -> int:
         """Charge a sequence that starts with `held`; returns what is held after its forward."""
         nonlocal seconds
-        gradients = table.gradient_bytes if redo else 0
+        gradients = gradient_bytes if redo else 0
         for number, part in enumerate(parts):
             last = redo and number == len(parts) - 1
             if isinstance(part, Checkpoint):

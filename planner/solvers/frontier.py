@@ -51,7 +51,7 @@ class Frontier:
 
     def __post_init__(self) -> None:
         table = self.table
-        self.output_bytes = sum(table.state_bytes[name] for name in set(table.targets))
+        self.output_bytes = table.bytes_of(table.liveness.outputs)
         # More than it takes to keep everything is of no use.
         self._everything = Sequence(tuple(Run(step, WHOLE) for step in range(len(table.options))))
         self._most = replay(self._everything, table)
@@ -150,17 +150,15 @@ def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:
     Raises:
         InfeasibleError: some step fits under no strategy.
     """
-    made: dict[str, int] = {}
     runs, least = [], []
     for step, options in enumerate(table.options):
-        held = sum(made.values())
+        held = table.bytes_of(table.liveness.alive(step))
         least.append(Run(step, min(options, key=lambda cost: cost.discard_bytes).strategy))
         fitting = [
             cost for cost in options if budget_bytes is None or held + cost.discard_bytes <= budget_bytes
         ]
         if fitting:
             runs.append(Run(step, min(fitting, key=lambda cost: cost.forward_seconds).strategy))
-        made[table.targets[step]] = table.state_bytes[table.targets[step]]
     if len(runs) < len(table.options):
         raise InfeasibleError(budget_bytes or 0, replay(Sequence(tuple(least)), table))
     return Sequence(tuple(runs))

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_model.costs import CostTable
+from cost_model.liveness import Version
 from model.strategy import Strategy
 
 Times = NDArray[np.float64]  # seconds by memory left, in grid units; inf where it does not fit
 
 
-class Pass(Enum):
-    """Where a step is recorded: on the first pass, or on a redo, when gradients are live as well."""
+class Pass(NamedTuple):
+    """Where a step is recorded: on the first pass, or on a redo, when gradients are live as well.
 
-    FIRST = "first"
-    REDO = "redo"
+    Attributes:
+        redo: False on the first pass.
+        gradients: units of gradients that are live while forward runs.
+    """
+
+    redo: bool = False
+    gradients: int = 0
+
+
+FIRST = Pass()
 
 
 class Recorded(NamedTuple):
@@ -40,56 +48,74 @@ class Discarded(NamedTuple):
 
 
 class GridCosts:
-    """A cost table in units of `unit_bytes`, for budgets of up to `size - 1` units."""
+    """A cost table in units of `unit_bytes`, for budgets of up to `size - 1` units.
 
-    def __init__(self, table: CostTable, unit_bytes: int, size: int) -> None:
-        self.table, self.unit_bytes, self.size = table, unit_bytes, size
+    Args:
+        optimistic: round down instead of up. Every schedule that fits then fits here, so least times
+            are lower bounds.
+    """
+
+    def __init__(self, table: CostTable, unit_bytes: int, size: int, optimistic: bool = False) -> None:
+        self.table, self.unit_bytes, self.size, self.optimistic = table, unit_bytes, size, optimistic
+        self.liveness = table.liveness
         self.kinds = _kinds(table)
-        self.gradients = self.units(table.gradient_bytes)
-        self.targets = table.targets
-        self._writes = _last_writes(self.targets, table.state_bytes)
-        self._outputs = self._writes[-1]  # the steps that make the outputs
-        self.everything = self.fresh(range(len(self.targets)))
-        self._cache: dict[tuple, object] = {}
+        self._state_units = {name: self.units(size) for name, size in table.state_bytes.items()}
+        self._outputs = set(self.liveness.outputs)
+        self._cache: dict[tuple, Any] = {}
 
     def units(self, size_bytes: int) -> int:
-        """Grid units that hold so many bytes."""
-        return -(-size_bytes // self.unit_bytes)
+        """Grid units for so many bytes."""
+        return size_bytes // self.unit_bytes if self.optimistic else -(-size_bytes // self.unit_bytes)
 
-    def cached(self, key: tuple, make: Callable[[], object]) -> object:
+    def state_units(self, versions: Iterable[Version]) -> int:
+        """Grid units of versions of the state."""
+        return sum(self._state_units[version.tensor] for version in versions)
+
+    def outputs_of(self, group: int) -> tuple[int, ...]:
+        """The places in a group of steps that make an output."""
+        steps = self.table.groups[group]
+        return self.cached(
+            ("outputs", group),
+            lambda: tuple(sorted(v.maker - steps.start for v in self._outputs if v.maker in steps)),
+        )
+
+    def redo(self, position: int) -> Pass:
+        """The second run of steps that end before `position`."""
+        return self.cached(
+            ("redo", position), lambda: Pass(True, self.state_units(self.liveness.alive(position)))
+        )
+
+    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
         """The value made once for this key."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
-    def live(self, which: Pass) -> int:
-        """Units of gradients that are live while forward runs."""
-        return self.gradients if which is Pass.REDO else 0
-
     def recorded(self, step: int, which: Pass, ends_redo: bool) -> list[Recorded]:
         """The undominated strategies of a recorded step; `ends_redo` where nobody reads its target."""
         table = self.table
-        target = self.targets[step]
-        output = which is Pass.FIRST and self._outputs[target] == step
+        (made,) = self.liveness.graph.successors(step)
+        output = not which.redo and made in self._outputs
+        needed = made in self.liveness.alive(step + 1)
 
         def make() -> list[Recorded]:
-            new = table.state_bytes[target]
+            new = table.state_bytes[made.tensor]
             rows = []
             for cost in table.options[step]:
-                forward, preserved = cost.forward_bytes, cost.preserved_bytes + new
+                forward, preserved = cost.forward_bytes, cost.preserved_bytes + new * needed
                 seconds = cost.forward_seconds + cost.backward_seconds
                 if output:  # held in any case, and counted with the inputs
                     forward, preserved = forward - new, preserved - new
                 if ends_redo and cost.strategy.kind != "whole":  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds
-                need = self.units(forward) + (self.live(which) if forward else 0)
+                need = self.units(forward) + (which.gradients if forward else 0)
                 kept = self.units(preserved)
                 rows.append(
                     Recorded(max(need, self.units(cost.backward_bytes), kept), kept, seconds, cost.strategy)
                 )
             return _undominated(rows)
 
-        key = ("recorded", id(table.options[step]), target, which, ends_redo, output)
+        key = ("recorded", id(table.options[step]), made.tensor, which, ends_redo, output, needed)
         return self.cached(key, make)
 
     def discarded(self, step: int) -> list[Discarded]:
@@ -107,72 +133,65 @@ class GridCosts:
 
         return self.cached(("discarded", id(self.table.options[step])), make)
 
-    def fresh(self, steps: range) -> int:
-        """Units of the state tensors that those steps make."""
-        made = self._writes[steps.stop]
-        return sum(
-            self.units(size) for name, size in self.table.state_bytes.items() if made[name] >= steps.start
-        )
-
     def exit(self, steps: range, which: Pass) -> int:
         """Units that a checkpoint over those steps leaves behind.
 
         Outputs are counted with the inputs, but a redo makes its own beside them.
         """
-        made = self._writes[steps.stop]
-        return sum(
-            self.units(size)
-            for name, size in self.table.state_bytes.items()
-            if made[name] >= steps.start and (which is Pass.REDO or made[name] != self._outputs[name])
-        )
 
-    def discard_pass(self, group: int, start: int, stop: int, entered_fresh: bool, which: Pass) -> Times:
+        def make() -> int:
+            made = self.liveness.made(steps.start, steps.stop)
+            return self.state_units(v for v in made if which.redo or v not in self._outputs)
+
+        return self.cached(("exit", steps.start, steps.stop, which.redo), make)
+
+    def discard_pass(self, group: int, start: int, stop: int, made: frozenset[str], which: Pass) -> Times:
         """Least time of a discarding pass over steps of one group, by memory left.
 
         Args:
-            entered_fresh: the whole state at its start was made inside the checkpoint.
+            made: tensors whose version at its start was made inside the checkpoint.
         """
         steps = self.table.groups[group][start:stop]
 
         def make() -> Times:
             total = np.zeros(self.size)
             for step in steps:
-                held = self.everything if entered_fresh else self.fresh(range(steps.start, step))
+                held = self.state_units(
+                    v for v in self.liveness.alive(step) if v.maker >= steps.start or v.tensor in made
+                )
                 times = np.full(self.size, np.inf)
                 for row in self.discarded(step):
-                    times[self.live(which) + held + row.need :] = row.seconds
+                    times[which.gradients + held + row.need :] = row.seconds
                 total += times
             return total
 
-        return self.cached(("pass", self.kinds[group], start, stop, entered_fresh, which), make)
+        return self.cached(("pass", self.kinds[group], start, stop, made, which), make)
 
     def discard_strategies(self, steps: range, memory: int, which: Pass) -> tuple[Strategy, ...]:
         """Each step's fastest strategy in a discarding pass within `memory` units."""
         strategies = []
         for step in steps:
-            left = memory - self.live(which) - self.fresh(range(steps.start, step))
+            held = self.state_units(self.liveness.made(steps.start, step))
+            left = memory - which.gradients - held
             fitting = [row for row in self.discarded(step) if row.need <= left]
             strategies.append(min(fitting, key=lambda row: row.seconds).strategy)
         return tuple(strategies)
 
 
 def _kinds(table: CostTable) -> list[int]:
-    """A number for each group, equal where groups cost the same."""
+    """A number for each group, equal where groups cost the same on a redo."""
+    alive = [tuple(v.tensor for v in table.liveness.alive(i)) for i in range(len(table.options) + 1)]
     numbers: dict[tuple, int] = {}
     return [
         numbers.setdefault(
-            tuple((id(table.options[step]), table.step_reads[step]) for step in group), len(numbers)
+            (
+                tuple((id(table.options[step]), table.step_reads[step]) for step in group),
+                tuple(alive[group.start : group.stop + 1]),
+            ),
+            len(numbers),
         )
         for group in table.groups
     ]
-
-
-def _last_writes(targets: tuple[str, ...], names: Iterable[str]) -> list[dict[str, int]]:
-    """For each position of the chain, the last step before it that wrote each tensor; -1 for none."""
-    writes = [dict.fromkeys(names, -1)]
-    for step, target in enumerate(targets):
-        writes.append({**writes[-1], target: step})
-    return writes
 
 
 def _undominated(rows: list[Recorded]) -> list[Recorded]:
