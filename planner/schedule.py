@@ -7,6 +7,7 @@ Everything else interprets it: the replay costs it, the executor runs it, the re
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class Sequence:
 
 
 Schedule = Sequence
+
+
+def allow_depth(groups: int) -> None:
+    """Let Python recurse as deep as checkpoints over so many groups may nest; functions of schedules do."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 8 * groups))
 
 
 def depth(schedule: Sequence) -> int:

@@ -17,21 +17,19 @@ schedule never exceeds its budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cost_model.costs import CostTable
 from model.strategy import Strategy
 from planner.schedule import Checkpoint, Run, Sequence
 from planner.solvers.grid import FIRST, GridCosts, Pass, Times
+from planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 Parts = list[Run | Checkpoint]
 
-SAMPLES = 64  # points of the grid at which checkpoints over many groups are compared first
 READ_CACHE = 128  # ways through a group that are kept while schedules are read off
 
 
@@ -74,65 +72,6 @@ class _Choice:
         return then[memory - self.preserved] + addend
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """Checkpoints over whole groups from one group on, a row for each end.
-
-    The k-th costs sum(passes[: k + 1]) + redo[redo_rows[k]] + after[after_rows[k]](M - kept[k]).
-    """
-
-    ends: range
-    passes: list[Times]
-    kept: NDArray[np.int64]
-    redo: NDArray[np.float64]
-    redo_rows: NDArray[np.int64]
-    after: NDArray[np.float64]
-    after_rows: NDArray[np.int64]
-
-    def sampled(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Their times with so much memory left: a row for each end, a column for each point."""
-        left = points - self.kept[:, None]
-        times = self.after[self.after_rows[:, None], np.maximum(left, 0)]
-        times[left < 0] = np.inf
-        times += self.redo[self.redo_rows[:, None], points]
-        times += np.cumsum([discard[points] for discard in self.passes], axis=0)
-        return times
-
-    def relax(self, best: Times, points: NDArray[np.int64]) -> None:
-        """Lower `best` wherever one of them is faster.
-
-        Times fall with memory. So between two points a checkpoint that is no faster at the second than
-        the best of all is at the first cannot win, and is not looked at.
-        """
-        sampled = self.sampled(points)
-        fastest = sampled.argmin(axis=0)
-        bound = np.minimum(best[points], sampled[fastest, np.arange(len(points))])
-        wins = sampled[:, 1:] < bound[:-1]
-        wins[fastest[:-1], np.arange(len(points) - 1)] = True
-        discard, summed = np.zeros_like(best), 0
-        for k in np.flatnonzero(wins.any(axis=1)):
-            blocks = np.flatnonzero(wins[k])
-            start, stop = max(points[blocks[0]], self.kept[k]), points[blocks[-1] + 1]
-            stop += stop == len(best) - 1
-            if stop <= start:
-                continue
-            discard, summed = _sum_up(self.passes, discard, summed, int(k) + 1)
-            times = discard[start:stop] + self.redo[self.redo_rows[k], start:stop]
-            times += self.after[self.after_rows[k], start - self.kept[k] : stop - self.kept[k]]
-            np.minimum(best[start:stop], times, out=best[start:stop])
-
-
-def _sum_up(passes: list[Times], total: Times, start: int, stop: int) -> tuple[Times, int]:
-    """total + sum(passes[start:stop]), and stop; equal neighbours are multiplied."""
-    while start < stop:
-        end = start + 1
-        while end < stop and passes[end] is passes[start]:
-            end += 1
-        total = total + (end - start) * passes[start]
-        start = end
-    return total, stop
-
-
 @dataclass
 class Program:
     """The recurrence on one grid: all budgets of up to `units * unit_bytes`.
@@ -156,18 +95,34 @@ class Program:
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
-        self._points = np.unique(np.linspace(0, self.units, SAMPLES + 1).astype(np.int64))
+        self._over_groups = SegmentCosts(self.costs)
         count, self._numbers = number_segments(self.costs.kinds)
+        groups = self.table.groups
+        points = sample_points(self.size, len(groups))
+        shift = self.costs.exit(groups[0], Pass(redo=True))  # what most checkpoints keep
+
+        def times_table(rows: int) -> TimesTable:
+            return TimesTable(rows, self.size, points, shift)
+
         depths = [None] if self.max_depth is None else range(self.max_depth)
-        self._redo = {depth: np.empty((count, self.size)) for depth in depths}
+        passes = {FIRST, *(self.costs.redo(group.stop) for group in groups)}
+        self._redo = {depth: times_table(count) for depth in depths}
+        # A discarding pass and a redo together, by the pass that they are part of.
+        self._twice = {(depth, which): times_table(count) for depth in depths for which in passes}
+        self._first = times_table(len(groups) + 1)
         for depth in depths:
             self._solve_redo(depth)
-        self._first = self._solve_first()
+        self._solve_first()
 
     @property
     def times(self) -> Times:
         """Least seconds of the whole chain, by budget in grid units."""
-        return self._first[0]
+        return self._first.rows[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tables."""
+        return sum(table.rows.nbytes for table in (self._first, *self._redo.values(), *self._twice.values()))
 
     # The recurrence inside one group. A redo that ends with the group has nothing `after` it.
 
@@ -221,61 +176,48 @@ class Program:
 
     # The recurrence over groups.
 
-    def _segments(
-        self,
-        group: int,
-        last: int,
-        which: Pass,
-        depth: Depth,
-        after: NDArray[np.float64],
-        row: Callable[[int], int],
-    ) -> _Segments:
-        """Checkpoints over whole groups, from `group` to each end up to `last`.
-
-        Args:
-            after, row: what follows each end, as a row of a table.
-        """
-        groups, costs, targets = self.table.groups, self.costs, self.table.targets
-        ends = range(group + 1, last + 1)
-        passes, made = [], frozenset[str]()
-        for end in ends:
-            steps = groups[end - 1]
-            passes.append(costs.discard_pass(end - 1, 0, len(steps), made, which))
-            if len(made) < len(self.table.state_bytes):
-                made = made.union(targets[step] for step in steps)
-        kept = [costs.exit(range(groups[group].start, groups[end - 1].stop), which) for end in ends]
-        return _Segments(
-            ends,
-            passes,
-            np.array(kept, np.int64),
-            self._redo[_below(depth)],
-            np.array([self._numbers[end][group] for end in ends], np.int64),
-            after,
-            np.array([row(end) for end in ends], np.int64),
-        )
-
-    def _redo_segments(self, group: int, end: int, depth: Depth) -> _Segments | None:
+    def _redo_segments(self, group: int, end: int, depth: Depth) -> Segments | None:
+        """Checkpoints from `group` on, within a redo that ends before group `end`."""
         if depth == 0 or end == group + 1:
             return None
-        which, numbers = self.costs.redo(self.table.groups[end - 1].stop), self._numbers[end]
-        return self._segments(group, end - 1, which, depth, self._redo[depth], numbers.__getitem__)
+        which = self.costs.redo(self.table.groups[end - 1].stop)
+        after_rows = self._numbers[group + 1 : end, end]
+        return self._segments(group, end - 1, which, depth, self._redo[depth], after_rows)
 
-    def _first_segments(self, group: int) -> _Segments | None:
+    def _first_segments(self, group: int) -> Segments | None:
+        """Checkpoints from `group` on, on the first pass."""
         if self.max_depth == 0:
             return None
         last = len(self.table.groups)
-        return self._segments(group, last, FIRST, self.max_depth, self._first, lambda end: end)
+        return self._segments(group, last, FIRST, self.max_depth, self._first, np.arange(group + 1, last + 1))
+
+    def _segments(
+        self, group: int, last: int, which: Pass, depth: Depth, after: TimesTable, after_rows: Integers
+    ) -> Segments:
+        return Segments(
+            range(group + 1, last + 1),
+            self._over_groups.kept(group, last, which),
+            self._twice[_below(depth), which],
+            self._numbers[group, group + 1 : last + 1],
+            after,
+            after_rows,
+        )
 
     def _redo_of(self, group: int, end: int, depth: Depth) -> Times:
-        return self._redo[depth][self._numbers[end][group]]
+        return self._redo[depth].rows[self._numbers[group, end]]
 
     def _solve_redo(self, depth: Depth) -> None:
         done: set[int] = set()
         for end in range(1, len(self.table.groups) + 1):
             for group in reversed(range(end)):
-                number = self._numbers[end][group]
+                number = int(self._numbers[group, end])
                 if number not in done:
-                    self._redo[depth][number] = self._redo_from(group, end, depth)
+                    times = self._redo_from(group, end, depth)
+                    self._redo[depth].fill(number, times)
+                    for (level, which), table in self._twice.items():
+                        if level == depth:
+                            discard = self._over_groups.discard_pass(group, end, which)
+                            table.fill(number, times + discard)
                     done.add(number)
 
     def _redo_from(self, group: int, end: int, depth: Depth) -> Times:
@@ -287,21 +229,21 @@ class Program:
         best = self._through(group, size, after, which, False, depth)[0]
         segments = self._redo_segments(group, end, depth)
         if segments is not None:
-            segments.relax(best, self._points)
+            segments.relax(best)
         return best
 
-    def _solve_first(self) -> NDArray[np.float64]:
+    def _solve_first(self) -> None:
         groups = self.table.groups
-        self._first = np.full((len(groups) + 1, self.size), np.inf)
-        self._first[-1, self.costs.units(self.table.loss_bytes) :] = 0.0
+        done = np.full(self.size, np.inf)
+        done[self.costs.units(self.table.loss_bytes) :] = 0.0
+        self._first.fill(len(groups), done)
         for group in reversed(range(len(groups))):
-            after, size = self._first[group + 1], len(groups[group])
+            after, size = self._first.rows[group + 1], len(groups[group])
             best = self._through(group, size, after, FIRST, False, self.max_depth)[0]
             segments = self._first_segments(group)
             if segments is not None:
-                segments.relax(best, self._points)
-            self._first[group] = best
-        return self._first
+                segments.relax(best)
+            self._first.fill(group, best)
 
     # Reading a schedule off the tables: the same choices, compared at one point.
 
@@ -311,7 +253,7 @@ class Program:
         group, groups = 0, self.table.groups
         while group < len(groups):
             group, memory = self._take(
-                parts, group, memory, self._first[group + 1], self._first_segments(group), FIRST,
+                parts, group, memory, self._first.rows[group + 1], self._first_segments(group), FIRST,
                 self.max_depth,
             )  # fmt: skip
         return Sequence(tuple(parts))
@@ -334,7 +276,7 @@ class Program:
         group: int,
         memory: int,
         after: Times,
-        segments: _Segments | None,
+        segments: Segments | None,
         which: Pass,
         depth: Depth,
     ) -> tuple[int, int]:
@@ -342,7 +284,7 @@ class Program:
         size = len(self.table.groups[group])
         times = self._read_through(group, after, which, depth)
         if segments is not None:
-            spans = segments.sampled(np.array([memory]))[:, 0]
+            spans = segments.at(memory)
             best = int(spans.argmin())
             if spans[best] < times[0][memory]:
                 end = segments.ends[best]
@@ -396,13 +338,12 @@ def _below(depth: Depth) -> Depth:
     return None if depth is None else depth - 1
 
 
-def number_segments(kinds: list[int]) -> tuple[int, list[list[int]]]:
-    """How many different runs of groups there are, and for each end and start the run's number."""
+def number_segments(kinds: list[int]) -> tuple[int, Integers]:
+    """How many different runs of groups there are, and the run's number for each start and end."""
     numbers: dict[tuple[int, int], int] = {}
-    ends = []
+    table = np.full((len(kinds) + 1, len(kinds) + 1), -1)
     for end in range(len(kinds) + 1):
-        starts = [-1] * (end + 1)
+        after = -1
         for group in reversed(range(end)):
-            starts[group] = numbers.setdefault((kinds[group], starts[group + 1]), len(numbers))
-        ends.append(starts)
-    return len(numbers), ends
+            after = table[group, end] = numbers.setdefault((kinds[group], after), len(numbers))
+    return len(numbers), table

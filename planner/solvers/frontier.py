@@ -16,11 +16,13 @@ import numpy as np
 from cost_model.costs import CostTable
 from model.strategy import WHOLE
 from planner.replay import Replay, replay
-from planner.schedule import Run, Sequence
+from planner.schedule import Run, Sequence, allow_depth
 from planner.solvers.dp import Program
+from planner.solvers.grid import Times
 
-UNITS = 12_288  # steps of one grid: rounding costs a schedule at most one unit per preserved part
+UNITS = 8_192  # steps of one grid: rounding costs a schedule at most one unit per preserved part
 SPAN = 4  # each grid's range over the last
+KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
 class InfeasibleError(ValueError):
@@ -47,10 +49,12 @@ class Frontier:
 
     table: CostTable
     max_depth: int | None = None
-    _programs: list[Program] = field(default_factory=list, repr=False)
+    _times: dict[int, Times] = field(default_factory=dict, repr=False)
+    _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # the latest few
 
     def __post_init__(self) -> None:
         table = self.table
+        allow_depth(len(table.groups))
         self.output_bytes = table.bytes_of(table.liveness.outputs)
         # More than it takes to keep everything is of no use.
         self._everything = Sequence(tuple(Run(step, WHOLE) for step in range(len(table.options))))
@@ -61,22 +65,33 @@ class Frontier:
         while self._spans[-1] < self.most_bytes:
             self._spans.append(min(SPAN * self._spans[-1], self.most_bytes))
 
+    def _unit_bytes(self, index: int) -> int:
+        return _unit_bytes(self._spans[index], self.table)
+
     def _program(self, index: int) -> Program:
-        while len(self._programs) <= index:
-            unit = _unit_bytes(self._spans[len(self._programs)], self.table)
-            units = -(-self._spans[len(self._programs)] // unit)
-            self._programs.append(Program(self.table, unit, units, self.max_depth))
+        """The program on one grid; solved anew where it was dropped to save memory."""
+        if index not in self._programs:
+            unit = self._unit_bytes(index)
+            while sum(program.nbytes for program in self._programs.values()) > KEEP_BYTES:
+                del self._programs[next(iter(self._programs))]
+            program = Program(self.table, unit, -(-self._spans[index] // unit), self.max_depth)
+            self._programs[index] = program
+            self._times[index] = program.times.copy()
         return self._programs[index]
 
-    def _answers(self, budget_bytes: int) -> list[tuple[float, Program, int]]:
-        """(seconds, program, memory in its units) of every grid asked for a budget."""
+    def _grid_times(self, index: int) -> Times:
+        """Least seconds on one grid, by budget in its units."""
+        return self._times[index] if index in self._times else self._program(index).times
+
+    def _answers(self, budget_bytes: int) -> list[tuple[float, int, int]]:
+        """(seconds, grid, memory in its units) of every grid asked for a budget."""
         memory = budget_bytes - self.output_bytes
         answers = []
         for index, span in enumerate(self._spans):
-            program = self._program(index)
-            units = min(memory // program.unit_bytes, program.size - 1)
+            times = self._grid_times(index)
+            units = min(memory // self._unit_bytes(index), len(times) - 1)
             if units >= 0:
-                answers.append((float(program.times[units]), program, units))
+                answers.append((float(times[units]), index, units))
             if span >= memory:
                 break
         return answers
@@ -101,8 +116,8 @@ class Frontier:
     def _best(self, budget_bytes: int) -> tuple[float, Callable[[], Sequence]]:
         """Least seconds, and how to read the schedule."""
         found: list[tuple[float, Callable[[], Sequence]]] = [
-            (seconds, partial(program.schedule, units))
-            for seconds, program, units in self._answers(budget_bytes)
+            (seconds, partial(self._read, index, units))
+            for seconds, index, units in self._answers(budget_bytes)
         ]
         # Two schedules whose peaks are known exactly, not rounded up to a grid.
         if budget_bytes >= self._most.peak_bytes:
@@ -112,14 +127,24 @@ class Frontier:
             found.append((self.least_replay.seconds if fits else np.inf, lambda: self.least))
         return min(found, key=lambda answer: answer[0])
 
+    def _read(self, index: int, units: int) -> Sequence:
+        return self._program(index).schedule(units)
+
+    def _least_of_grids(self) -> int:
+        """The least budget of a grid's schedule; a replay of that schedule may find that it needs less."""
+        for index in range(len(self._spans)):
+            feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
+            if feasible.size:
+                return self.output_bytes + int(feasible[0]) * self._unit_bytes(index)
+        return self._most.peak_bytes
+
     @cached_property
     def least(self) -> Sequence:
         """A schedule for the least budget, to the resolution of the first grid that has one."""
         for index in range(len(self._spans)):
-            program = self._program(index)
-            feasible = np.flatnonzero(np.isfinite(program.times))
+            feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
             if feasible.size:
-                return program.schedule(int(feasible[0]))
+                return self._read(index, int(feasible[0]))
         return self._everything
 
     @cached_property
@@ -129,7 +154,7 @@ class Frontier:
 
     def budgets(self, count: int) -> list[int]:
         """Budgets from the least to the largest of any use, evenly spaced on a logarithmic scale."""
-        first, last = self.least_replay.peak_bytes, self._most.peak_bytes
+        first, last = self._least_of_grids(), self._most.peak_bytes
         return sorted(
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )
