@@ -1,0 +1,306 @@
+"""CP-SAT on the same problem: a second solver, and a bound that it proves.
+
+It plans schedules with no checkpoint, or one level of them, from *items*: ways to run a few
+consecutive steps that need so much memory, keep so much of it, and take so long. An item is a recorded step
+or a checkpoint with its best body for that need. Two integer programs choose among them:
+
+- *Short chains*: one boolean per item; the chosen ones follow one another from the first step to the last.
+  For each position a:  sum(kept of items before a) + sum(need of items from a on) <= memory.
+- *Stacks of equal groups*: their order is free, so it is the best one: largest need - kept first. Counts of
+  items say all, and for each item j in that order  sum(kept_i * n_i, i <= j) <= memory - (need_j - kept_j).
+  An item is then a whole group, or a checkpoint over several; the last group keeps its place, as its
+  outputs count elsewhere.
+
+On costs rounded up the solution keeps the budget; on costs rounded down the proven bound holds for
+every schedule of the class: persistent, checkpoints at most one deep, inside a group or over whole ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.sat.python import cp_model
+
+from cost_model.costs import CostTable
+from planner.schedule import Checkpoint, Run, Sequence
+from planner.solvers.grid import FIRST, GridCosts, Times
+from planner.solvers.segments import SegmentCosts
+
+Parts = tuple[Run | Checkpoint, ...]
+
+SHORT = 12  # steps up to which every step is chosen by itself
+UNITS = 1024  # of memory; the tables of a group have their square
+TICKS = 2**40  # of the objective, over the slowest schedule: seconds become whole numbers
+
+
+@dataclass(frozen=True)
+class Item:
+    """A way to run the steps `start`..`stop`; memory in grid units, `seconds` all told."""
+
+    start: int
+    stop: int
+    need: int
+    kept: int
+    seconds: float
+    parts: Callable[[int], Parts]  # by the step at which it starts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What CP-SAT found.
+
+    Attributes:
+        seconds: of its best schedule; inf if there is none.
+        bound_seconds: no schedule is faster; inf if there is none.
+    """
+
+    schedule: Sequence | None
+    seconds: float
+    bound_seconds: float
+
+
+class ItemMaker:
+    """Items of a chain on one grid, from checkpoints at most `max_depth` deep (0 or 1)."""
+
+    def __init__(self, costs: GridCosts, max_depth: int) -> None:
+        self.costs, self.table, self.max_depth = costs, costs.table, max_depth
+        self._over_groups = SegmentCosts(costs)
+        self._redo: dict[tuple[int, int], list[Times]] = {}
+
+    def recorded(self, step: int) -> list[Item]:
+        """A step on its own, recorded on the first pass."""
+        return [
+            Item(step, step + 1, row.need, row.preserved, row.seconds,
+                 lambda at, strategy=row.strategy: (Run(at, strategy),))
+            for row in self.costs.recorded(step, FIRST, False)
+        ]  # fmt: skip
+
+    def redo(self, start: int, stop: int) -> list[Times]:
+        """Least seconds to run the rest of start..stop again, recorded step by step, from each step on."""
+        if (start, stop) not in self._redo:
+            which = self.costs.redo(stop)
+            times = [np.zeros(self.costs.size)]
+            for step in reversed(range(start, stop)):
+                best = np.full(self.costs.size, np.inf)
+                for row in self.costs.recorded(step, which, step == stop - 1):
+                    if row.need >= self.costs.size:
+                        continue
+                    after = times[0][row.need - row.preserved : self.costs.size - row.preserved] + row.seconds
+                    np.minimum(best[row.need :], after, out=best[row.need :])
+                times.insert(0, best)
+            self._redo[start, stop] = times
+        return self._redo[start, stop]
+
+    def twice(self, start: int, stop: int) -> Times:
+        """Least seconds of a checkpoint over those steps, by the memory it may need."""
+        groups = self.table.groups
+        first = next(number for number, group in enumerate(groups) if start in group)
+        if stop <= groups[first].stop:
+            at = groups[first].start
+            discard = self.costs.discard_pass(first, start - at, stop - at, frozenset(), FIRST)
+        else:
+            last = next(number for number, group in enumerate(groups) if stop == group.stop)
+            discard = self._over_groups.discard_pass(first, last + 1, FIRST)
+        times = self.redo(start, stop)[0] + discard
+        times[: self.costs.exit(range(start, stop), FIRST)] = np.inf
+        return times
+
+    def body(self, start: int, stop: int, memory: int) -> Checkpoint:
+        """The checkpoint that takes `twice(start, stop)[memory]`."""
+        which, left, runs = self.costs.redo(stop), memory, []
+        times = self.redo(start, stop)
+        for step in range(start, stop):
+            after = times[step - start + 1]
+            rows = [row for row in self.costs.recorded(step, which, step == stop - 1) if row.need <= left]
+            row = min(rows, key=lambda row: row.seconds + after[left - row.preserved])
+            runs.append(Run(step, row.strategy))
+            left -= row.preserved
+        return Checkpoint(
+            Sequence(tuple(runs)), self.costs.discard_strategies(range(start, stop), memory, FIRST)
+        )
+
+    def checkpoints(self, start: int, stop: int) -> list[Item]:
+        """Checkpoints over those steps, one for each memory at which the best of them gets faster."""
+        if self.max_depth == 0:
+            return []
+        times, kept, length = self.twice(start, stop), self.costs.exit(range(start, stop), FIRST), stop - start
+        needs = np.flatnonzero(times < np.concatenate([[np.inf], times[:-1]]))
+        return [
+            Item(start, stop, int(need), kept, float(times[need]),
+                 lambda at, need=int(need): (self.body(at, at + length, need),))
+            for need in needs
+        ]  # fmt: skip
+
+
+class _GroupTable:
+    """Least seconds of a group by (memory that it may need, units that it keeps)."""
+
+    def __init__(self, maker: ItemMaker, group: int) -> None:
+        self.maker, self.steps = maker, maker.table.groups[group]
+        size = maker.costs.size
+        self._arrays: dict[tuple[int, int], Times] = {}
+        self.tables = [np.full((size, size), np.inf) for _ in range(len(self.steps) + 1)]
+        self.tables[-1][:, 0] = 0.0
+        for at in reversed(range(len(self.steps))):
+            for stop, need, kept, seconds in self._choices(at):
+                self._relax(self.tables[at], self.tables[stop], need, kept, seconds)
+
+    def _choices(self, at: int) -> list[tuple[int, int, int, Times | float]]:
+        """(stop, need, kept, seconds or seconds by memory) of what step `at` may do."""
+        maker, steps = self.maker, self.steps
+        choices: list[tuple[int, int, int, Times | float]] = [
+            (at + 1, row.need, row.preserved, row.seconds)
+            for row in maker.costs.recorded(steps[at], FIRST, False)
+        ]
+        if maker.max_depth:
+            for stop in range(at + 1, len(steps) + 1):
+                if (at, stop) not in self._arrays:
+                    self._arrays[at, stop] = maker.twice(steps[at], steps[stop - 1] + 1)
+                kept = maker.costs.exit(steps[at:stop], FIRST)
+                choices.append((stop, kept, kept, self._arrays[at, stop]))
+        return choices
+
+    def _relax(
+        self, best: NDArray, then: NDArray, need: int, kept: int, seconds: Times | float
+    ) -> None:
+        size = len(best)
+        if need >= size:
+            return
+        cost = seconds[need:, None] if isinstance(seconds, np.ndarray) else seconds
+        times = then[need - kept : size - kept, : size - kept] + cost
+        np.minimum(best[need:, kept:], times, out=best[need:, kept:])
+
+    def items(self) -> list[Item]:
+        """One for each (need, kept) that is faster than any with less of both."""
+        table = np.minimum.accumulate(self.tables[0], axis=1)
+        faster = table < np.pad(table[:-1], ((1, 0), (0, 0)), constant_values=np.inf)
+        faster &= table < np.pad(table[:, :-1], ((0, 0), (1, 0)), constant_values=np.inf)
+        return [
+            Item(self.steps.start, self.steps.stop, int(need), int(kept), float(table[need, kept]),
+                 lambda at, need=int(need), kept=int(kept): self.parts(at, need, kept))
+            for need, kept in zip(*np.nonzero(faster), strict=True)
+        ]  # fmt: skip
+
+    def parts(self, first: int, memory: int, kept: int) -> Parts:
+        """The way through the group that starts at step `first` with that need and keeps that much."""
+        parts: list[Run | Checkpoint] = []
+        at, strategies = 0, self.maker.costs
+        while at < len(self.steps):
+            rows = strategies.recorded(self.steps[at], FIRST, False)
+            best, choice = np.inf, None
+            for number, (stop, need, keeps, seconds) in enumerate(self._choices(at)):
+                if need > memory or keeps > kept:
+                    continue
+                cost = seconds[memory] if isinstance(seconds, np.ndarray) else seconds
+                total = cost + self.tables[stop][memory - keeps, kept - keeps]
+                if total < best:
+                    best, choice = total, (number, stop, keeps)
+            assert choice is not None
+            number, stop, keeps = choice
+            if number < len(rows):
+                parts.append(Run(first + at, rows[number].strategy))
+            else:
+                parts.append(self.maker.body(first + at, first + stop, memory))
+            at, memory, kept = stop, memory - keeps, kept - keeps
+        return tuple(parts)
+
+
+def _solve(
+    model: cp_model.CpModel, cost: list[tuple[cp_model.IntVar, float]], optimistic: bool, limit: float
+) -> tuple[cp_model.CpSolver | None, float]:
+    """Minimise the seconds; the solver if it has a solution, and the bound."""
+    scale = TICKS / max(1.0, sum(seconds for _, seconds in cost) / max(1, len(cost)) * 1000)
+    rounded = np.floor if optimistic else np.ceil
+    model.minimize(sum(int(rounded(seconds * scale)) * variable for variable, seconds in cost))
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = limit
+    solver.parameters.num_workers = 2
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return None, np.inf
+    bound = solver.best_objective_bound / scale
+    return (solver if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None), bound
+
+
+def _by_steps(maker: ItemMaker, memory: int, limit: float) -> Answer:
+    """A boolean for each item; positions are steps."""
+    table, costs = maker.table, maker.costs
+    count = len(table.options)
+    stops = {group.stop for group in table.groups}
+    items = [item for step in range(count) for item in maker.recorded(step)]
+    for group in table.groups:
+        inside = {(a, b) for a in group for b in range(a + 1, group.stop + 1)}
+        over = {(group.start, stop) for stop in stops if stop > group.start}
+        for start, stop in sorted(inside | over):
+            items += maker.checkpoints(start, stop)
+    items = [item for item in items if item.need <= memory]
+    model = cp_model.CpModel()
+    chosen = [model.new_bool_var("") for _ in items]
+    for position in range(count):
+        entering = sum(x for x, item in zip(chosen, items, strict=True) if item.stop == position)
+        leaving = sum(x for x, item in zip(chosen, items, strict=True) if item.start == position)
+        model.add(leaving == (1 if position == 0 else entering))
+        held = sum(item.kept * x for x, item in zip(chosen, items, strict=True) if item.stop <= position)
+        need = sum(item.need * x for x, item in zip(chosen, items, strict=True) if item.start == position)
+        model.add(held + need <= memory)
+    kept = sum(item.kept * x for x, item in zip(chosen, items, strict=True))
+    model.add(kept + costs.units(table.loss_bytes) <= memory)
+    cost = [(x, item.seconds) for x, item in zip(chosen, items, strict=True)]
+    solver, bound = _solve(model, cost, costs.optimistic, limit)
+    if solver is None:
+        return Answer(None, np.inf, bound)
+    taken = sorted((i for x, i in zip(chosen, items, strict=True) if solver.value(x)), key=lambda i: i.start)
+    parts = tuple(part for item in taken for part in item.parts(item.start))
+    return Answer(Sequence(parts), sum(item.seconds for item in taken), bound)
+
+
+def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
+    """A count for each item of the groups before the last, which are equal; a boolean for the last."""
+    table, costs = maker.table, maker.costs
+    groups = table.groups
+    body = _GroupTable(maker, 0).items() if len(groups) > 1 else []
+    for end in range(1, len(groups)):
+        body += maker.checkpoints(0, groups[end - 1].stop)
+    final = _GroupTable(maker, len(groups) - 1).items()
+    for number in range(len(groups) - 1):
+        final += maker.checkpoints(groups[number].start, groups[-1].stop)
+    loss, length = costs.units(table.loss_bytes), len(groups[0])
+    body = sorted((i for i in body if i.need <= memory), key=lambda i: (i.kept - i.need, i.kept, i.stop))
+    final = [item for item in final if item.need <= memory]
+
+    def covers(item: Item) -> int:
+        return (item.stop - item.start) // length
+
+    model = cp_model.CpModel()
+    last = [model.new_bool_var("") for _ in final]
+    counts = [
+        model.new_int_var(0, min((len(groups) - 1) // covers(i), memory // max(1, i.kept)), "") for i in body
+    ]
+    model.add_exactly_one(last)
+    covered = sum(covers(item) * n for n, item in zip(counts, body, strict=True))
+    model.add(covered + sum(covers(i) * x for x, i in zip(last, final, strict=True)) == len(groups))
+    held, row, spare = 0, 0, None
+    for number, (n, item) in enumerate(zip(counts, body, strict=True)):
+        row += item.kept * n
+        spare = item.need - item.kept
+        if number + 1 == len(body) or body[number + 1].need - body[number + 1].kept != spare:
+            total = model.new_int_var(0, max(0, memory - spare), "")
+            model.add(total == held + row)
+            held, row = total, 0
+    model.add(held + sum(item.need * x for x, item in zip(last, final, strict=True)) <= memory)
+    model.add(held + sum(item.kept * x for x, item in zip(last, final, strict=True)) + loss <= memory)
+    cost = [(x, i.seconds) for x, i in [*zip(counts, body, strict=True), *zip(last, final, strict=True)]]
+    solver, bound = _solve(model, cost, costs.optimistic, limit)
+    if solver is None:
+        return Answer(None, np.inf, bound)
+    taken = [item for n, item in zip(counts, body, strict=True) for _ in range(solver.value(n))]
+    taken += [item for x, item in zip(last, final, strict=True) if solver.value(x)]
+    parts: list[Run | Checkpoint] = []
+    at = 0
+    for item in taken:
+        parts += item.parts(at)
+        at += item.stop - item.start
+    return Answer(Sequence(tuple(parts)), sum(item.seconds for item in taken), bound)
