@@ -122,7 +122,7 @@ FORMULAS: dict[str, MemoryFormulas] = {
         ),
         notes=("h s r²", _SCORES),
         h="n_head_msa",
-        c="c_head",
+        c="c_head_msa",
     ),
     "column_attention": _formulas(  # Suppl. Alg. 8
         "m",
@@ -137,7 +137,7 @@ FORMULAS: dict[str, MemoryFormulas] = {
         ),
         notes=("h s² r", _SCORES),
         h="n_head_msa",
-        c="c_head",
+        c="c_head_msa",
     ),
     "msa_transition": _formulas(  # Suppl. Alg. 9
         "m",
@@ -233,18 +233,19 @@ def submodule_parameters(config: EvoformerConfig) -> dict[str, int]:
     def linear(c_in: int, c_out: int) -> int:
         return (c_in + 1) * c_out
 
-    def attention(c_in: int, heads: int) -> int:
-        width = heads * config.c_head
+    def attention(c_in: int, heads: int, c_head: int) -> int:
+        width = heads * c_head
         return 2 * c_in + 3 * c_in * width + linear(c_in, width) + linear(width, c_in)
 
     def transition(c: int) -> int:
         return 2 * c + linear(c, t * c) + linear(t * c, c)
 
     multiplication = 2 * c_z + 4 * linear(c_z, tri) + 2 * tri + linear(tri, c_z) + linear(c_z, c_z)
-    triangle_attention = attention(c_z, config.n_head_pair) + c_z * config.n_head_pair
+    triangle_attention = attention(c_z, config.n_head_pair, config.c_head) + c_z * config.n_head_pair
+    msa_attention = attention(c_m, config.n_head_msa, config.c_head_msa)
     return {
-        "row_attention": attention(c_m, config.n_head_msa) + 2 * c_z + c_z * config.n_head_msa,
-        "column_attention": attention(c_m, config.n_head_msa),
+        "row_attention": msa_attention + 2 * c_z + c_z * config.n_head_msa,
+        "column_attention": msa_attention,
         "msa_transition": transition(c_m),
         "outer_product_mean": 2 * c_m + 2 * linear(c_m, opm) + linear(opm**2, c_z),
         "triangle_outgoing": multiplication,

@@ -33,9 +33,9 @@ def submodule_flops(config: EvoformerConfig, shape: InputShape) -> dict[str, Flo
         _attention(r, r, c_z, config.n_head_pair, config.c_head) + r**2 * c_z * config.n_head_pair
     )
     multiply_adds = {
-        "row_attention": _attention(s, r, c_m, config.n_head_msa, config.c_head)
+        "row_attention": _attention(s, r, c_m, config.n_head_msa, config.c_head_msa)
         + r**2 * c_z * config.n_head_msa,
-        "column_attention": _attention(r, s, c_m, config.n_head_msa, config.c_head),
+        "column_attention": _attention(r, s, c_m, config.n_head_msa, config.c_head_msa),
         "msa_transition": 2 * s * r * config.transition_factor * c_m**2,
         "outer_product_mean": 2 * s * r * c_m * c + s * (r * c) ** 2 + (r * c) ** 2 * c_z,
         "triangle_outgoing": multiplication,

@@ -29,7 +29,8 @@ class EvoformerConfig:
     c_z: int = 128
     n_head_msa: int = 8
     n_head_pair: int = 4
-    c_head: int = 32  # width of one attention head
+    c_head: int = 32  # width of one attention head on z
+    c_head_msa: int = 32  # and on m
     c_opm: int = 32  # outer product mean
     c_tri: int = 128  # triangle multiplication
     transition_factor: int = 4

@@ -39,6 +39,7 @@ UNEVEN = EvoformerConfig(
     n_head_msa=6,
     n_head_pair=5,
     c_head=24,
+    c_head_msa=20,
     c_opm=28,
     c_tri=120,
     transition_factor=3,
@@ -46,7 +47,10 @@ UNEVEN = EvoformerConfig(
 CASES = {
     "fine-tuning": (EvoformerConfig(n_block=1), FINE_TUNING),
     "initial training": (EvoformerConfig(n_block=1), PRESETS["alphafold2"].shape),
-    "batch of two, extra MSA": (EvoformerConfig(n_block=1, c_m=64, c_head=8), InputShape(1024, 256, batch=2)),
+    "batch of two, extra MSA": (
+        EvoformerConfig(n_block=1, c_m=64, c_head_msa=8),
+        InputShape(1024, 256, batch=2),
+    ),
     "uneven": (UNEVEN, InputShape(301, 257)),
 }
 

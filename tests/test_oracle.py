@@ -77,7 +77,7 @@ def openfold_block(config: EvoformerConfig) -> nn.Module:
     block = OpenFoldBlock(
         c_m=config.c_m,
         c_z=config.c_z,
-        c_hidden_msa_att=config.c_head,
+        c_hidden_msa_att=config.c_head_msa,
         c_hidden_opm=config.c_opm,
         c_hidden_mul=config.c_tri,
         c_hidden_pair_att=config.c_head,
