@@ -34,13 +34,13 @@ class EvoformerConfig:
     n_head_msa: int = 8
     n_head_pair: int = 4
     c_head: int = 32  # width of one attention head on z
-    c_head_msa: int = 32  # and on m
     c_opm: int = 32  # outer product mean
     c_tri: int = 128  # triangle multiplication
     transition_factor: int = 4
-    column_attention: ColumnAttention = "gated"
     dropout_msa: float = 0.15
     dropout_pair: float = 0.25
+    c_head_msa: int = 32  # width of one attention head on m
+    column_attention: ColumnAttention = "gated"
 
     def __post_init__(self) -> None:
         for field in fields(self):
