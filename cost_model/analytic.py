@@ -1,14 +1,15 @@
-"""Closed formulas for the memory and the parameters of one Evoformer block. Importing this needs no torch.
+"""Closed formulas for the memory and the parameters of one Evoformer block, main or extra. Free of torch.
 
 Legend: s sequences, r residues, c_m and c_z channels of m [*, s, r, c_m] and z [*, r, r, c_z]; within a
 submodule h heads, c its inner width (of one head, of the outer product's factors, of the triangle product's
 operands), t how many times a transition widens. The formulas are leading terms: statistics of
-normalisations, masks, pair biases and weights are left out, below 1 % together at AlphaFold 2's sizes.
+normalisations, masks, pair biases and weights are left out, below 1 % together at the sizes of
+AlphaFold 2's main stack, 1.1 % at those of its extra stack, where m is 64 wide.
 
 `python -m cost_model.analytic` prints them beside what the traced code holds.
 
-Source: Jumper et al. (2021), Suppl. Alg. 6-15; what is saved follows from the code in `model`. `notes` are
-the MagicCube notes' estimates, which this file corrects.
+Source: Jumper et al. (2021), Suppl. Alg. 6-15, 18, 19; what is saved follows from the code in `model`.
+`notes` are the MagicCube notes' estimates, which this file corrects.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from model.config import PRESETS, EvoformerConfig, InputShape
+from model.config import PRESETS, EvoformerConfig, InputShape, override
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ FORMULAS: dict[str, MemoryFormulas] = {
         ),
         notes=("h s r²", _SCORES),
         h="n_head_msa",
-        c="c_head",
+        c="c_head_msa",
     ),
     "column_attention": _formulas(  # Suppl. Alg. 8
         "m",
@@ -137,7 +138,7 @@ FORMULAS: dict[str, MemoryFormulas] = {
         ),
         notes=("h s² r", _SCORES),
         h="n_head_msa",
-        c="c_head",
+        c="c_head_msa",
     ),
     "msa_transition": _formulas(  # Suppl. Alg. 9
         "m",
@@ -197,6 +198,27 @@ FORMULAS: dict[str, MemoryFormulas] = {
     ),
 }
 
+COLUMN_GLOBAL_ATTENTION = _formulas(  # Suppl. Alg. 19
+    "m",
+    saved=(
+        "s r (c_m + 2 h c + 2 c + h + 1)",
+        "normalised m; the gate, and its product with the attended values; k, v; softmax weights; the share "
+        "that each sequence has in the mean",
+    ),
+    forward=("saved + s r c_m", "at the output: what is saved, and the output"),
+    notes=("h s² r", "a query per sequence, as in the main stack: here a column has one, and h s r scores"),
+    h="n_head_msa",
+    c="c_head_msa",
+)
+
+
+def block_formulas(config: EvoformerConfig) -> dict[str, MemoryFormulas]:
+    """The formulas of each submodule of a block, in the order in which they run."""
+    if config.column_attention == "global":
+        return FORMULAS | {"column_attention": COLUMN_GLOBAL_ATTENTION}
+    return FORMULAS
+
+
 BLOCK_OUTPUT = _formula("s r c_m + r² c_z", "the state: what a checkpoint around each block keeps")
 SUBMODULE_OUTPUTS = _formula(
     "3 s r c_m + 6 r² c_z", "every new m and z of a block; each is the next one's input"
@@ -209,7 +231,7 @@ def block_saved_elements(config: EvoformerConfig, shape: InputShape) -> int:
 
     Its outputs are among it, its inputs are not.
     """
-    saved = sum(formulas.saved.elements(config, shape) for formulas in FORMULAS.values())
+    saved = sum(formulas.saved.elements(config, shape) for formulas in block_formulas(config).values())
     return saved + SUBMODULE_OUTPUTS.elements(config, shape)
 
 
@@ -221,7 +243,7 @@ def analytic_table(config: EvoformerConfig, shape: InputShape, dtype_bytes: int)
     """
     return [
         Row(name, quantity, formula.symbol, formula.elements(config, shape) * dtype_bytes)
-        for name, formulas in FORMULAS.items()
+        for name, formulas in block_formulas(config).items()
         for quantity, formula in vars(formulas).items()
     ]
 
@@ -233,18 +255,25 @@ def submodule_parameters(config: EvoformerConfig) -> dict[str, int]:
     def linear(c_in: int, c_out: int) -> int:
         return (c_in + 1) * c_out
 
-    def attention(c_in: int, heads: int) -> int:
-        width = heads * config.c_head
+    def attention(c_in: int, heads: int, c_head: int) -> int:
+        width = heads * c_head
         return 2 * c_in + 3 * c_in * width + linear(c_in, width) + linear(width, c_in)
 
     def transition(c: int) -> int:
         return 2 * c + linear(c, t * c) + linear(t * c, c)
 
     multiplication = 2 * c_z + 4 * linear(c_z, tri) + 2 * tri + linear(tri, c_z) + linear(c_z, c_z)
-    triangle_attention = attention(c_z, config.n_head_pair) + c_z * config.n_head_pair
+    triangle_attention = attention(c_z, config.n_head_pair, config.c_head) + c_z * config.n_head_pair
+
+    def global_attention(c_in: int, heads: int, c_head: int) -> int:
+        width = heads * c_head
+        return 2 * c_in + c_in * width + 2 * c_in * c_head + linear(c_in, width) + linear(width, c_in)
+
+    on_m = c_m, config.n_head_msa, config.c_head_msa
+    column_attention = global_attention if config.column_attention == "global" else attention
     return {
-        "row_attention": attention(c_m, config.n_head_msa) + 2 * c_z + c_z * config.n_head_msa,
-        "column_attention": attention(c_m, config.n_head_msa),
+        "row_attention": attention(*on_m) + 2 * c_z + c_z * config.n_head_msa,
+        "column_attention": column_attention(*on_m),
         "msa_transition": transition(c_m),
         "outer_product_mean": 2 * c_m + 2 * linear(c_m, opm) + linear(opm**2, c_z),
         "triangle_outgoing": multiplication,
@@ -256,7 +285,10 @@ def submodule_parameters(config: EvoformerConfig) -> dict[str, int]:
 
 
 def parameter_count(config: EvoformerConfig) -> int:
-    """Parameters of one block: 1,829,952 at AlphaFold 2's widths, where the notes say less than a million."""
+    """Parameters of one block.
+
+    1,829,952 in AlphaFold 2's main stack, where the notes say less than a million; 701,312 in its extra one.
+    """
     return sum(submodule_parameters(config).values())
 
 
@@ -291,20 +323,23 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the formulas, and their values beside the trace of AlphaFold 2's main stack."""
+    """Print the formulas, and their values beside the trace of one block of a preset."""
     from rich.console import Console
     from rich.table import Table
 
     from cost_model.devices import DTYPES
 
-    config, shape = PRESETS["alphafold2-finetune"].config, PRESETS["alphafold2-finetune"].shape
     parser = argparse.ArgumentParser(prog="python -m cost_model.analytic", description=main.__doc__)
-    parser.add_argument("--seq", type=int, default=shape.n_seq, help="sequences, s (default: %(default)s)")
-    parser.add_argument("--res", type=int, default=shape.n_res, help="residues, r (default: %(default)s)")
+    parser.add_argument(
+        "--model", choices=PRESETS, default="alphafold2-finetune", help="(default: %(default)s)"
+    )
+    parser.add_argument("--seq", type=int, help="sequences, s; else the preset's own")
+    parser.add_argument("--res", type=int, help="residues, r; else the preset's own")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
+    config, formulas = PRESETS[options.model].config, block_formulas(PRESETS[options.model].config)
     try:
-        shape = InputShape(options.seq, options.res)
+        shape = override(PRESETS[options.model].shape, n_seq=options.seq, n_res=options.res)
     except ValueError as error:
         parser.error(str(error))
     item = DTYPES[options.dtype]
@@ -321,12 +356,12 @@ def main(arguments: list[str] | None = None) -> None:
     def size(formula: Formula) -> int:
         return formula.elements(config, shape) * item
 
-    for name, of in FORMULAS.items():
+    for name, of in formulas.items():
         symbols.add_row(name, of.notes.symbol, of.saved.symbol, of.forward.symbol)
         add(name, size(of.notes), size(of.saved), traced[name][0], size(of.forward), traced[name][1])
     numbers.add_section()
-    saved = sum(size(of.saved) for of in FORMULAS.values())
-    add("sum", sum(size(of.notes) for of in FORMULAS.values()), saved, sum(x for x, _ in traced.values()))
+    saved = sum(size(of.saved) for of in formulas.values())
+    add("sum", sum(size(of.notes) for of in formulas.values()), saved, sum(x for x, _ in traced.values()))
     outputs = size(SUBMODULE_OUTPUTS)
     add("outputs", size(NOTES_SUBMODULE_OUTPUTS), outputs, block - sum(x for x, _ in traced.values()))
     add("block", None, saved + outputs, block)

@@ -8,7 +8,9 @@ c_z = channels of the pair representation z [*, r, r, c_z].
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
+
+ColumnAttention = Literal["gated", "global"]
 
 
 def _require_positive(**sizes: int) -> None:
@@ -21,7 +23,9 @@ def _require_positive(**sizes: int) -> None:
 class EvoformerConfig:
     """Widths of an Evoformer stack; the defaults are AlphaFold 2's main stack.
 
-    Source: Jumper et al. (2021), Suppl. Alg. 6-15 and 1.6.
+    Its columns attend gated (Alg. 8); those of the extra MSA stack attend globally (Alg. 19).
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6-15, 18, 19 and 1.6.
     """
 
     n_block: int = 48
@@ -29,12 +33,14 @@ class EvoformerConfig:
     c_z: int = 128
     n_head_msa: int = 8
     n_head_pair: int = 4
-    c_head: int = 32  # width of one attention head
+    c_head: int = 32  # width of one attention head on z
     c_opm: int = 32  # outer product mean
     c_tri: int = 128  # triangle multiplication
     transition_factor: int = 4
     dropout_msa: float = 0.15
     dropout_pair: float = 0.25
+    c_head_msa: int = 32  # width of one attention head on m
+    column_attention: ColumnAttention = "gated"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -42,6 +48,10 @@ class EvoformerConfig:
             if field.name.startswith("dropout"):
                 if not 0.0 <= value < 1.0:
                     raise ValueError(f"{field.name} must be at least 0 and below 1, not {value!r}")
+            elif field.name == "column_attention":
+                if value not in get_args(ColumnAttention):
+                    choices = " or ".join(map(repr, get_args(ColumnAttention)))
+                    raise ValueError(f"column_attention must be {choices}, not {value!r}")
             else:
                 _require_positive(**{field.name: value})
 
@@ -71,12 +81,20 @@ class Preset:
     says: str
 
 
+_EXTRA = EvoformerConfig(n_block=4, c_m=64, c_head_msa=8, column_attention="global")
+
 PRESETS: dict[str, Preset] = {
     "alphafold2": Preset(
         EvoformerConfig(), InputShape(128, 256), "main stack, initial training crop (Suppl. 1.11)"
     ),
     "alphafold2-finetune": Preset(
         EvoformerConfig(), InputShape(512, 384), "main stack, fine-tuning crop (Suppl. 1.11)"
+    ),
+    "alphafold2-extra": Preset(
+        _EXTRA, InputShape(1024, 256), "extra MSA stack, initial training crop (Suppl. Alg. 18, 1.11)"
+    ),
+    "alphafold2-extra-finetune": Preset(
+        _EXTRA, InputShape(5120, 384), "extra MSA stack, fine-tuning crop (Suppl. Alg. 18, 1.11)"
     ),
     "alphafold2-narrow": Preset(
         EvoformerConfig(n_block=4, c_m=64, c_z=64),

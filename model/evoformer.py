@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.chain import Chain
 from model.config import EvoformerConfig
 from model.dropout import draw_seed
-from model.msa import MSAColumnAttention, MSARowAttentionWithPairBias
+from model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
 from model.outer_product_mean import OuterProductMean, pair_count
 from model.submodule import Submodule
 from model.transition import Transition
@@ -19,15 +19,18 @@ from model.triangle_multiplication import TriangleMultiplication
 
 
 class EvoformerBlock(nn.Module):
-    """Nine submodules, in the order of the paper. 1,829,952 parameters at AlphaFold 2's widths.
+    """Nine submodules, in the order of the paper.
 
-    Source: Jumper et al. (2021), Suppl. Alg. 6.
+    1,829,952 parameters at the widths of AlphaFold 2's main stack, 701,312 at those of its extra MSA stack.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6 and, for global column attention, 18.
     """
 
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
         self.row_attention = MSARowAttentionWithPairBias(config)
-        self.column_attention = MSAColumnAttention(config)
+        column_attention = {"gated": MSAColumnAttention, "global": MSAColumnGlobalAttention}
+        self.column_attention = column_attention[config.column_attention](config)
         self.msa_transition = Transition("m", config.c_m, config.transition_factor, "seq")
         self.outer_product_mean = OuterProductMean(config)
         self.triangle_outgoing = TriangleMultiplication(config, "outgoing")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import GatedAttention
+from model.attention import GatedAttention, mask_bias
 from model.config import EvoformerConfig
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
@@ -26,7 +28,7 @@ class MSARowAttentionWithPairBias(Submodule):
         super().__init__()
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m), "z": nn.LayerNorm(config.c_z)})
         self.linear_b = nn.Linear(config.c_z, config.n_head_msa, bias=False)
-        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head)
+        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.dropout = config.dropout_msa
         self.axes = (
             IndependentAxis("seq", {"m": -3, "msa_mask": -2}),
@@ -34,7 +36,7 @@ class MSARowAttentionWithPairBias(Submodule):
         )
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
-        bias = nn.functional.linear(z, self.linear_b.weight[part])
+        bias = F.linear(z, self.linear_b.weight[part])
         return bias.movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
@@ -56,7 +58,7 @@ class MSAColumnAttention(Submodule):
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
-        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head)
+        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.axes = (
             IndependentAxis("res", {"m": -2, "msa_mask": -1}),
             ReductionAxis("head", config.n_head_msa),
@@ -69,3 +71,60 @@ class MSAColumnAttention(Submodule):
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.attention.linear_o.bias)
+
+
+class MSAColumnGlobalAttention(Submodule):
+    """Attention along each column of the alignment from one query per head, the mean over its sequences.
+
+    Keys and values are shared by the heads. Every sequence gates what its column attended to on its own, so
+    memory grows with s where MSAColumnAttention's grows with s^2.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 19; the mean over present sequences as in AlphaFold's code.
+    """
+
+    target = "m"
+    piece_inputs = ("m", "msa_mask")
+    eps = 1e-10
+
+    def __init__(self, config: EvoformerConfig) -> None:
+        super().__init__()
+        self.n_head, self.c_head = config.n_head_msa, config.c_head_msa
+        width = self.n_head * self.c_head
+        self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
+        self.linear_q = nn.Linear(config.c_m, width, bias=False)
+        self.linear_k = nn.Linear(config.c_m, self.c_head, bias=False)
+        self.linear_v = nn.Linear(config.c_m, self.c_head, bias=False)
+        self.linear_g = nn.Linear(config.c_m, width)
+        self.linear_o = nn.Linear(width, config.c_m)
+        self.axes = (
+            IndependentAxis("res", {"m": -2, "msa_mask": -1}),
+            ReductionAxis("head", self.n_head),
+        )
+
+    def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
+        first, last, _ = part.indices(self.n_head)
+        width = slice(first * self.c_head, last * self.c_head)
+        attended = self._attended(m, msa_mask.transpose(-1, -2).contiguous(), width)
+        gate = torch.sigmoid(F.linear(m, self.linear_g.weight[width], self.linear_g.bias[width]))
+        return F.linear(gate * attended.unsqueeze(-3), self.linear_o.weight[:, width])
+
+    def _attended(self, m: Tensor, mask: Tensor, width: slice) -> Tensor:
+        """[*, r, heads * c]: what each column attends to, by the heads in `width`; mask is [*, r, s]."""
+        # The mean of queries is the query of the mean: Linear has no bias. Divided before the sum, which
+        # in float16 may be large; the eps is not to vanish there either, or an empty column becomes NaN.
+        eps = max(self.eps, torch.finfo(mask.dtype).tiny)
+        shares = mask / (mask.sum(-1, keepdim=True) + eps)
+        mean = (shares.unsqueeze(-2) @ m.transpose(-2, -3)).squeeze(-2)  # [*, r, c_m]
+        q = F.linear(mean, self.linear_q.weight[width] * self.c_head**-0.5)
+        logits = q.unflatten(-1, (-1, self.c_head)) @ self._of_columns(m, self.linear_k).transpose(-1, -2)
+        logits += mask_bias(mask).unsqueeze(-2)  # [*, r, heads, s]
+        weights = logits.softmax(dim=-1)
+        del logits
+        return (weights @ self._of_columns(m, self.linear_v)).flatten(-2)
+
+    def _of_columns(self, m: Tensor, linear: nn.Linear) -> Tensor:
+        # Transposed when it is c wide, and not m before: m is many times wider.
+        return linear(m).transpose(-2, -3).contiguous()  # [*, r, s, c]
+
+    def finish(self, update: Tensor) -> Tensor:
+        return update.add_(self.linear_o.bias)

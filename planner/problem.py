@@ -45,7 +45,7 @@ class Problem(BaseModel):
     def _within_reach(self) -> Problem:
         # The largest tensors: attention weights, the outer product, a transition's hidden layer.
         c, (s, r, b) = self.config, (self.shape.n_seq, self.shape.n_res, self.shape.batch)
-        heads = max(c.n_head_msa, c.n_head_pair) * c.c_head
+        heads = max(c.n_head_msa * c.c_head_msa, c.n_head_pair * c.c_head)
         widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
         if b * max(s, r) ** 2 * r * widest > 2**58:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from model import EvoformerConfig, EvoformerStack
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads that wait for each other take minutes
 
-TINY = EvoformerConfig(n_block=2, c_m=12, c_z=10, n_head_msa=3, n_head_pair=2, c_head=4, c_opm=5, c_tri=7)
+TINY = EvoformerConfig(
+    n_block=2, c_m=12, c_z=10, n_head_msa=3, n_head_pair=2, c_head=4, c_head_msa=6, c_opm=5, c_tri=7
+)
+
+TINY_EXTRA = replace(TINY, column_attention="global")
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

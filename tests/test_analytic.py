@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cost_model.analytic import (
     NOTES_SUBMODULE_OUTPUTS,
     SUBMODULE_OUTPUTS,
     analytic_table,
+    block_formulas,
     block_saved_elements,
     main,
     parameter_count,
@@ -27,7 +29,7 @@ from model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
 from model.evoformer import mask_constants
 from model.execution import record
 from model.strategy import WHOLE
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_EXTRA
 
 HALF = 2  # bytes
 FINE_TUNING = PRESETS["alphafold2-finetune"].shape
@@ -39,15 +41,20 @@ UNEVEN = EvoformerConfig(
     n_head_msa=6,
     n_head_pair=5,
     c_head=24,
+    c_head_msa=20,
     c_opm=28,
     c_tri=120,
     transition_factor=3,
 )
+UNEVEN_EXTRA = replace(UNEVEN, column_attention="global")
+EXTRA = replace(PRESETS["alphafold2-extra"].config, n_block=1)
 CASES = {
     "fine-tuning": (EvoformerConfig(n_block=1), FINE_TUNING),
     "initial training": (EvoformerConfig(n_block=1), PRESETS["alphafold2"].shape),
-    "batch of two, extra MSA": (EvoformerConfig(n_block=1, c_m=64, c_head=8), InputShape(1024, 256, batch=2)),
+    "extra, batch of two": (EXTRA, replace(PRESETS["alphafold2-extra"].shape, batch=2)),
+    "extra, fine-tuning": (EXTRA, PRESETS["alphafold2-extra-finetune"].shape),
     "uneven": (UNEVEN, InputShape(301, 257)),
+    "uneven, extra": (UNEVEN_EXTRA, InputShape(301, 257)),
 }
 
 
@@ -72,20 +79,24 @@ def traced_costs(config: EvoformerConfig, shape: InputShape) -> tuple[dict[str, 
 
 def test_names_are_those_of_the_block() -> None:
     names = [name for name, _ in EvoformerStack(TINY).blocks[0].submodules()]
-    assert list(FORMULAS) == list(submodule_parameters(TINY)) == names
+    assert list(FORMULAS) == list(block_formulas(TINY_EXTRA)) == list(submodule_parameters(TINY)) == names
     assert list(submodule_flops(TINY, InputShape(3, 5))) == names
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes(case: str) -> None:
-    """Only small terms are left out: the formulas are below the trace, by less than a hundredth."""
+    """Only small terms are left out: the formulas are below the trace, by less than a hundredth.
+
+    By a little more where m is 64 wide: its normalisation keeps two numbers for each 64.
+    """
     config, shape = CASES[case]
+    least = 0.99 if config.c_m > 64 else 0.989
     costs, block_bytes = traced_costs(config, shape)
-    for name, formulas in FORMULAS.items():
+    for name, formulas in block_formulas(config).items():
         saved, forward = (f.elements(config, shape) * HALF for f in (formulas.saved, formulas.forward))
-        assert 0.99 * costs[name].preserved_bytes < saved <= costs[name].preserved_bytes, name
-        assert 0.99 * costs[name].forward_bytes < forward <= costs[name].forward_bytes, name
-    assert 0.99 * block_bytes < block_saved_elements(config, shape) * HALF <= block_bytes
+        assert least * costs[name].preserved_bytes < saved <= costs[name].preserved_bytes, name
+        assert least * costs[name].forward_bytes < forward <= costs[name].forward_bytes, name
+    assert least * block_bytes < block_saved_elements(config, shape) * HALF <= block_bytes
     # What is held besides the submodules' own is exactly their outputs, and not what the notes say.
     outputs = block_bytes - sum(cost.preserved_bytes for cost in costs.values())
     assert outputs == SUBMODULE_OUTPUTS.elements(config, shape) * HALF
@@ -114,7 +125,9 @@ def test_fine_tuning_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [EvoformerConfig(n_block=1), TINY, UNEVEN], ids=["default", "tiny", "uneven"]
+    "config",
+    [EvoformerConfig(n_block=1), EXTRA, TINY, UNEVEN, UNEVEN_EXTRA],
+    ids=["default", "extra", "tiny", "uneven", "uneven-extra"],
 )
 def test_parameters(config: EvoformerConfig) -> None:
     block = EvoformerStack(config).blocks[0]
@@ -125,12 +138,18 @@ def test_parameters(config: EvoformerConfig) -> None:
 
 def test_parameters_of_alphafold2() -> None:
     assert parameter_count(EvoformerConfig()) == 1_829_952
+    assert parameter_count(EXTRA) == 701_312
 
 
 @pytest.mark.parametrize(
     ("config", "shape"),
-    [(TINY, InputShape(5, 7)), (UNEVEN, InputShape(9, 11, batch=2))],
-    ids=["tiny", "uneven"],
+    [
+        (TINY, InputShape(5, 7)),
+        (UNEVEN, InputShape(9, 11, batch=2)),
+        (TINY_EXTRA, InputShape(5, 7)),
+        (UNEVEN_EXTRA, InputShape(9, 11, batch=2)),
+    ],
+    ids=["tiny", "uneven", "tiny-extra", "uneven-extra"],
 )
 def test_flops(config: EvoformerConfig, shape: InputShape) -> None:
     chain = Chain.of(EvoformerStack(config))

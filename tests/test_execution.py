@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import Chain, EvoformerBlock, EvoformerStack
+from model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
 from model.dropout import dropout_mask
 from model.evoformer import mask_constants
 from model.execution import PiecewiseRun, WholeRun, run_discarded, spans
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis
-from tests.conftest import TINY, random_inputs, randomise
+from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
-BLOCK = [name for name, _ in EvoformerBlock(TINY).submodules()]
+CASES = [(TINY, name) for name, _ in EvoformerBlock(TINY).submodules()] + [(TINY_EXTRA, "column_attention")]
 
 
 def tensors_for(submodule, inputs, seed=3, step=4):
@@ -34,11 +34,11 @@ def strategies(submodule, tensors):
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["single", "batch"])
-@pytest.mark.parametrize("name", BLOCK)
-def test_pieces_equal_whole(name: str, batch: tuple[int, ...]) -> None:
-    stack = randomise(EvoformerStack(TINY).double(), seed=1)
+@pytest.mark.parametrize(("config", "name"), CASES, ids=[f"{c.column_attention}-{n}" for c, n in CASES])
+def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int, ...]) -> None:
+    stack = randomise(EvoformerStack(config).double(), seed=1)
     submodule = dict(stack.blocks[0].submodules())[name]
-    tensors = tensors_for(submodule, random_inputs(TINY, batch=batch))
+    tensors = tensors_for(submodule, random_inputs(config, batch=batch))
     whole = WholeRun(submodule, tensors)
     output = whole.take_output()
     grad = torch.randn_like(output)
@@ -61,8 +61,10 @@ def test_pieces_equal_whole(name: str, batch: tuple[int, ...]) -> None:
     assert seen == {"chunk", "coshard"}
 
 
-def test_whole_is_the_discarded_run_too(stack: EvoformerStack) -> None:
-    inputs = random_inputs(TINY)
+@pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])
+def test_whole_is_the_discarded_run_too(config: EvoformerConfig) -> None:
+    stack = randomise(EvoformerStack(config).double())
+    inputs = random_inputs(config)
     for submodule in (step.submodule for step in Chain.of(stack).steps):
         tensors = tensors_for(submodule, inputs)
         with torch.no_grad():

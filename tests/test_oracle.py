@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model import EvoformerConfig, EvoformerStack
+from model import PRESETS, EvoformerConfig, EvoformerStack
 from model.evoformer import EvoformerBlock
-from tests.conftest import TINY, random_inputs, randomise
+from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 # It warns of GPU kernels that are not there, and puts its own filter before ours.
 with warnings.catch_warnings(record=True):
-    from openfold3.core.config.default_linear_init_config import evo_block_init
+    from openfold3.core.config.default_linear_init_config import evo_block_init, msa_global_att_init
     from openfold3.core.model.latent.evoformer import EvoformerBlock as OpenFoldBlock
+    from openfold3.core.model.layers.msa import MSAColumnGlobalAttention
 
 # Its attention enters CUDA's autocast on every device.
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available.*:UserWarning")
@@ -65,6 +67,10 @@ LAYERS: dict[str, tuple[str, dict[str, str]]] = {
     "triangle_ending": ("pair_stack.tri_att_end", _TRIANGLE_ATTENTION),
     "pair_transition": ("pair_stack.pair_transition", {"norms.z": "layer_norm", **_TRANSITION}),
 }
+COLUMN_GLOBAL_ATTENTION = (
+    "msa_att_col",
+    {"norms.m": "layer_norm_m", **{f"linear_{x}": f"global_attention.linear_{x}" for x in "qkvgo"}},
+)
 
 
 def openfold_block(config: EvoformerConfig) -> nn.Module:
@@ -77,7 +83,7 @@ def openfold_block(config: EvoformerConfig) -> nn.Module:
     block = OpenFoldBlock(
         c_m=config.c_m,
         c_z=config.c_z,
-        c_hidden_msa_att=config.c_head,
+        c_hidden_msa_att=config.c_head_msa,
         c_hidden_opm=config.c_opm,
         c_hidden_mul=config.c_tri,
         c_hidden_pair_att=config.c_head,
@@ -99,15 +105,33 @@ def openfold_block(config: EvoformerConfig) -> nn.Module:
     block.pair_stack.tri_att_end.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "transpose_bias": False}), with_kwargs=True
     )
+    if config.column_attention == "global":
+        block.msa_att_col = openfold_column_global_attention(config)
     return block
+
+
+def openfold_column_global_attention(config: EvoformerConfig) -> nn.Module:
+    """OpenFold3's, with AlphaFold 2's biases: it has one, though no block of its own uses it any longer."""
+    init = msa_global_att_init.copy_and_resolve_references()
+    init.mha.linear_g.bias = init.mha.linear_o.bias = True
+    attention = MSAColumnGlobalAttention(
+        config.c_m, config.c_head_msa, config.n_head_msa, linear_init_params=init
+    )
+    # The block also hands on which kernels to use, for which this one has no choice.
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {"mask": kwargs["mask"]}), with_kwargs=True
+    )
+    return attention
 
 
 def parameter_names(ours: nn.Module, theirs: nn.Module) -> dict[str, str]:
     """Our parameter: theirs. Every parameter of either block is in it exactly once."""
     shapes = {name: p.shape for name, p in ours.named_parameters()}
+    is_global = isinstance(theirs.get_submodule("msa_att_col"), MSAColumnGlobalAttention)
+    pairs = {**LAYERS, "column_attention": COLUMN_GLOBAL_ATTENTION} if is_global else LAYERS
     table = [
         (f"{our_submodule}.{our_layer}.{kind}", f"{their_submodule}.{their_layer}.{kind}")
-        for our_submodule, (their_submodule, layers) in LAYERS.items()
+        for our_submodule, (their_submodule, layers) in pairs.items()
         for our_layer, their_layer in layers.items()
         for kind in ("weight", "bias")
         if f"{our_submodule}.{our_layer}.{kind}" in shapes
@@ -174,14 +198,24 @@ def assert_same(name: str, ours: Tensor | None, theirs: Tensor | None, scale: Te
     assert error <= TOLERANCE, f"{name} differs by {error:.1e} of the largest entry"
 
 
-def test_parameter_count() -> None:
-    config = EvoformerConfig()
+@pytest.mark.parametrize(("model", "count"), [("alphafold2", 1_829_952), ("alphafold2-extra", 701_312)])
+def test_parameter_count(model: str, count: int) -> None:
+    config = PRESETS[model].config
     for block in (EvoformerBlock(config), openfold_block(config)):
-        assert sum(p.numel() for p in block.parameters()) == 1_829_952
+        assert sum(p.numel() for p in block.parameters()) == count
 
 
 @pytest.mark.parametrize("masks", ["ones", "random", "padded"])
-@pytest.mark.parametrize("config", [TINY, EvoformerConfig(n_block=1)], ids=["tiny", "alphafold2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        TINY_EXTRA,
+        EvoformerConfig(n_block=1),
+        replace(PRESETS["alphafold2-extra"].config, n_block=1),
+    ],
+    ids=["tiny", "tiny-extra", "alphafold2", "alphafold2-extra"],
+)
 def test_outputs_and_gradients(config: EvoformerConfig, masks: str) -> None:
     config = config.with_dropout(0.0)
     ours, theirs = paired_models(config)

@@ -15,7 +15,7 @@ from planner.schedule import Checkpoint, Run, Sequence, shortened
 
 SMALL = Problem(
     model="custom",
-    config=EvoformerConfig(2, 12, 10, 3, 2, 4, 5, 7, 2),
+    config=EvoformerConfig(2, 12, 10, 3, 2, 4, 5, 7, 2, c_head_msa=4),
     shape=InputShape(5, 7),
     budget_bytes=400_000,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -24,6 +25,14 @@ STRATEGIES = [
     ("msa_transition", WHOLE),
     ("triangle_outgoing", Strategy("chunk", "row", 2)),
 ]
+EXTRA = replace(CONFIG, c_head_msa=8, column_attention="global")
+EXTRA_STRATEGIES = [
+    ("column_attention", strategy)
+    for strategy in (WHOLE, Strategy("chunk", "res", 4), Strategy("coshard", "head", 4))
+]
+CASES = pytest.mark.parametrize(
+    ("config", "strategies"), [(CONFIG, STRATEGIES), (EXTRA, EXTRA_STRATEGIES)], ids=["main", "extra"]
+)
 
 
 def chain_and_state(stack: EvoformerStack) -> tuple[Chain, dict[str, Tensor], dict[str, Tensor]]:
@@ -33,19 +42,20 @@ def chain_and_state(stack: EvoformerStack) -> tuple[Chain, dict[str, Tensor], di
     return Chain.of(stack), {"m": m, "z": z}, mask_constants(m, z)
 
 
-def predicted(stack: EvoformerStack) -> list[StepCost]:
+def predicted(stack: EvoformerStack, strategies: list[tuple[str, Strategy]]) -> list[StepCost]:
     with fake_tensors(), Trace(scratch=CpuScratch()) as trace, sampled_pieces(trace):
         chain, state, constants = chain_and_state(fake_copy(stack))
         steps = {step.name.split(".")[-1]: step for step in chain.steps}
-        return [trace_step(steps[name], strategy, state, constants, trace) for name, strategy in STRATEGIES]
+        return [trace_step(steps[name], strategy, state, constants, trace) for name, strategy in strategies]
 
 
+@CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predicted_peaks_are_the_allocators(dtype):
-    stack = EvoformerStack(CONFIG).to(dtype).train()
+def test_predicted_peaks_are_the_allocators(dtype, config, strategies):
+    stack = EvoformerStack(config).to(dtype).train()
     chain, state, constants = chain_and_state(stack)
     steps = {step.name.split(".")[-1]: step for step in chain.steps}
-    for (name, strategy), cost in zip(STRATEGIES, predicted(stack), strict=True):
+    for (name, strategy), cost in zip(strategies, predicted(stack, strategies), strict=True):
         step, held = steps[name], []
 
         def discard(step=step, strategy=strategy):

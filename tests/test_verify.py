@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from planner.planning import Costed, cost_problem, solve
 from planner.problem import Problem
 from planner.solvers import Frontier
 
-CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2)
+CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
 
 
-@pytest.fixture(scope="module")
-def costed() -> Costed:
-    return cost_problem(Problem(model="custom", config=CONFIG, shape=InputShape(9, 17), dtype="float64"))
+@pytest.fixture(scope="module", params=["gated", "global"])
+def costed(request: pytest.FixtureRequest) -> Costed:
+    config = replace(CONFIG, column_attention=request.param)
+    return cost_problem(Problem(model="custom", config=config, shape=InputShape(9, 17), dtype="float64"))
 
 
 def at(costed: Costed, share: float):
@@ -44,9 +46,7 @@ def test_plans_keep_their_promise(costed: Costed, share: float) -> None:
 
 
 def test_inference(costed: Costed) -> None:
-    problem = Problem(
-        model="custom", config=CONFIG, shape=InputShape(9, 17), mode="inference", dtype="float64"
-    )
+    problem = costed.problem.model_copy(update={"mode": "inference"})
     whole = solve(cost_problem(problem))
     tight = problem.model_copy(update={"budget_bytes": int(whole.predicted.peak_bytes * 0.75)})
     plan = solve(cost_problem(tight))
