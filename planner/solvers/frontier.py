@@ -64,14 +64,12 @@ class Frontier:
         self._spans = [min(2 * max(*needs, table.loss_bytes), self.most_bytes)]
         while self._spans[-1] < self.most_bytes:
             self._spans.append(min(SPAN * self._spans[-1], self.most_bytes))
-
-    def _unit_bytes(self, index: int) -> int:
-        return _unit_bytes(self._spans[index], self.table)
+        self._units = [_unit_bytes(span, UNITS, table) for span in self._spans]
 
     def _program(self, index: int) -> Program:
         """The program on one grid; solved anew where it was dropped to save memory."""
         if index not in self._programs:
-            unit = self._unit_bytes(index)
+            unit = self._units[index]
             while sum(program.nbytes for program in self._programs.values()) > KEEP_BYTES:
                 del self._programs[next(iter(self._programs))]
             program = Program(self.table, unit, -(-self._spans[index] // unit), self.max_depth)
@@ -89,7 +87,7 @@ class Frontier:
         answers = []
         for index, span in enumerate(self._spans):
             times = self._grid_times(index)
-            units = min(memory // self._unit_bytes(index), len(times) - 1)
+            units = min(memory // self._units[index], len(times) - 1)
             if units >= 0:
                 answers.append((float(times[units]), index, units))
             if span >= memory:
@@ -135,7 +133,7 @@ class Frontier:
         for index in range(len(self._spans)):
             feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
             if feasible.size:
-                return self.output_bytes + int(feasible[0]) * self._unit_bytes(index)
+                return self.output_bytes + int(feasible[0]) * self._units[index]
         return self._most.peak_bytes
 
     @cached_property
@@ -160,13 +158,19 @@ class Frontier:
         )
 
 
-def _unit_bytes(span: int, table: CostTable) -> int:
-    """A grid step near span / UNITS in which the state's tensors round up to little more than they are."""
-    smallest = max(1, -(-span // UNITS))
-    sizes = list(table.state_bytes.values())
-    candidates = {-(-sizes[0] // n) for n in range(1, sizes[0] // smallest + 1)} if smallest > 1 else {1}
-    near = [unit for unit in candidates if smallest <= unit <= 1.1 * smallest] or [smallest]
-    return min(near, key=lambda unit: (sum(-size % unit for size in sizes) / unit, unit))
+def _unit_bytes(span: int, units: int, table: CostTable) -> int:
+    """A grid step of about span / units, such that what schedules hold rounds up to little more than it is.
+
+    What they hold is state, most of all, and what steps that run whole preserve.
+    """
+    smallest = max(1, -(-span // units))
+    candidates = np.unique(np.linspace(smallest, max(smallest, 1.1 * smallest), 256).astype(np.int64))
+    state = list(table.state_bytes.values())
+    steps = {id(options): options[0].preserved_bytes for options in table.options}.values()
+    sizes = np.array([*state, *steps])
+    weights = np.array([len(steps)] * len(state) + [1] * len(steps))
+    waste = (-sizes[:, None] % candidates * weights[:, None]).sum(axis=0) / candidates
+    return int(candidates[waste.argmin()])
 
 
 def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:

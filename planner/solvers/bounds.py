@@ -1,0 +1,103 @@
+"""How fast can a schedule be at best? Lower bounds on the dynamic program's own class of schedules.
+
+Two relaxations, of which the better one counts:
+
+- *Rounding down*: the same program with every cost rounded down to its grid. Whatever fits fits there too.
+- *A price on memory*: only what the first pass keeps must fit, and it may be bought at any price a second
+  per byte. For each price the cheapest chain is a shortest path; the best price gives the bound
+  (Lagrange). Exact bytes, no grid: tight where a budget holds many parts, loose where one step fills it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_model.costs import CostTable
+from planner.solvers.dp import Program
+from planner.solvers.grid import FIRST, GridCosts, Times
+from planner.solvers.segments import SegmentCosts
+
+PRICES = 160
+
+
+class LowerBound:
+    """Seconds below which no persistent schedule can be, by budget.
+
+    Args:
+        table: costs of the chain, for training.
+        max_depth: how deep checkpoints may nest; None for any depth.
+        spans: of the grids, ascending, as multiples of a budget's memory; a budget uses the first that holds it.
+        units: steps of a grid.
+    """
+
+    def __init__(
+        self, table: CostTable, max_depth: int | None = None, spans: tuple[int, ...] = (), units: int = 8192
+    ) -> None:
+        self.table, self.max_depth, self.units = table, max_depth, units
+        self._spans = spans
+        self._output_bytes = table.bytes_of(table.liveness.outputs)
+        self._programs: dict[int, tuple[int, Times]] = {}
+        self._prices, self._priced = priced(table, max_depth)
+
+    def seconds(self, budget_bytes: int) -> float:
+        """No schedule whose `Replay.peak_bytes`, as the program charges it, fits is faster; inf if none fits."""
+        memory = budget_bytes - self._output_bytes
+        if memory < 0:
+            return np.inf
+        kept = memory - self.table.loss_bytes
+        return max(float(np.max(self._priced - self._prices * kept)), self._on_grid(memory))
+
+    def _on_grid(self, memory: int) -> float:
+        span = next((span for span in self._spans if span >= memory), memory)
+        if span not in self._programs:
+            unit = -(-max(span, 1) // self.units)
+            program = Program(self.table, unit, span // unit, self.max_depth, optimistic=True)
+            self._programs[span] = unit, program.times.copy()
+        unit, times = self._programs[span]
+        return float(times[memory // unit])
+
+
+def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
+    """Prices in seconds per byte, and the least of seconds + price * bytes kept at each."""
+    costs = GridCosts(table, 1, 1)
+    groups = table.groups
+    rows = [costs.recorded(step, FIRST, False) for step in range(len(table.options))]
+    slowest = sum(max(row.seconds for row in options) for options in rows)
+    most = max(1, sum(max(row.preserved for row in options) for options in rows))
+    prices = np.concatenate([[0.0], np.geomspace(1e-4, 1e4, PRICES) * slowest / most])
+
+    # A checkpoint takes a discarding pass and a redo. Its last step need not run forward on the redo if
+    # its backward does so anyway; nor need the last step of a checkpoint nested there, for one pass more.
+    forward = [min(cost.forward_seconds for cost in options) for options in table.options]
+    last = [
+        min(c.backward_seconds + c.forward_seconds * (c.strategy.kind == "whole") for c in options)
+        for options in table.options
+    ]
+    both = [min(c.forward_seconds + c.backward_seconds for c in options) for options in table.options]
+    again = [min(alone, once + end) for alone, once, end in zip(both, forward, last, strict=True)]
+    twice = np.concatenate([[0.0], np.cumsum(np.add(forward, again))])
+
+    def checkpoint(start: int, stop: int, kept: float) -> Times:
+        return twice[stop] - twice[start] - again[stop - 1] + last[stop - 1] + prices * kept
+
+    over_groups = SegmentCosts(costs)
+    best = [np.full(len(prices), np.inf) for _ in range(len(rows) + 1)]
+    best[-1] = np.zeros(len(prices))
+    ends = [group.stop for group in groups]
+    for number in reversed(range(len(groups))):
+        group = groups[number]
+        for step in reversed(group):
+            found = [best[step + 1] + row.seconds + prices * row.preserved for row in rows[step]]
+            if max_depth != 0:
+                for stop in range(step + 1, group.stop + 1):
+                    kept = costs.exit(range(step, stop), FIRST)
+                    found.append(best[stop] + checkpoint(step, stop, kept))
+            best[step] = np.min(found, axis=0)
+        if max_depth != 0:
+            kept = over_groups.kept(number, len(groups), FIRST)
+            for stop, exit_bytes in zip(ends[number + 1 :], kept[1:], strict=True):
+                np.minimum(
+                    best[group.start], best[stop] + checkpoint(group.start, stop, exit_bytes),
+                    out=best[group.start],
+                )  # fmt: skip
+    return prices, best[0]
