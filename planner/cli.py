@@ -91,11 +91,13 @@ def cli() -> None:
 @cli.command()
 @_problem_options
 @click.option(
-    "--solver", "solver_name", default="dp", show_default=True, help="dp, none, small, large or sqrt."
-)
+    "--solver", "solver_name", default="dp", show_default=True,
+    help="dp, cp-sat, none, small, large, sqrt or seed-dp.",
+)  # fmt: skip
+@click.option("--certify", is_flag=True, help="Also prove how far from optimal the plan may be.")
 @click.option("--out", type=click.Path(), help="Write the plan here.")
 @_JSON
-def plan(solver_name: str, out: str | None, json_path: str | None, **flags: Any) -> None:
+def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None, **flags: Any) -> None:
     """Find the fastest schedule that fits; print it and what it saves."""
     _check_writable(out, json_path)
     problem = _problem(**flags)
@@ -107,8 +109,12 @@ def plan(solver_name: str, out: str | None, json_path: str | None, **flags: Any)
     solver(solver_name)  # a wrong name is said before the work
     costed = _costed(problem)
     try:
-        with _progress("solving"):
+        with _progress("solving") as update:
             found = solve(costed, solver_name)
+            if certify:
+                from planner.certify import certify as with_certificates
+
+                found = with_certificates(costed, found, update)
     except NoPlanError as error:
         if json_path:
             least = {"least_feasible_bytes": error.least_feasible_bytes, "budget_bytes": problem.budget_bytes}

@@ -33,14 +33,44 @@ class Prediction(BaseModel):
     step_seconds: float
 
 
+class Certificate(BaseModel):
+    """A proof that no schedule of a class is faster than a bound.
+
+    Attributes:
+        method: who proves it.
+        max_depth: the class: persistent schedules (what is kept is kept until it is used) with
+            checkpoints nested at most so deep; None for any depth.
+        bound_seconds: none of them is faster within the budget; None: none of them fits.
+        best_seconds: the fastest one known; None: none is known.
+        gap: best_seconds / bound_seconds - 1.
+        seconds: that the proof took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    max_depth: int | None
+    bound_seconds: float | None
+    best_seconds: float | None
+    gap: float | None
+    seconds: float
+
+
 class SolverReport(BaseModel):
-    """Who found the schedule, how long it took, and how far from optimal it may be (None: not proven)."""
+    """Who found the schedule, how long it took, and how far from optimal it may be.
+
+    Attributes:
+        gap: the step is at most so much slower than the fastest persistent schedule, checkpoints nested
+            to any depth; None: not proven.
+        certificates: what is proven, class by class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     seconds: float
     gap: float | None = None
+    certificates: tuple[Certificate, ...] = ()
 
 
 class Plan(BaseModel):

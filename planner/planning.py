@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,11 @@ from planner.replay import replay
 from planner.schedule import Sequence, shortened
 from planner.sizes import parse_size
 from planner.solvers import BASELINES, Frontier, InfeasibleError, solver
+from planner.solvers.seed_dp import SeedProgram
 
 Progress = Callable[[str], None]
+
+FLAT_POINTS = 12  # of seed-dp in a sweep
 
 COST_SOURCES = {"memory": "traced", "time": "roofline", "torch": torch.__version__.split("+")[0]}
 
@@ -129,7 +133,7 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         solver=SolverReport(name=solver_name, seconds=seconds),
         predicted=predicted,
         static=costed.static,
-        baselines=predict_baselines(costed),
+        baselines=predict_baselines(costed, costed.chain_budget()),
         least_feasible_bytes=None,
         schedule=schedule_to_json(schedule),
     )
@@ -143,38 +147,59 @@ def costed_step_name(costed: Costed, step: int) -> str:
     return names[step]
 
 
-def predict_baselines(costed: Costed) -> dict[str, Prediction]:
-    """The named baselines on the same costs; in inference there is nothing to recompute."""
+def predict_baselines(costed: Costed, chain_budget: int | None) -> dict[str, Prediction]:
+    """The named baselines on the same costs; in inference there is nothing to recompute.
+
+    Args:
+        chain_budget: for seed-dp, the only one that answers to a budget; left out where it finds nothing.
+    """
+    table = costed.table
     if not costed.problem.training:
-        return {"none": costed.predict(BASELINES["none"](costed.table))}
-    return {name: costed.predict(make(costed.table)) for name, make in BASELINES.items()}
+        return {"none": costed.predict(BASELINES["none"](table))}
+    found = {name: make(table) for name, make in BASELINES.items()}
+    flat = SeedProgram(table).schedule(chain_budget)
+    if flat is not None:
+        found["seed-dp"] = flat
+    return {name: costed.predict(schedule) for name, schedule in found.items()}
 
 
 def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict:
-    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}, and the baselines.
+    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
 
     Args:
         count: how many budgets, evenly spaced on a logarithmic scale.
         progress: called before each.
     """
     frontier = Frontier(costed.table)
+
+    def point(budget: int, schedule: Sequence) -> dict[str, float]:
+        predicted = costed.predict(schedule)
+        return {
+            "budget_bytes": costed.fixed_bytes + budget,
+            "peak_bytes": predicted.peak_bytes,
+            "step_seconds": predicted.step_seconds,
+        }
+
     points = []
     for budget in frontier.budgets(count):
         progress(f"budget {len(points) + 1}")
-        predicted = costed.predict(frontier.schedule(budget))
-        points.append(
-            {
-                "budget_bytes": costed.fixed_bytes + budget,
-                "peak_bytes": predicted.peak_bytes,
-                "step_seconds": predicted.step_seconds,
-            }
-        )
+        points.append(point(budget, frontier.schedule(budget)))
+    progress("seed-dp")
+    flat = SeedProgram(costed.table)
+    reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
+    found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
+    large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
     return {
         "problem": costed.problem.model_dump(mode="json"),
         "costs": COST_SOURCES,
         "static_bytes": sum(costed.static.values()),
         "points": points,
-        "baselines": {name: baseline.model_dump() for name, baseline in predict_baselines(costed).items()},
+        "seed_dp_points": [point(budget, schedule) for budget, schedule in found if schedule is not None],
+        # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
+        "baselines": {
+            name: baseline.model_dump()
+            for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
+        },
     }
 
 
@@ -189,7 +214,7 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
             "problem": problem,
             "predicted": costed.predict(schedule),
             "static": costed.static,
-            "baselines": predict_baselines(costed),
+            "baselines": predict_baselines(costed, None),
             "schedule": schedule_to_json(schedule),
         }
     )

@@ -41,6 +41,12 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
         [p["step_seconds"] for p in points],
         where="post", color="tab:blue", label="planned",
     )  # fmt: skip
+    flat = document.get("seed_dp_points", [])
+    axes.step(
+        [p["peak_bytes"] / unit for p in flat],
+        [p["step_seconds"] for p in flat],
+        where="post", color="tab:orange", linestyle=":", label="seed-dp",
+    )  # fmt: skip
     for (label, baseline), marker in zip(document["baselines"].items(), "osD^v<>", strict=False):
         axes.plot(
             baseline["peak_bytes"] / unit, baseline["step_seconds"],

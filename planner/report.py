@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from planner.plan import Plan, Prediction
+from planner.plan import Certificate, Plan, Prediction
 from planner.problem import Problem
 from planner.replay import Replay
 from planner.schedule import Checkpoint, Sequence, depth, final_strategies, forward_runs
@@ -48,6 +48,23 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"solved by {plan.solver.name} in {format_seconds(plan.solver.seconds)}",
         highlight=False,
     )
+    for certificate in plan.solver.certificates:
+        console.print(_certificate(certificate), highlight=False)
+
+
+def _certificate(found: Certificate) -> str:
+    """What is proven, in a sentence."""
+    nested = {None: "nested to any depth", 0: "not used", 1: "at most one deep"}
+    depths = nested.get(found.max_depth, f"at most {found.max_depth} deep")
+    of = f"certificate ({found.method}): persistent schedules, checkpoints {depths}: "
+    if found.bound_seconds is None:
+        return f"{of}none fits this budget (proved in {format_seconds(found.seconds)})"
+    proved = f"none is faster than {format_seconds(found.bound_seconds)}"
+    best = "none is known to fit"
+    if found.best_seconds is not None:
+        best = f"the best known takes {format_seconds(found.best_seconds)}"
+        best += f", a gap of {found.gap:.2%}" if found.gap is not None else ""
+    return f"{of}{proved}; {best} (proved in {format_seconds(found.seconds)})"
 
 
 def _decisions(schedule: Sequence, problem: Problem) -> Table:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from cost_model.costs import CostTable
+from planner.replay import replay
 from planner.schedule import Sequence
 from planner.solvers import baselines
 from planner.solvers.frontier import Frontier, InfeasibleError, inference_schedule
+from planner.solvers.seed_dp import SeedProgram
 
 Solver = Callable[[CostTable, int | None], Sequence]
 
@@ -19,6 +23,36 @@ def dynamic_program(table: CostTable, budget_bytes: int | None) -> Sequence:
     return Frontier(table).schedule(budget_bytes)
 
 
+def by_cp_sat(table: CostTable, budget_bytes: int | None) -> Sequence:
+    """`cp-sat`: CP-SAT's fastest schedule with checkpoints at most one deep."""
+    if not table.training:
+        return inference_schedule(table, budget_bytes)
+    from planner.solvers import cp_sat  # OR-Tools takes a while to import
+
+    found = cp_sat.answer(table, budget_bytes).schedule
+    if found is None:
+        frontier = Frontier(table, max_depth=1)
+        assert budget_bytes is not None
+        if not np.isfinite(frontier.seconds(budget_bytes)):
+            raise InfeasibleError(budget_bytes, frontier.least_replay)
+        raise ValueError(
+            f"cp-sat found no schedule in {cp_sat.SECONDS:.0f} s on its grid; use --solver dp or more memory"
+        )
+    return found
+
+
+def flat_program(table: CostTable, budget_bytes: int | None) -> Sequence:
+    """`seed-dp`: the flat program over submodules, with its looser maximum."""
+    if not table.training:
+        return inference_schedule(table, budget_bytes)
+    program = SeedProgram(table)
+    found = program.schedule(budget_bytes)
+    if found is None:
+        raise InfeasibleError(budget_bytes or 0, replay(program.least(), table))
+    return found
+
+
+# What people do by hand, whatever the budget.
 BASELINES: dict[str, Callable[[CostTable], Sequence]] = {
     "none": baselines.keep_everything,
     "small": baselines.every_submodule,
@@ -28,7 +62,9 @@ BASELINES: dict[str, Callable[[CostTable], Sequence]] = {
 
 SOLVERS: dict[str, Solver] = {
     "dp": dynamic_program,
+    "cp-sat": by_cp_sat,
     **{name: (lambda table, _, make=make: make(table)) for name, make in BASELINES.items()},
+    "seed-dp": flat_program,
 }
 
 

@@ -26,7 +26,7 @@ class LowerBound:
     Args:
         table: costs of the chain, for training.
         max_depth: how deep checkpoints may nest; None for any depth.
-        spans: of the grids, ascending, as multiples of a budget's memory; a budget uses the first that holds it.
+        spans: memory of the grids, ascending; a budget uses the first that holds it, or one of its own.
         units: steps of a grid.
     """
 
@@ -40,7 +40,7 @@ class LowerBound:
         self._prices, self._priced = priced(table, max_depth)
 
     def seconds(self, budget_bytes: int) -> float:
-        """No schedule whose `Replay.peak_bytes`, as the program charges it, fits is faster; inf if none fits."""
+        """No schedule whose peak, as the program charges it, fits is faster; inf if none fits."""
         memory = budget_bytes - self._output_bytes
         if memory < 0:
             return np.inf

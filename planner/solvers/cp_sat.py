@@ -32,7 +32,8 @@ from planner.solvers.segments import SegmentCosts
 Parts = tuple[Run | Checkpoint, ...]
 
 SHORT = 12  # steps up to which every step is chosen by itself
-UNITS = 1024  # of memory; the tables of a group have their square
+UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square
+SECONDS = 30.0  # of search
 TICKS = 2**40  # of the objective, over the slowest schedule: seconds become whole numbers
 
 
@@ -53,13 +54,59 @@ class Answer:
     """What CP-SAT found.
 
     Attributes:
-        seconds: of its best schedule; inf if there is none.
+        seconds: of its best schedule; inf if it found none.
         bound_seconds: no schedule is faster; inf if there is none.
     """
 
     schedule: Sequence | None
     seconds: float
     bound_seconds: float
+
+
+def applies(table: CostTable) -> bool:
+    """Whether the chain is short, or a stack of equal groups."""
+    kinds = {tuple(map(id, (table.options[step] for step in group))) for group in table.groups}
+    return len(table.options) <= SHORT or len(kinds) == 1
+
+
+def answer(
+    table: CostTable,
+    budget_bytes: int | None,
+    max_depth: int = 1,
+    optimistic: bool = False,
+    units: int | None = None,
+    limit: float = SECONDS,
+) -> Answer:
+    """Solve a chain for which it `applies`, for training.
+
+    Args:
+        budget_bytes: bounds `Replay.peak_bytes`; None is unlimited.
+        max_depth: 0 or 1.
+        optimistic: round costs down, for a bound; the schedule may need more then.
+        units: steps of the grid of memory.
+        limit: seconds of search.
+    """
+    if not applies(table):
+        raise ValueError("cp-sat plans at most 12 steps, or any number of equal blocks; use --solver dp")
+    if budget_bytes is None:
+        budget_bytes = most_bytes(table)
+    memory_bytes = budget_bytes - table.bytes_of(table.liveness.outputs)
+    if memory_bytes < 0:
+        return Answer(None, np.inf, np.inf)
+    if units is None:
+        units = UNITS if len(table.groups) <= MANY_GROUPS else MANY_GROUPS_UNITS
+    unit = max(1, -(-memory_bytes // units))
+    memory = memory_bytes // unit
+    maker = ItemMaker(GridCosts(table, unit, memory + 1, optimistic), max_depth)
+    return (_by_steps if len(table.options) <= SHORT else _by_counts)(maker, memory, limit)
+
+
+def most_bytes(table: CostTable) -> int:
+    """More memory than any schedule needs, however it is rounded."""
+    return 2 * sum(
+        max(max(c.forward_bytes, c.backward_bytes, c.discard_bytes) for c in options)
+        for options in table.options
+    ) + table.loss_bytes + table.bytes_of(table.liveness.outputs)  # fmt: skip
 
 
 class ItemMaker:
@@ -126,7 +173,11 @@ class ItemMaker:
         """Checkpoints over those steps, one for each memory at which the best of them gets faster."""
         if self.max_depth == 0:
             return []
-        times, kept, length = self.twice(start, stop), self.costs.exit(range(start, stop), FIRST), stop - start
+        times, kept, length = (
+            self.twice(start, stop),
+            self.costs.exit(range(start, stop), FIRST),
+            stop - start,
+        )
         needs = np.flatnonzero(times < np.concatenate([[np.inf], times[:-1]]))
         return [
             Item(start, stop, int(need), kept, float(times[need]),
@@ -163,9 +214,7 @@ class _GroupTable:
                 choices.append((stop, kept, kept, self._arrays[at, stop]))
         return choices
 
-    def _relax(
-        self, best: NDArray, then: NDArray, need: int, kept: int, seconds: Times | float
-    ) -> None:
+    def _relax(self, best: NDArray, then: NDArray, need: int, kept: int, seconds: Times | float) -> None:
         size = len(best)
         if need >= size:
             return

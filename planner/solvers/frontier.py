@@ -20,7 +20,9 @@ from planner.schedule import Run, Sequence, allow_depth
 from planner.solvers.dp import Program
 from planner.solvers.grid import Times
 
-UNITS = 8_192  # steps of one grid: rounding costs a schedule at most one unit per preserved part
+# Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
+# schedules hold the most parts, has up to three times as many.
+UNITS = 8_192
 SPAN = 4  # each grid's range over the last
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
@@ -64,7 +66,8 @@ class Frontier:
         self._spans = [min(2 * max(*needs, table.loss_bytes), self.most_bytes)]
         while self._spans[-1] < self.most_bytes:
             self._spans.append(min(SPAN * self._spans[-1], self.most_bytes))
-        self._units = [_unit_bytes(span, UNITS, table) for span in self._spans]
+        units = [UNITS] * (len(self._spans) - 1) + [UNITS * max(1, min(3, 256 // len(table.groups)))]
+        self._units = [_unit_bytes(*both, table) for both in zip(self._spans, units, strict=True)]
 
     def _program(self, index: int) -> Program:
         """The program on one grid; solved anew where it was dropped to save memory."""
