@@ -329,9 +329,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from cost_model.devices import DTYPES
 
+    stacks = [name for name, chosen in PRESETS.items() if isinstance(chosen.config, EvoformerConfig)]
     parser = argparse.ArgumentParser(prog="python -m cost_model.analytic", description=main.__doc__)
     parser.add_argument(
-        "--model", choices=PRESETS, default="alphafold2-finetune", help="(default: %(default)s)"
+        "--model", choices=stacks, default="alphafold2-finetune", help="(default: %(default)s)"
     )
     parser.add_argument("--seq", type=int, help="sequences, s; else the preset's own")
     parser.add_argument("--res", type=int, help="residues, r; else the preset's own")

@@ -15,8 +15,6 @@ from cost_model.roofline import seconds
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, Work, fake_copy, fake_tensors
 from model.chain import Chain, Step
-from model.config import InputShape
-from model.evoformer import mask_constants
 from model.execution import record, run_discarded, sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
@@ -102,12 +100,12 @@ class CostTable:
         return sum(self.state_bytes[version.tensor] for version in self.liveness.alive(position))
 
 
-def offered_strategies(submodule: Submodule, shapes: Mapping[str, Sequence[int]]) -> list[Strategy]:
-    """Every strategy that a step of these input shapes can run under."""
+def offered_strategies(submodule: Submodule, shape: Sequence[int]) -> list[Strategy]:
+    """Every strategy that a step whose target has this shape can run under."""
     strategies = [WHOLE]
     for axis in submodule.axes:
         if isinstance(axis, IndependentAxis):
-            kind, size = "chunk", shapes[submodule.target][axis.cuts[submodule.target]]
+            kind, size = "chunk", shape[axis.cuts[submodule.target]]
         else:
             kind, size = "coshard", axis.size
         strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
@@ -115,9 +113,18 @@ def offered_strategies(submodule: Submodule, shapes: Mapping[str, Sequence[int]]
 
 
 def trace_step(
-    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], trace: Trace
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    trace: Trace,
+    live: Iterable[str],
 ) -> StepCost:
-    """Cost of one step under one strategy; call on fake tensors, inside `trace`."""
+    """Cost of one step under one strategy; call on fake tensors, inside `trace`.
+
+    Args:
+        live: tensors of the state that have a gradient when the step's backward begins.
+    """
     base = trace.live_bytes
     loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
     seed = 0 if step.submodule.training else None
@@ -134,7 +141,7 @@ def trace_step(
     del output
     preserved_bytes = trace.live_bytes - base - loss.nbytes
 
-    gradients = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    gradients = {name: torch.empty_like(state[name]) for name in {*live, step.target}}
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
@@ -152,48 +159,52 @@ def trace_step(
 
 
 def build_cost_table(
-    stack: nn.Module,
-    shape: InputShape,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     device: Device,
     training: bool = True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> CostTable:
-    """Trace every distinct step of a stack under every strategy it offers.
+    """Trace every distinct step of a model under every strategy it offers.
 
     Args:
-        stack: as for Chain.of; its parameters may be on the meta device.
+        model: a `Plannable`; its parameters may be on the meta device.
+        shapes: of the state's tensors, by name.
         dtype: of parameters and state, by name.
         progress: called with the name of each step as it is traced.
     """
     torch_dtype = getattr(torch, dtype)
     scratch = CpuScratch() if device.name == "cpu" else None
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
-        chain = Chain.of(fake_copy(stack, torch_dtype))
-        config = stack.config
-        m = torch.empty(shape.batch, shape.n_seq, shape.n_res, config.c_m, dtype=torch_dtype)
-        z = torch.empty(shape.batch, shape.n_res, shape.n_res, config.c_z, dtype=torch_dtype)
-        state, constants = {"m": m, "z": z}, mask_constants(m, z)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        model = fake_copy(model, torch_dtype)
+        chain = Chain.of(model)
+        tensors = {name: torch.empty(shape, dtype=torch_dtype) for name, shape in shapes.items()}
+        state, constants = model.prepare(**tensors)
+        step_reads = tuple(step.reads for step in chain.steps)
+        liveness = Liveness(step_reads, chain.outputs)
         traced: dict[tuple, tuple[StepCost, ...]] = {}
+        options = []
         for step in chain.steps:
-            key = step.submodule.signature()
-            if key in traced:
-                continue
-            progress(step.name)
-            traced[key] = tuple(
-                timed(trace_step(step, strategy, state, constants, trace), device, dtype)
-                for strategy in offered_strategies(step.submodule, shapes)
-            )
+            live = tuple(version.tensor for version in liveness.alive(step.index + 1))
+            key = step.submodule.signature(), step.reads, live
+            if key not in traced:
+                progress(step.name)
+                traced[key] = tuple(
+                    timed(trace_step(step, strategy, state, constants, trace, live), device, dtype)
+                    for strategy in offered_strategies(step.submodule, shapes[step.target])
+                )
+            options.append(traced[key])
         state_bytes = {name: _rounded(tensor.nbytes, device) for name, tensor in state.items()}
     return CostTable(
-        options=tuple(traced[step.submodule.signature()] for step in chain.steps),
-        step_reads=tuple(step.reads for step in chain.steps),
+        options=tuple(options),
+        step_reads=step_reads,
         groups=chain.groups,
         state_bytes=state_bytes,
         # mean_square makes the gradients and nothing else.
-        loss_bytes=sum(state_bytes.values()) + LOSS_BYTES,
+        loss_bytes=sum(state_bytes[name] for name in chain.outputs) + LOSS_BYTES,
         training=training,
+        outputs=chain.outputs,
     )
 
 

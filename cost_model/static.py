@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from cost_model.devices import DTYPES, Device
-from model.config import EvoformerConfig, InputShape
+from model.config import InputShape, ModelConfig
 
 OPTIMIZER_STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors of a parameter's size; sgd with momentum
 
 
 def static_bytes(
     parameter_sizes: list[int],
-    config: EvoformerConfig,
+    config: ModelConfig,
     shape: InputShape,
     dtype: str,
     device: Device,
@@ -29,15 +31,16 @@ def static_bytes(
     def size(*elements: int) -> int:
         return sum(-(-count * item // device.block_bytes) * device.block_bytes for count in elements)
 
-    s, r, b = shape.n_seq, shape.n_res, shape.batch
-    state = size(b * s * r * config.c_m, b * r * r * config.c_z)
+    shapes = config.state_shapes(shape)
+    masks = [shapes[name][:-1] for name in config.masks.values()]
+    # In how many sequences each pair of residues is present, once for each alignment.
+    masks += [shapes["z"][:-1]] * (len(shapes) - 1)
     parameters = size(*parameter_sizes)
     return {
         "parameters": parameters,
         "gradients": parameters if training else 0,
         "optimizer": OPTIMIZER_STATES[optimizer] * parameters if training else 0,
-        # Both masks, and in how many sequences each pair of residues is present.
-        "inputs": state + size(b * s * r, b * r * r, b * r * r),
-        "outputs": state,
+        "inputs": size(*map(prod, shapes.values()), *map(prod, masks)),
+        "outputs": size(prod(shapes["m"]), prod(shapes["z"])),
         "workspace": device.workspace_bytes,
     }

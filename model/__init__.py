@@ -6,16 +6,17 @@ Names are imported on first use, so that what needs no torch does not load it.
 from importlib import import_module
 from typing import Any
 
-from model.config import PRESETS, EvoformerConfig, InputShape, preset
+from model.config import PRESETS, EvoformerConfig, InputShape, TrunkConfig, preset
 
 _LAZY = {
     "EvoformerBlock": "model.evoformer",
     "EvoformerStack": "model.evoformer",
+    "EvoformerTrunk": "model.trunk",
     "Chain": "model.chain",
     "Step": "model.chain",
 }
 
-__all__ = ["PRESETS", "EvoformerConfig", "InputShape", "preset", *_LAZY]
+__all__ = ["PRESETS", "EvoformerConfig", "InputShape", "TrunkConfig", "preset", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from model.dropout import dropout_mask
 from model.submodule import Submodule
+
+State = dict[str, Tensor]
+
+
+class Plannable(Protocol):
+    """A module that is a chain: what the planner and the executor need of it.
+
+    Attributes:
+        outputs: the state tensors that forward returns, in that order.
+    """
+
+    outputs: tuple[str, ...]
+
+    def stacks(self) -> Iterable[tuple[str, Iterable[Any], Mapping[str, str]]]:
+        """In the order in which they run: a stack's name, its blocks, and what its submodules' tensors are
+        called here where that differs. Each block lists its `submodules()`.
+        """
+
+    def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
+        """From forward's arguments, the state that the chain starts from and its constants (masks)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,22 +41,28 @@ class Step:
         index: position in the chain; also what its dropout mask is drawn from.
         name: qualified name of the submodule.
         group: number of the block it belongs to.
+        names: what the submodule's tensors are called in the state, where that differs.
     """
 
     index: int
     name: str
     submodule: Submodule
     group: int
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    def name_of(self, tensor: str) -> str:
+        """What one of the submodule's tensors is called in the state or among the constants."""
+        return self.names.get(tensor, tensor)
+
+    @cached_property
     def target(self) -> str:
         """The state tensor that the step rewrites."""
-        return self.submodule.target
+        return self.name_of(self.submodule.target)
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """The state tensors that the step reads, its target first."""
-        return self.submodule.reads
+        return tuple(map(self.name_of, self.submodule.reads))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -45,9 +72,9 @@ class Step:
     def tensors(
         self, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], seed: int | None
     ) -> dict[str, Tensor]:
-        """Everything the submodule's stages read: state, masks, and the dropout mask of this seed."""
-        tensors = {name: state[name] for name in self.reads}
-        tensors |= {name: constants[name] for name in self.submodule.constants}
+        """Everything the submodule's stages read, by its own names: state, masks, and the dropout mask."""
+        tensors = {name: state[self.name_of(name)] for name in self.submodule.reads}
+        tensors |= {name: constants[self.name_of(name)] for name in self.submodule.constants}
         mask = dropout_mask(self.submodule, state[self.target], seed, self.index)
         return tensors if mask is None else {**tensors, "dropout": mask}
 
@@ -57,15 +84,19 @@ class Chain:
     """Steps in the order in which they run. Groups (blocks) are consecutive."""
 
     steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, stack: nn.Module) -> Chain:
-        """The chain of any module with `blocks`, each of which lists its `submodules()`."""
+    def of(cls, model: Plannable) -> Chain:
+        """The chain of a model."""
         steps: list[Step] = []
-        for group, block in enumerate(stack.blocks):
-            for name, submodule in block.submodules():
-                steps.append(Step(len(steps), f"blocks.{group}.{name}", submodule, group))
-        return cls(tuple(steps))
+        group = 0
+        for stack, blocks, names in model.stacks():
+            for number, block in enumerate(blocks):
+                for name, submodule in block.submodules():
+                    steps.append(Step(len(steps), f"{stack}.{number}.{name}", submodule, group, names))
+                group += 1
+        return cls(tuple(steps), model.outputs)
 
     @cached_property
     def groups(self) -> tuple[range, ...]:
@@ -73,16 +104,9 @@ class Chain:
         firsts = [s.index for s in self.steps if s.index == 0 or self.steps[s.index - 1].group != s.group]
         return tuple(range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True))
 
-    def reads(self, span: range) -> tuple[str, ...]:
-        """The state tensors that consecutive steps read and did not make themselves."""
-        return reads_from_outside([self.steps[index].reads for index in span])
 
-
-def reads_from_outside(step_reads: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    """Of steps that each rewrite the first tensor they read: what they read before one of them made it."""
-    made: set[str] = set()
-    names: dict[str, None] = {}
-    for reads in step_reads:
-        names |= dict.fromkeys(name for name in reads if name not in made)
-        made.add(reads[0])
-    return tuple(names)
+def run_chain(model: Plannable, state: State, constants: Mapping[str, Tensor], seed: int | None) -> State:
+    """Run the steps one after the other, nothing cut and nothing recomputed."""
+    for step in Chain.of(model).steps:
+        state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
+    return state

@@ -55,28 +55,93 @@ class EvoformerConfig:
             else:
                 _require_positive(**{field.name: value})
 
+    masks = {"msa_mask": "m", "pair_mask": "z"}  # each mask, and the tensor whose positions it marks
+
     def with_dropout(self, rate: float) -> EvoformerConfig:
         """The same model with one dropout rate everywhere; 0 turns it off."""
         return replace(self, dropout_msa=rate, dropout_pair=rate)
 
+    def state_shapes(self, shape: InputShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of m and z, the batch first."""
+        return {
+            "m": (shape.batch, shape.n_seq, shape.n_res, self.c_m),
+            "z": (shape.batch, shape.n_res, shape.n_res, self.c_z),
+        }
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """An extra MSA stack on (e, z), then the main stack on (m, z).
+
+    Source: Jumper et al. (2021), Suppl. Alg. 2, lines 15-17.
+    """
+
+    extra: EvoformerConfig
+    main: EvoformerConfig
+
+    def __post_init__(self) -> None:
+        if self.extra.c_z != self.main.c_z:
+            raise ValueError(
+                f"the stacks share z, but c_z is {self.extra.c_z} in one, {self.main.c_z} in the other"
+            )
+
+    masks = {"extra_mask": "e", "msa_mask": "m", "pair_mask": "z"}
+
+    @property
+    def n_block(self) -> int:
+        """Blocks of both stacks."""
+        return self.extra.n_block + self.main.n_block
+
+    def with_dropout(self, rate: float) -> TrunkConfig:
+        """The same model with one dropout rate everywhere; 0 turns it off."""
+        return TrunkConfig(self.extra.with_dropout(rate), self.main.with_dropout(rate))
+
+    def state_shapes(self, shape: InputShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of e, m and z, the batch first."""
+        if shape.n_extra is None:
+            raise ValueError("a trunk needs the rows of its extra alignment; give --n-extra")
+        e = shape.batch, shape.n_extra, shape.n_res, self.extra.c_m
+        return {"e": e, **self.main.state_shapes(shape)}
+
+
+ModelConfig = EvoformerConfig | TrunkConfig
+
+
+def with_blocks(config: ModelConfig, n_block: int) -> ModelConfig:
+    """The model's first blocks; the main stack keeps at least one."""
+    if isinstance(config, EvoformerConfig):
+        return replace(config, n_block=n_block)
+    left = n_block - config.extra.n_block
+    if left < 1:
+        raise ValueError(
+            f"{n_block} blocks: at least {config.extra.n_block + 1}, one of the main stack included"
+        )
+    return replace(config, main=replace(config.main, n_block=left))
+
 
 @dataclass(frozen=True)
 class InputShape:
-    """Shape of one step's input: `batch` alignments of `n_seq` rows and `n_res` columns."""
+    """Shape of one step's input: `batch` alignments of `n_seq` rows and `n_res` columns.
+
+    `n_extra` is the number of rows of the extra alignment, where the model has a stack for it.
+    """
 
     n_seq: int
     n_res: int
     batch: int = 1
+    n_extra: int | None = None
 
     def __post_init__(self) -> None:
         _require_positive(n_seq=self.n_seq, n_res=self.n_res, batch=self.batch)
+        if self.n_extra is not None:
+            _require_positive(n_extra=self.n_extra)
 
 
 @dataclass(frozen=True)
 class Preset:
     """A named model with the input shape it is usually trained on."""
 
-    config: EvoformerConfig
+    config: ModelConfig
     shape: InputShape
     says: str
 
@@ -95,6 +160,16 @@ PRESETS: dict[str, Preset] = {
     ),
     "alphafold2-extra-finetune": Preset(
         _EXTRA, InputShape(5120, 384), "extra MSA stack, fine-tuning crop (Suppl. Alg. 18, 1.11)"
+    ),
+    "alphafold2-trunk": Preset(
+        TrunkConfig(_EXTRA, EvoformerConfig()),
+        InputShape(128, 256, n_extra=1024),
+        "extra MSA stack, then main stack, initial training crop (Suppl. Alg. 2, 1.11)",
+    ),
+    "alphafold2-trunk-finetune": Preset(
+        TrunkConfig(_EXTRA, EvoformerConfig()),
+        InputShape(512, 384, n_extra=5120),
+        "extra MSA stack, then main stack, fine-tuning crop (Suppl. Alg. 2, 1.11)",
     ),
     "alphafold2-narrow": Preset(
         EvoformerConfig(n_block=4, c_m=64, c_z=64),

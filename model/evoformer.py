@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.chain import Chain
+from model.chain import State, run_chain
 from model.config import EvoformerConfig
 from model.dropout import draw_seed
 from model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
@@ -51,6 +51,8 @@ class EvoformerStack(nn.Module):
     (1 where there is data; all ones when not given). Returns the new (m, z).
     """
 
+    outputs = ("m", "z")
+
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -82,12 +84,19 @@ class EvoformerStack(nn.Module):
         dropout_seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the blocks; `dropout_seed` is drawn from torch's default generator when None."""
-        constants = mask_constants(m, z, msa_mask, pair_mask)
-        seed = draw_seed(self, dropout_seed)
-        state = {"m": m, "z": z}
-        for step in Chain.of(self).steps:
-            state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
+        state, constants = self.prepare(m, z, msa_mask, pair_mask)
+        state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
         return state["m"], state["z"]
+
+    def prepare(
+        self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
+    ) -> tuple[State, dict[str, Tensor]]:
+        """The state and the constants of its chain."""
+        return {"m": m, "z": z}, mask_constants(m, z, msa_mask, pair_mask)
+
+    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
+        """Its blocks."""
+        yield "blocks", self.blocks, {}
 
 
 def mask_constants(

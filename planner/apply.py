@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.chain import Chain, Step
+from cost_model.liveness import Liveness
+from model.chain import Chain, State, Step
 from model.dropout import draw_seed
-from model.evoformer import mask_constants
 from model.execution import Gradients, ParameterGradients, PiecewiseRun, WholeRun, record, run_discarded
 from model.strategy import Strategy
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
-
-State = dict[str, Tensor]
 
 
 @dataclass
@@ -54,13 +52,15 @@ class _KeptEntry:
 class Tape:
     """Records of one forward pass, for one backward."""
 
-    def __init__(self, chain: Chain, constants: Mapping[str, Tensor], seed: int | None) -> None:
-        self.chain, self.constants, self.seed = chain, constants, seed
+    def __init__(
+        self, chain: Chain, liveness: Liveness, constants: Mapping[str, Tensor], seed: int | None
+    ) -> None:
+        self.chain, self.liveness, self.constants, self.seed = chain, liveness, constants, seed
         self._records: list[_RecordedStep | _KeptEntry] = []
 
     def keep_entry(self, part: Checkpoint, state: Mapping[str, Tensor]) -> None:
         """Keep what the steps of a checkpoint read from outside."""
-        entry = {name: state[name].detach() for name in self.chain.reads(part.span)}
+        entry = {name: state[name].detach() for name, _ in self.liveness.entry(part.span)}
         self._records.append(_KeptEntry(part, entry))
 
     def run(self, step: Step, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]) -> Tensor:
@@ -107,6 +107,8 @@ class Tape:
     def _advance(self, run: Run, recorded: bool, state: State) -> None:
         step = self.chain.steps[run.step]
         state[step.target] = self.run(step, run.strategy, recorded, state)
+        for name in self.liveness.last_reads(run.step):
+            del state[name]
 
 
 class _StepNode(torch.autograd.Function):
@@ -125,7 +127,7 @@ class _StepNode(torch.autograd.Function):
         state, parameters = ctx.tape.backward(ctx.step, grad)
         return (
             *(None,) * 4,
-            *(state[name] for name in ctx.step.reads),
+            *(state[name] for name in ctx.step.submodule.reads),
             *(parameters.get(name) for name in ctx.step.parameters),
         )
 
@@ -134,7 +136,7 @@ class PlannedModule(nn.Module):
     """A stack under a schedule: same parameters, same arguments, same results.
 
     Args:
-        stack: a module with `blocks`, whose forward takes (m, z, msa_mask, pair_mask).
+        stack: a `Plannable`.
         schedule: covers all its steps.
         shapes: the state's shapes that the schedule was made for; others are refused. None: any.
     """
@@ -145,27 +147,22 @@ class PlannedModule(nn.Module):
         super().__init__()
         self.stack, self.schedule, self.shapes = stack, schedule, shapes
         self.chain = Chain.of(stack)
+        self.liveness = Liveness([step.reads for step in self.chain.steps], self.chain.outputs)
         if schedule.span != range(len(self.chain.steps)):
             raise ValueError(
                 f"the plan covers {len(schedule.span)} steps, the model has {len(self.chain.steps)}"
             )
 
     def forward(
-        self,
-        m: Tensor,
-        z: Tensor,
-        msa_mask: Tensor | None = None,
-        pair_mask: Tensor | None = None,
-        dropout_seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
+    ) -> tuple[Tensor, ...]:
         """As the stack's own forward."""
-        state = {"m": m, "z": z}
-        del m, z
+        state, constants = self.stack.prepare(*tensors, **named)
+        del tensors, named
         for name, shape in (self.shapes or {}).items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
-        constants = mask_constants(state["m"], state["z"], msa_mask, pair_mask)
-        tape = Tape(self.chain, constants, draw_seed(self.stack, dropout_seed))
+        tape = Tape(self.chain, self.liveness, constants, draw_seed(self.stack, dropout_seed))
         recording = torch.is_grad_enabled()
         for part in self.schedule.parts:
             if isinstance(part, Run):
@@ -175,7 +172,7 @@ class PlannedModule(nn.Module):
                 tape.keep_entry(part, state)
             for run in part.first_pass():
                 self._advance(run, False, tape, state)
-        return state["m"], state["z"]
+        return tuple(state[name] for name in self.chain.outputs)
 
     def _advance(self, run: Run, recorded: bool, tape: Tape, state: State) -> None:
         step = self.chain.steps[run.step]
@@ -183,3 +180,5 @@ class PlannedModule(nn.Module):
         state[step.target] = _StepNode.apply(
             tape, step, run.strategy, recorded, *inputs, *step.parameters.values()
         )
+        for name in self.liveness.last_reads(run.step):
+            del state[name]

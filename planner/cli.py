@@ -13,7 +13,7 @@ import click
 
 from cost_model.devices import DEVICES, DTYPES
 from cost_model.static import OPTIMIZER_STATES
-from model.config import PRESETS, InputShape, override, preset
+from model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
 from planner.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ _PROBLEM_OPTIONS = [
     click.option("--n-blocks", type=click.IntRange(1), help="Blocks of the stack."),
     click.option("--n-seq", type=click.IntRange(1), help="Rows s of the alignment."),
     click.option("--n-res", type=click.IntRange(1), help="Residues r."),
+    click.option("--n-extra", type=click.IntRange(1), help="Rows of the extra alignment, for a trunk."),
     click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
     click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
@@ -136,7 +137,7 @@ def show(plan_file: str, json_path: str | None) -> None:
     from planner.plan import load_plan, write_json
     from planner.planning import cost_problem
     from planner.replay import replay
-    from planner.report import print_plan, print_schedule, print_timeline
+    from planner.report import print_plan, print_schedule, print_timeline, step_names
 
     found = load_plan(plan_file)
     with _progress("tracing") as update:
@@ -147,7 +148,7 @@ def show(plan_file: str, json_path: str | None) -> None:
     print_schedule(found, console)
     console.print()
     result = replay(found.sequence(), costed.table)
-    print_timeline(result, costed.fixed_bytes, console)
+    print_timeline(result, costed.fixed_bytes, step_names(found.problem.config), console)
     if json_path:
         moments = [
             {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
@@ -247,6 +248,7 @@ def _problem(
     n_blocks: int | None,
     n_seq: int | None,
     n_res: int | None,
+    n_extra: int | None,
     c_m: int | None,
     c_z: int | None,
     batch: int | None,
@@ -258,7 +260,7 @@ def _problem(
 ) -> Problem:
     """The problem that the flags describe."""
     chosen = preset(model)
-    config = override(chosen.config, n_block=n_blocks, c_m=c_m, c_z=c_z)
+    config = _resized(chosen.config, n_blocks, c_m, c_z)
     if dropout is not None:
         config = config.with_dropout(dropout)
     shape: InputShape = chosen.shape
@@ -267,7 +269,9 @@ def _problem(
 
         alignment = read_alignment(msa)
         shape = replace(shape, n_seq=alignment.n_seq, n_res=alignment.n_res)
-    shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch)
+    if n_extra is not None and shape.n_extra is None:
+        raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
+    shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
     if device not in (*DEVICES, "cuda"):
         raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
     from planner.problem import Problem
@@ -275,6 +279,14 @@ def _problem(
     if memory is None and device in DEVICES:
         memory = DEVICES[device].memory_bytes
     return Problem(model=model, config=config, shape=shape, device=device, budget_bytes=memory, **rest)
+
+
+def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:
+    """The model with other sizes; in a trunk --n-blocks and --c-m are those of the main stack."""
+    if isinstance(config, TrunkConfig):
+        extra = override(config.extra, c_z=c_z)
+        return TrunkConfig(extra, override(config.main, n_block=n_blocks, c_m=c_m, c_z=c_z))
+    return override(config, n_block=n_blocks, c_m=c_m, c_z=c_z)
 
 
 def _costed(problem: Problem) -> Costed:

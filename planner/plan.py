@@ -81,6 +81,7 @@ class Plan(BaseModel):
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
         baselines: the same prediction for what people do by hand.
+        only_whole: kinds of steps that offer no strategy but whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +95,7 @@ class Plan(BaseModel):
     static: dict[str, int]
     baselines: dict[str, Prediction]
     least_feasible_bytes: int | None
+    only_whole: tuple[str, ...] = ()
     schedule: list[Any]
 
     def sequence(self) -> Sequence:

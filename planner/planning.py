@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from cost_model.costs import CostTable, build_cost_table
 from cost_model.devices import Device, device
 from cost_model.local import local_cuda
 from cost_model.static import static_bytes
-from model.config import EvoformerConfig, InputShape
-from model.evoformer import EvoformerStack
+from model.chain import Chain
+from model.config import InputShape, ModelConfig, TrunkConfig, with_blocks
+from model.strategy import WHOLE
+from model.trunk import build_model
 from planner.plan import Plan, Prediction, SolverReport, schedule_to_json
 from planner.problem import Problem
 from planner.replay import replay
@@ -77,10 +79,10 @@ def device_named(name: str) -> Device:
     return local_cuda() if name == "cuda" else device(name)
 
 
-def empty_stack(config: EvoformerConfig) -> EvoformerStack:
+def empty_stack(config: ModelConfig) -> nn.Module:
     """The model without data, in training mode."""
     with torch.device("meta"):
-        return EvoformerStack(config).train()
+        return build_model(config).train()
 
 
 def cost_problem(
@@ -93,7 +95,7 @@ def cost_problem(
     """
     stack = empty_stack(problem.config) if stack is None else stack
     where = device_named(problem.device)
-    table = build_cost_table(stack, problem.shape, problem.dtype, where, problem.training, progress)
+    table = build_cost_table(stack, problem.state_shapes(), problem.dtype, where, problem.training, progress)
     sizes = [parameter.numel() for parameter in stack.parameters()]
     static = static_bytes(
         sizes, problem.config, problem.shape, problem.dtype, where, problem.optimizer, problem.training
@@ -135,16 +137,31 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         static=costed.static,
         baselines=predict_baselines(costed, costed.chain_budget()),
         least_feasible_bytes=None,
+        only_whole=only_whole(costed),
         schedule=schedule_to_json(schedule),
     )
 
 
 def costed_step_name(costed: Costed, step: int) -> str:
     """Qualified name of a step of the model."""
-    names = [
-        f"blocks.{i}.{name}" for i, block in enumerate(costed.stack.blocks) for name, _ in block.submodules()
-    ]
-    return names[step]
+    return Chain.of(costed.stack).steps[step].name
+
+
+def only_whole(costed: Costed) -> tuple[str, ...]:
+    """Kinds of steps that offer no strategy but whole: all that can be chosen is when to run them again."""
+    steps = Chain.of(costed.stack).steps
+    kinds = (
+        kind_of(step.name)
+        for step, options in zip(steps, costed.table.options, strict=True)
+        if {option.strategy for option in options} == {WHOLE}
+    )
+    return tuple(dict.fromkeys(kinds))
+
+
+def kind_of(step_name: str) -> str:
+    """A step's name without the number of its block: `blocks.3.row_attention` is `row_attention`."""
+    stack, _, rest = step_name.partition("blocks.")
+    return stack + rest.partition(".")[2]
 
 
 def predict_baselines(costed: Costed, chain_budget: int | None) -> dict[str, Prediction]:
@@ -205,7 +222,7 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
 
 def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -> Plan:
     """The plan for the first blocks of its stack, cut off, costed anew; it answers to no budget."""
-    config = replace(plan.problem.config, n_block=blocks)
+    config = with_blocks(plan.problem.config, blocks)
     problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
     costed = cost_problem(problem, progress=progress)
     schedule = shortened(plan.sequence(), len(costed.table.options))
@@ -230,30 +247,34 @@ def make_plan(
     optimizer: str = "adamw",
     solver: str = "dp",
 ) -> Plan:
-    """Plan a stack for inputs like these.
+    """Plan a model for inputs like these.
 
     Args:
-        stack: an EvoformerStack.
-        inputs: m [b, s, r, c_m], z [b, r, r, c_z], and optionally masks; only shapes and dtype count.
+        stack: an EvoformerStack, or an EvoformerTrunk.
+        inputs: m [b, s, r, c_m], z [b, r, r, c_z] (for a trunk e [b, s_e, r, c_e] before them), and
+            optionally masks; only shapes and dtype count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
 
     Raises:
         NoPlanError: nothing fits.
         ValueError: inputs, budget or a name that make no sense.
     """
-    m, z, *_ = inputs
-    if m.ndim != 4 or z.ndim != 4:
-        raise ValueError("m and z need a batch dimension: [b, s, r, c_m] and [b, r, r, c_z]")
+    tensors = list(inputs)
+    extra = [tensors.pop(0)] if isinstance(stack.config, TrunkConfig) else []
+    m, z, *_ = tensors
+    if any(tensor.ndim != 4 for tensor in (*extra, m, z)):
+        raise ValueError("inputs need a batch dimension: m [b, s, r, c_m] and z [b, r, r, c_z]")
     problem = Problem(
         model="custom",
         config=stack.config,
-        shape=InputShape(m.shape[1], m.shape[2], m.shape[0]),
+        shape=InputShape(m.shape[1], m.shape[2], m.shape[0], *(tensor.shape[1] for tensor in extra)),
         dtype=str(m.dtype).removeprefix("torch."),
         mode=mode,
         optimizer=optimizer,
         device=device,
         budget_bytes=None if budget is None else parse_size(budget),
     )
-    if tuple(z.shape) != problem.state_shapes()["z"]:
-        raise ValueError(f"z {tuple(z.shape)} does not belong to m {tuple(m.shape)}")
+    for tensor, (name, shape) in zip((*extra, m, z), problem.state_shapes().items(), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, the model and the other inputs need {shape}")
     return solve(cost_problem(problem, stack), solver)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cost_model.devices import DTYPES
-from model.config import EvoformerConfig, InputShape
+from model.config import EvoformerConfig, InputShape, TrunkConfig
 
 Mode = Literal["training", "inference"]
 Optimizer = Literal["none", "sgd", "adamw"]
@@ -25,7 +25,7 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    config: EvoformerConfig
+    config: Annotated[TrunkConfig | EvoformerConfig, Field(union_mode="left_to_right")]
     shape: InputShape
     dtype: str = "float32"
     mode: Mode = "training"
@@ -44,13 +44,19 @@ class Problem(BaseModel):
     @model_validator(mode="after")
     def _within_reach(self) -> Problem:
         # The largest tensors: attention weights, the outer product, a transition's hidden layer.
-        c, (s, r, b) = self.config, (self.shape.n_seq, self.shape.n_res, self.shape.batch)
-        heads = max(c.n_head_msa * c.c_head_msa, c.n_head_pair * c.c_head)
-        widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
-        if b * max(s, r) ** 2 * r * widest > 2**58:
-            raise ValueError(
-                f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
-            )
+        rows, (r, b) = [self.shape.n_seq], (self.shape.n_res, self.shape.batch)
+        stacks = [self.config]
+        if isinstance(self.config, TrunkConfig):
+            self.config.state_shapes(self.shape)  # says what is missing
+            stacks = [self.config.extra, self.config.main]
+            rows = [self.shape.n_extra, self.shape.n_seq]
+        for c, s in zip(stacks, rows, strict=True):
+            heads = max(c.n_head_msa * c.c_head_msa, c.n_head_pair * c.c_head)
+            widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
+            if b * max(s, r) ** 2 * r * widest > 2**58:
+                raise ValueError(
+                    f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
+                )
         return self
 
     @property
@@ -59,9 +65,5 @@ class Problem(BaseModel):
         return self.mode == "training"
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of m and z, the batch first."""
-        shape, config = self.shape, self.config
-        return {
-            "m": (shape.batch, shape.n_seq, shape.n_res, config.c_m),
-            "z": (shape.batch, shape.n_res, shape.n_res, config.c_z),
-        }
+        """Shapes of the state's tensors, the batch first."""
+        return self.config.state_shapes(self.shape)

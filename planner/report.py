@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from model.chain import Chain
+from model.config import ModelConfig
 from planner.plan import Certificate, Plan, Prediction
+from planner.planning import empty_stack, kind_of
 from planner.problem import Problem
 from planner.replay import Replay
 from planner.schedule import Checkpoint, Sequence, depth, final_strategies, forward_runs
@@ -22,8 +26,9 @@ def describe_problem(problem: Problem) -> str:
     config, shape = problem.config, problem.shape
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
     budget = "no budget" if problem.budget_bytes is None else f"budget {format_size(problem.budget_bytes)}"
+    extra = "" if shape.n_extra is None else f", extra s={shape.n_extra}"
     return (
-        f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{batch}, "
+        f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{extra}{batch}, "
         f"{problem.dtype} {problem.mode} on {problem.device}, {budget}"
     )
 
@@ -48,6 +53,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"solved by {plan.solver.name} in {format_seconds(plan.solver.seconds)}",
         highlight=False,
     )
+    if plan.only_whole:
+        console.print(
+            f"no strategy but whole: {', '.join(plan.only_whole)}; kept, or run again under a checkpoint",
+            highlight=False,
+        )
     for certificate in plan.solver.certificates:
         console.print(_certificate(certificate), highlight=False)
 
@@ -69,8 +79,9 @@ def _certificate(found: Certificate) -> str:
 
 def _decisions(schedule: Sequence, problem: Problem) -> Table:
     """Of each submodule: under which strategies it runs backward, and how often forward runs."""
-    names = submodule_names()
-    per_block = len(names)
+    kinds: dict[str, list[int]] = {}
+    for step, name in enumerate(step_names(problem.config)[: len(schedule.span)]):
+        kinds.setdefault(kind_of(name), []).append(step)
     final, runs = final_strategies(schedule), forward_runs(schedule)
     checkpoints = depth(schedule)
     title = (
@@ -79,8 +90,7 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
         else "decision per submodule"
     )
     table = _table(title, "submodule", "strategy (blocks)", "forward runs")
-    for position, name in enumerate(names):
-        steps = range(position, len(schedule.span), per_block)
+    for name, steps in kinds.items():
         counts = Counter(str(final[step]) for step in steps)
         text = ", ".join(f"{strategy} ({count})" for strategy, count in counts.most_common())
         most = [runs[step] for step in steps]
@@ -109,39 +119,31 @@ def _comparison(plan: Plan) -> Table:
     return table
 
 
-def submodule_names() -> list[str]:
-    """Names of a block's submodules, in order."""
-    return [
-        "row_attention", "column_attention", "msa_transition", "outer_product_mean", "triangle_outgoing",
-        "triangle_incoming", "triangle_starting", "triangle_ending", "pair_transition",
-    ]  # fmt: skip
+@cache
+def step_names(config: ModelConfig) -> list[str]:
+    """Qualified names of a model's steps, in order."""
+    return [step.name for step in Chain.of(empty_stack(config)).steps]
 
 
 def print_schedule(plan: Plan, console: Console) -> None:
     """The schedule as nested lines; equal neighbouring blocks are folded."""
-    for line in fold(list(schedule_lines(plan.sequence()))):
+    names = step_names(plan.problem.config)
+    for line in fold(list(schedule_lines(plan.sequence(), names))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def schedule_lines(schedule: Sequence, indent: str = "") -> Iterable[str]:
+def schedule_lines(schedule: Sequence, names: list[str], indent: str = "") -> Iterable[str]:
     """One line per recorded step and per checkpoint."""
-    names = submodule_names()
     for part in schedule.parts:
         if isinstance(part, Checkpoint):
             first, last = part.span.start, part.span.stop - 1
             counts = Counter(map(str, part.discard))
             discard = ", ".join(f"{name} x{count}" for name, count in counts.most_common(3))
             more = ", ..." if len(counts) > 3 else ""
-            yield f"{indent}checkpoint {_place(first)} .. {_place(last)}  [first pass: {discard}{more}]"
-            yield from schedule_lines(part.body, indent + "  ")
+            yield f"{indent}checkpoint {names[first]} .. {names[last]}  [first pass: {discard}{more}]"
+            yield from schedule_lines(part.body, names, indent + "  ")
         else:
-            block, position = divmod(part.step, len(names))
-            yield f"{indent}{names[position]} (block {block}): {part.strategy}"
-
-
-def _place(step: int) -> str:
-    names = submodule_names()
-    return f"{names[step % len(names)]} (block {step // len(names)})"
+            yield f"{indent}{names[part.step]}: {part.strategy}"
 
 
 def fold(lines: list[str], limit: int = 60) -> list[str]:
@@ -156,7 +158,7 @@ def fold(lines: list[str], limit: int = 60) -> list[str]:
     ]
 
 
-def print_timeline(result: Replay, fixed_bytes: int, console: Console) -> None:
+def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: Console) -> None:
     """Where the memory goes over the step, and what is live at the peak."""
     table = _table("memory timeline (each row: the largest moment of a phase in a sixteenth of the step)",
                    "phase", "step", "held before", "peak")  # fmt: skip
@@ -165,13 +167,13 @@ def print_timeline(result: Replay, fixed_bytes: int, console: Console) -> None:
     peak = result.peak
     for start in range(0, len(moments), size):
         moment = max(moments[start : start + size], key=lambda m: m.peak_bytes)
-        where = "-" if moment.step is None else _place(moment.step)
+        where = "-" if moment.step is None else names[moment.step]
         table.add_row(
             moment.phase, where, format_size(fixed_bytes + moment.held_bytes),
             format_size(fixed_bytes + moment.peak_bytes), style="bold" if moment is peak else None,
         )  # fmt: skip
     console.print(table)
-    where = "the loss" if peak.step is None else _place(peak.step)
+    where = "the loss" if peak.step is None else names[peak.step]
     console.print(
         f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {where}: "
         f"{format_size(fixed_bytes)} static, {format_size(peak.held_bytes)} kept by earlier steps, "

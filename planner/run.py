@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cost_model import measure
 from model.alignment import Alignment, read_alignment
+from model.config import EvoformerConfig
 from model.evoformer import EvoformerStack
 from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
 from planner.plan import Plan
@@ -57,6 +58,8 @@ def run_plan(
         learning_rate: of the plan's optimizer (none: the parameters stay).
     """
     problem = plan.problem
+    if not isinstance(problem.config, EvoformerConfig):
+        raise ValueError("run takes plans of one stack; check a trunk's plan with `evoplan verify`")
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
     alignment = alignment_for(plan, msa, seed)

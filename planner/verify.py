@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cost_model import measure
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
-from model.evoformer import EvoformerStack
+from model.config import ModelConfig, TrunkConfig
 from model.execution import sampled_pieces
 from model.loss import mean_square
+from model.trunk import build_model
 from planner.apply import PlannedModule
 from planner.plan import Plan
 from planner.planning import device_named, empty_stack
@@ -55,9 +56,7 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
         ValueError: the plan is for another model.
     """
     config = getattr(stack, "config", None)
-    if config is None or [p.shape for p in stack.parameters()] != [
-        p.shape for p in empty_stack(plan.problem.config).parameters()
-    ]:
+    if config is None or without_dropout(config) != without_dropout(plan.problem.config):
         raise ValueError(
             f"the plan is for {plan.problem.config}, the model has {config}; plan for this model"
         )
@@ -67,6 +66,19 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
             f"the plan is for {plan.problem.dtype}, the model is in {dtype}; plan for that dtype"
         )
     return PlannedModule(stack, plan.sequence(), plan.problem.state_shapes())
+
+
+def without_dropout(config: ModelConfig) -> ModelConfig:
+    """What must agree between a plan and a model. Rates may differ, as long as the masks do not appear."""
+
+    def dropping(rate: float) -> float:
+        return 0.5 if rate else 0.0
+
+    if isinstance(config, TrunkConfig):
+        return TrunkConfig(without_dropout(config.extra), without_dropout(config.main))
+    return replace(
+        config, dropout_msa=dropping(config.dropout_msa), dropout_pair=dropping(config.dropout_pair)
+    )
 
 
 def simulate_plan(plan: Plan) -> Verification:
@@ -150,10 +162,10 @@ def verify_plan(
     )
 
 
-def random_stack(plan: Plan, dtype: torch.dtype, kind: str) -> EvoformerStack:
+def random_stack(plan: Plan, dtype: torch.dtype, kind: str) -> nn.Module:
     """A model with no weight zero, as after some training: zeros would hide errors."""
     torch.manual_seed(0)
-    stack = EvoformerStack(plan.problem.config).train(plan.problem.training)
+    stack = build_model(plan.problem.config).train(plan.problem.training)
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3 * max(parameter.shape) ** -0.5)
@@ -187,13 +199,14 @@ class _Step:
         if inputs is None:
             shapes = plan.problem.state_shapes()
             inputs = {name: torch.randn(shape, dtype=dtype, device=kind) for name, shape in shapes.items()}
-            for name, of in (("msa_mask", "m"), ("pair_mask", "z")):
+            for name, of in plan.problem.config.masks.items():
                 present = torch.rand(shapes[of][:-1], device=kind) > 0.1
                 inputs[name] = present.to(dtype)
         self.inputs = inputs
+        self.state = [inputs[name] for name in plan.problem.state_shapes()]
         if self.training:
-            for name in ("m", "z"):
-                inputs[name].requires_grad_()
+            for tensor in self.state:
+                tensor.requires_grad_()
             for parameter in module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -202,10 +215,15 @@ class _Step:
             with torch.no_grad():
                 self.module(**self.inputs)
             return
-        self.inputs["m"].grad = self.inputs["z"].grad = None
+        self.drop_gradients()
         m, z = self.module(**self.inputs, dropout_seed=0)  # the same masks every time
         mean_square(m, z).backward()
-        self.inputs["m"].grad = self.inputs["z"].grad = None
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Those of the inputs; the model's stay allocated."""
+        for tensor in self.state:
+            tensor.grad = None
 
     def results(self) -> tuple[list[Tensor], list[Tensor]]:
         """(loss or outputs, gradients of inputs and parameters) of a step, gradients started at zero."""
@@ -214,7 +232,7 @@ class _Step:
                 return [x.double() for x in self.module(**self.inputs)], []
         parameters = list(self.module.parameters())
         loss = mean_square(*self.module(**self.inputs, dropout_seed=0))
-        leaves = [self.inputs["m"], self.inputs["z"], *parameters]
+        leaves = [*self.state, *parameters]
         return [loss.detach().double()], list(torch.autograd.grad(loss, leaves))
 
     def live_bytes(self) -> int:

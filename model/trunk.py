@@ -1,0 +1,73 @@
+"""The extra MSA stack followed by the main stack, as one chain over the state (e, m, z)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from model.chain import State, run_chain
+from model.config import EvoformerConfig, ModelConfig, TrunkConfig
+from model.dropout import draw_seed
+from model.evoformer import EvoformerStack, mask_constants
+
+# What the extra stack's blocks call m, its mask and its pair counts.
+EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}
+
+
+class EvoformerTrunk(nn.Module):
+    """The extra stack rewrites (e, z), then the main stack (m, z).
+
+    Inputs: e [*, s_e, r, c_e], m [*, s, r, c_m], z [*, r, r, c_z], and masks without channels (1 where there
+    is data; all ones when not given). Returns the new (m, z): nobody reads e after the extra stack.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 2, lines 15-17.
+    """
+
+    outputs = ("m", "z")
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.extra = EvoformerStack(config.extra)
+        self.main = EvoformerStack(config.main)
+
+    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
+        """The blocks of both stacks."""
+        yield "extra.blocks", self.extra.blocks, EXTRA_NAMES
+        yield "main.blocks", self.main.blocks, {}
+
+    def prepare(
+        self,
+        e: Tensor,
+        m: Tensor,
+        z: Tensor,
+        extra_mask: Tensor | None = None,
+        msa_mask: Tensor | None = None,
+        pair_mask: Tensor | None = None,
+    ) -> tuple[State, dict[str, Tensor]]:
+        """The state and the constants of its chain."""
+        constants = mask_constants(m, z, msa_mask, pair_mask)
+        extra = mask_constants(e, z, extra_mask, constants["pair_mask"])
+        constants |= {EXTRA_NAMES[name]: extra[name] for name in ("msa_mask", "pair_count")}
+        return {"e": e, "m": m, "z": z}, constants
+
+    def forward(
+        self,
+        e: Tensor,
+        m: Tensor,
+        z: Tensor,
+        extra_mask: Tensor | None = None,
+        msa_mask: Tensor | None = None,
+        pair_mask: Tensor | None = None,
+        dropout_seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run both stacks; `dropout_seed` is drawn from torch's default generator when None."""
+        state, constants = self.prepare(e, m, z, extra_mask, msa_mask, pair_mask)
+        state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
+        return state["m"], state["z"]
+
+
+def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk:
+    """The model that a configuration describes."""
+    return EvoformerStack(config) if isinstance(config, EvoformerConfig) else EvoformerTrunk(config)
