@@ -118,12 +118,12 @@ def trace_step(
     state: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     trace: Trace,
-    live: Iterable[str],
+    live: Iterable[str] | None = None,
 ) -> StepCost:
     """Cost of one step under one strategy; call on fake tensors, inside `trace`.
 
     Args:
-        live: tensors of the state that have a gradient when the step's backward begins.
+        live: tensors of the state that have a gradient when the step's backward begins; None for all.
     """
     base = trace.live_bytes
     loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
@@ -141,7 +141,9 @@ def trace_step(
     del output
     preserved_bytes = trace.live_bytes - base - loss.nbytes
 
-    gradients = {name: torch.empty_like(state[name]) for name in {*live, step.target}}
+    gradients = {
+        name: torch.empty_like(state[name]) for name in {*(state if live is None else live), step.target}
+    }
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base, trace.work()

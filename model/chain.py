@@ -16,7 +16,7 @@ State = dict[str, Tensor]
 
 
 class Plannable(Protocol):
-    """A module that is a chain: what the planner and the executor need of it.
+    """A module that is a chain: what has to be known of it to schedule and to run it.
 
     Attributes:
         outputs: the state tensors that forward returns, in that order.

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import EvoformerConfig, EvoformerStack
+from cost_model.costs import CostTable, build_cost_table
+from cost_model.devices import device
+from model import EvoformerConfig, EvoformerStack, InputShape
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads that wait for each other take minutes
@@ -51,3 +53,12 @@ def random_inputs(
 @pytest.fixture
 def stack() -> EvoformerStack:
     return randomise(EvoformerStack(TINY).double()).train()
+
+
+@pytest.fixture(scope="session")
+def stack_table() -> CostTable:
+    """Real costs of two blocks, from the trace."""
+    with torch.device("meta"):
+        model = EvoformerStack(EvoformerConfig(n_block=2, c_m=64, c_z=32)).train()
+    shapes = model.config.state_shapes(InputShape(48, 64))
+    return build_cost_table(model, shapes, "float16", device("a100-40gb"))

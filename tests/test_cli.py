@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model import EvoformerBlock, EvoformerConfig
 from planner.cli import main
-from planner.report import submodule_names
 from planner.sizes import parse_size
 
 SMALL = [
@@ -48,11 +46,6 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     main(["plan", *SMALL, "--memory", "8MiB", "--out", str(path)])
     return str(path)
-
-
-def test_the_report_names_the_submodules_of_a_block() -> None:
-    block = EvoformerBlock(EvoformerConfig(c_m=4, c_z=4))
-    assert submodule_names() == [name for name, _ in block.submodules()]
 
 
 def test_help_does_not_load_torch() -> None:
@@ -159,3 +152,59 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
+
+
+def test_certify_prints_and_keeps_the_gap(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = call(capsys, "plan", *SMALL, "--memory", "6MB", "--certify", "--out", str(path))
+    assert code == 0
+    assert "certificate (CP-SAT): persistent schedules, checkpoints at most one deep" in " ".join(out.split())
+    solver = json.loads(path.read_text())["solver"]
+    assert [found["max_depth"] for found in solver["certificates"]] == [None, 1]
+    assert solver["gap"] == solver["certificates"][0]["gap"]
+    assert 0 <= solver["gap"] < 0.01
+    assert 0 <= solver["certificates"][1]["gap"] < 0.01
+
+
+@pytest.mark.parametrize("solver", ["cp-sat", "seed-dp", "large"])
+def test_other_solvers_make_plans_that_verify(
+    capsys: pytest.CaptureFixture, tmp_path: Path, solver: str
+) -> None:
+    path = str(tmp_path / "plan.json")
+    assert call(capsys, "plan", *SMALL, "--memory", "8MiB", "--solver", solver, "--out", path)[0] == 0
+    assert call(capsys, "verify", path, "--repeats", "1")[0] == 0
+
+
+def test_a_trunk_is_planned(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    flags = [
+        "--model",
+        "alphafold2-trunk",
+        "--n-blocks",
+        "1",
+        "--n-seq",
+        "5",
+        "--n-res",
+        "7",
+        "--n-extra",
+        "9",
+    ]
+    code, out, _ = call(capsys, "plan", *flags, "--memory", "100MB", "--out", path)
+    assert code == 0
+    assert "extra.row_attention" in out
+    assert "main.pair_transition" in out
+    assert call(capsys, "verify", path, "--simulate")[0] == 0
+    code, _, err = call(capsys, "run", path)
+    assert code == 2
+    assert "evoplan verify" in err
+    code, _, err = call(capsys, "plan", *SMALL, "--n-extra", "9")
+    assert code == 2
+    assert "alphafold2-trunk" in err
+
+
+def test_steps_that_offer_nothing_but_whole_are_named(capsys: pytest.CaptureFixture) -> None:
+    """One sequence and one head: row attention has nothing to cut."""
+    code, out, _ = call(capsys, "plan", "--model", "alphafold2", "--n-blocks", "1", "--n-seq", "1",
+                        "--n-res", "1", "--memory", "100MB")  # fmt: skip
+    assert code == 0
+    assert "no strategy but whole" not in out  # heads can still be cut

@@ -22,10 +22,6 @@ from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))
 UNITS = 90  # bytes; enough for most schedules of three steps
 
-# Tensors that chains write where checkpoints may nest. One only: GridCosts.exit takes a tensor's last
-# version for an output in a redo too, where it is made anew and held as well. "mz" when that is mended.
-NESTED = "mz"
-
 
 def cases(count: int) -> settings:
     """So many cases, the same ones every time."""
@@ -128,25 +124,25 @@ def check_optimum(table: CostTable, max_depth: int | None) -> None:
 
 
 @cases(700)
-@given(tables(streams=NESTED))
+@given(tables())
 def test_it_finds_the_optimum(table: CostTable) -> None:
     check_optimum(table, None)
 
 
 @cases(100)
-@given(tables(streams=NESTED, most=3))
+@given(tables(most=3))
 def test_it_finds_the_optimum_among_more_strategies(table: CostTable) -> None:
     check_optimum(table, None)
 
 
 @cases(100)
-@given(tables(steps=(4, 5), most=1, streams=NESTED))
+@given(tables(steps=(4, 5), most=1))
 def test_it_finds_the_optimum_of_longer_chains(table: CostTable) -> None:
     check_optimum(table, 2)
 
 
 @cases(60)
-@given(tables(steps=(2, 4), streams=NESTED))
+@given(tables(steps=(2, 4)))
 def test_it_finds_the_optimum_at_two_levels(table: CostTable) -> None:
     check_optimum(table, 2)
 
@@ -158,7 +154,7 @@ def test_it_finds_the_optimum_at_limited_depth(table: CostTable, max_depth: int)
 
 
 @cases(150)
-@given(tables(streams=NESTED))
+@given(tables())
 def test_the_replay_bounds_it_from_both_sides(table: CostTable) -> None:
     """Charges exceed the replay by at most the state twice: outputs not made yet or new targets
     that were read already, and what a discarding run holds on top of them.
@@ -171,7 +167,7 @@ def test_the_replay_bounds_it_from_both_sides(table: CostTable) -> None:
 
 
 @cases(150)
-@given(tables(streams=NESTED, read_all=True, backward_from=30))
+@given(tables(read_all=True, backward_from=30))
 def test_it_is_the_replays_optimum_where_backward_decides(table: CostTable) -> None:
     """The charges differ from the replay's before the loss, and for targets that the next step
     does not read. Where backward needs the most and every step reads everything, they agree.
@@ -193,7 +189,7 @@ def test_no_charge_is_below_the_replay(table: CostTable) -> None:
 
 
 @cases(150)
-@given(tables(steps=(2, 8), most=3, streams=NESTED), st.integers(1, 7), st.sampled_from([None, 0, 1, 2, 3]))
+@given(tables(steps=(2, 8), most=3), st.integers(1, 7), st.sampled_from([None, 0, 1, 2, 3]))
 def test_schedules_keep_their_budget(table: CostTable, unit: int, max_depth: int | None) -> None:
     program = Program(table, unit, -(-150 // unit), max_depth)
     check_schedules(program, table)
@@ -202,7 +198,7 @@ def test_schedules_keep_their_budget(table: CostTable, unit: int, max_depth: int
 
 
 @cases(100)
-@given(tables(steps=(2, 6), most=3, streams=NESTED))
+@given(tables(steps=(2, 6), most=3))
 def test_more_depth_is_never_slower(table: CostTable) -> None:
     by_depth = [Program(table, 1, UNITS, limit).times for limit in (0, 1, 2, 6, None)]
     for less, more in pairwise(by_depth):
@@ -212,7 +208,7 @@ def test_more_depth_is_never_slower(table: CostTable) -> None:
 
 @pytest.mark.parametrize("max_depth", [None, 2])
 @cases(20)
-@given(tables(steps=(2, 4), most=3, streams=NESTED))
+@given(tables(steps=(2, 4), most=3))
 def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTable) -> None:
     """Six equal groups cost the same where nothing tells the program that they are equal."""
     size = len(table.options)

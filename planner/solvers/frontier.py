@@ -18,7 +18,7 @@ from model.strategy import WHOLE
 from planner.replay import Replay, replay
 from planner.schedule import Run, Sequence, allow_depth
 from planner.solvers.dp import Program
-from planner.solvers.grid import Times
+from planner.solvers.grid import Times, unit_bytes
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.
@@ -67,7 +67,7 @@ class Frontier:
         while self._spans[-1] < self.most_bytes:
             self._spans.append(min(SPAN * self._spans[-1], self.most_bytes))
         units = [UNITS] * (len(self._spans) - 1) + [UNITS * max(1, min(3, 256 // len(table.groups)))]
-        self._units = [_unit_bytes(*both, table) for both in zip(self._spans, units, strict=True)]
+        self._units = [unit_bytes(*both, table) for both in zip(self._spans, units, strict=True)]
 
     def _program(self, index: int) -> Program:
         """The program on one grid; solved anew where it was dropped to save memory."""
@@ -159,21 +159,6 @@ class Frontier:
         return sorted(
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )
-
-
-def _unit_bytes(span: int, units: int, table: CostTable) -> int:
-    """A grid step of about span / units, such that what schedules hold rounds up to little more than it is.
-
-    What they hold is state, most of all, and what steps that run whole preserve.
-    """
-    smallest = max(1, -(-span // units))
-    candidates = np.unique(np.linspace(smallest, max(smallest, 1.1 * smallest), 256).astype(np.int64))
-    state = list(table.state_bytes.values())
-    steps = {id(options): options[0].preserved_bytes for options in table.options}.values()
-    sizes = np.array([*state, *steps])
-    weights = np.array([len(steps)] * len(state) + [1] * len(steps))
-    waste = (-sizes[:, None] % candidates * weights[:, None]).sum(axis=0) / candidates
-    return int(candidates[waste.argmin()])
 
 
 def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:

@@ -178,6 +178,21 @@ class GridCosts:
         return tuple(strategies)
 
 
+def unit_bytes(span: int, units: int, table: CostTable) -> int:
+    """A grid step of about span / units, such that what schedules hold rounds up to little more than it is.
+
+    What they hold is state, most of all, and what steps that run whole preserve.
+    """
+    smallest = max(1, -(-span // units))
+    candidates = np.unique(np.linspace(smallest, max(smallest, 1.1 * smallest), 256).astype(np.int64))
+    state = list(table.state_bytes.values())
+    steps = {id(options): options[0].preserved_bytes for options in table.options}.values()
+    sizes = np.array([*state, *steps])
+    weights = np.array([len(steps)] * len(state) + [1] * len(steps))
+    waste = (-sizes[:, None] % candidates * weights[:, None]).sum(axis=0) / candidates
+    return int(candidates[waste.argmin()])
+
+
 def _kinds(table: CostTable) -> list[int]:
     """A number for each group, equal where groups cost the same on a redo."""
     alive = [tuple(v.tensor for v in table.liveness.alive(i)) for i in range(len(table.options) + 1)]

@@ -19,8 +19,9 @@ import numpy as np
 from cost_model.costs import CostTable
 from model.strategy import WHOLE, Strategy
 from planner.schedule import Checkpoint, Run, Sequence
+from planner.solvers.grid import unit_bytes
 
-UNITS = 2048
+UNITS = 4096
 
 
 class Option(NamedTuple):
@@ -61,9 +62,10 @@ class SeedProgram:
                     seconds = cost.forward_seconds + cost.backward_seconds
                     options.append(Option(inter, preserved, seconds, cost.strategy, False))
                 whole = next(cost for cost in costs if cost.strategy == WHOLE)
-                inter = max(whole.discard_bytes, whole.forward_bytes + gradients, whole.backward_bytes + new)
+                # The second run makes its target beside the first one, which may be an output.
+                inter = max(whole.discard_bytes, whole.forward_bytes + gradients, whole.backward_bytes)
                 seconds = 2 * whole.forward_seconds + whole.backward_seconds
-                options.append(Option(inter - new, new, seconds, WHOLE, True))
+                options.append(Option(inter, new, seconds, WHOLE, True))
                 made[key] = tuple(options)
             chosen.append(made[key])
         return chosen
@@ -112,7 +114,7 @@ class SeedProgram:
 
     def _times(self, inter: int, memory: int) -> list[np.ndarray] | None:
         """For each step, least seconds from it on by memory left for what is preserved."""
-        unit = max(1, -(-memory // UNITS))
+        unit = unit_bytes(memory, UNITS, self.table)
         size = memory // unit + 1
         choices = {id(o): self._within(step, inter, unit) for step, o in enumerate(self.options)}
         needed = sum(choices[id(o)][0][0] if choices[id(o)] else size for o in self.options)
@@ -129,7 +131,7 @@ class SeedProgram:
         return times
 
     def _read(self, inter: int, memory: int, times: list[np.ndarray]) -> Sequence:
-        unit = max(1, -(-memory // UNITS))
+        unit = unit_bytes(memory, UNITS, self.table)
         left, parts = memory // unit, []
         for step in range(len(self.options)):
             after = times[step + 1]
