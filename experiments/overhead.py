@@ -1,0 +1,122 @@
+"""What the executor costs: a plan that equals `large` beside the same thing written by hand.
+
+    python -m experiments.overhead [--rounds N]
+
+By hand is `torch.utils.checkpoint` around each block. Both run interleaved in one process on the same
+model and inputs; the figure is the median of the ratios of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cost_model import measure
+from model.chain import Chain, Step
+from model.config import EvoformerConfig
+from model.evoformer import EvoformerStack
+from model.loss import mean_square
+from model.strategy import WHOLE
+from planner.apply import PlannedModule
+from planner.plan import write_json
+from planner.schedule import Checkpoint, Run, Sequence
+
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
+NARROW = EvoformerConfig(n_block=4, c_m=64, c_z=64)
+CASES = [(NARROW, 16, 32), (NARROW, 32, 64), (replace(NARROW, c_m=256, c_z=128), 16, 48)]
+LIMIT = 1.02
+
+
+class ByHand(nn.Module):
+    """The stack with a checkpoint around each block."""
+
+    def __init__(self, stack: EvoformerStack) -> None:
+        super().__init__()
+        self.stack, self.chain = stack, Chain.of(stack)
+
+    def forward(self, m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As the stack's own."""
+        _, constants = self.stack.prepare(m, z)
+        for group in self.chain.groups:
+            steps = self.chain.steps[group.start : group.stop]
+            m, z = checkpoint(_run_block, steps, m, z, *constants.values(), use_reentrant=False,
+                              preserve_rng_state=False)  # fmt: skip
+        return m, z
+
+
+def _run_block(steps: tuple[Step, ...], m: Tensor, z: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
+    constants = dict(zip(("msa_mask", "pair_mask", "pair_count"), masks, strict=True))
+    state = {"m": m, "z": z}
+    for step in steps:
+        state[step.target] = step.submodule.new_target(step.tensors(state, constants, None))
+    return state["m"], state["z"]
+
+
+def large(stack: EvoformerStack) -> Sequence:
+    """Every block under one checkpoint."""
+    return Sequence(
+        tuple(
+            Checkpoint(Sequence(tuple(Run(step, WHOLE) for step in group)), (WHOLE,) * len(group))
+            for group in Chain.of(stack).groups
+        )
+    )
+
+
+def compare(config: EvoformerConfig, s: int, r: int, rounds: int) -> dict:
+    """Ratios of neighbouring runs, planned over by hand; dropout is off."""
+    torch.manual_seed(0)
+    stack = EvoformerStack(config.with_dropout(0.0)).train()
+    m, z = torch.randn(1, s, r, config.c_m), torch.randn(1, r, r, config.c_z)
+    runs = {"planned": PlannedModule(stack, large(stack)), "by hand": ByHand(stack)}
+
+    def step(module: nn.Module) -> None:
+        stack.zero_grad(set_to_none=False)
+        mean_square(*module(m, z)).backward()
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for module in runs.values():
+        step(module)
+    for index in range(rounds):
+        for name in sorted(runs, reverse=bool(index % 2)):  # neither always runs second
+            times[name].append(measure.seconds(lambda module=runs[name]: step(module), "cpu"))
+    ratios = sorted(a / b for a, b in zip(times["planned"], times["by hand"], strict=True))
+    quarter = len(ratios) // 4
+    return {
+        "blocks": config.n_block, "c_m": config.c_m, "s": s, "r": r, "rounds": rounds,
+        "planned_seconds": statistics.median(times["planned"]),
+        "by_hand_seconds": statistics.median(times["by hand"]),
+        "ratio": statistics.median(ratios),
+        "quartiles": [ratios[quarter], ratios[-1 - quarter]],
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Print the ratios, write them as JSON; 0 if none exceeds the limit."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.overhead", description=main.__doc__)
+    parser.add_argument("--rounds", type=int, default=25, help="runs of each (default: %(default)s)")
+    rounds = parser.parse_args().rounds
+    console = Console(width=110)
+    rows = []
+    for config, s, r in CASES:
+        row = compare(config, s, r, rounds)
+        rows.append(row)
+        low, high = row["quartiles"]
+        console.print(
+            f"{row['blocks']} blocks, c_m={row['c_m']}, s={s}, r={r}: planned {row['planned_seconds']:.3f} s, by "
+            f"hand {row['by_hand_seconds']:.3f} s, ratio {row['ratio']:.3f} (quartiles {low:.3f}, {high:.3f})",
+            highlight=False,
+        )
+    write_json(RESULTS, {"torch": torch.__version__, "device": "cpu", "runs": rows})
+    return 0 if max(row["ratio"] for row in rows) <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
