@@ -95,9 +95,14 @@ class CostTable:
         """Size of some versions of the state; the chain's inputs are not its own and count nothing."""
         return sum(self.state_bytes[name] for name, maker in versions if maker != INPUT)
 
+    @cached_property
+    def _gradient_bytes(self) -> tuple[int, ...]:
+        positions = range(len(self.options) + 1)
+        return tuple(sum(self.state_bytes[v.tensor] for v in self.liveness.alive(p)) for p in positions)
+
     def gradient_bytes(self, position: int) -> int:
         """Gradients that are live while backward stands before step `position`."""
-        return sum(self.state_bytes[version.tensor] for version in self.liveness.alive(position))
+        return self._gradient_bytes[position]
 
 
 def offered_strategies(submodule: Submodule, shape: Sequence[int]) -> list[Strategy]:

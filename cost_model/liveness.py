@@ -60,6 +60,11 @@ class Liveness:
                 alive[position].append(version)
         return [tuple(versions) for versions in alive]
 
+    @cached_property
+    def _reads(self) -> list[tuple[Version, ...]]:
+        """For each step, the versions it reads."""
+        return [tuple(self.graph.predecessors(step)) for step in range(self.end)]
+
     def alive(self, position: int) -> tuple[Version, ...]:
         """Versions made before step `position` that it or a later one reads.
 
@@ -75,7 +80,9 @@ class Liveness:
 
     def entry(self, span: range) -> tuple[Version, ...]:
         """Versions that consecutive steps read and did not make themselves."""
-        read = (version for step in span for version in self.graph.predecessors(step))
+        if len(span) == 1:
+            return self._reads[span.start]
+        read = (version for step in span for version in self._reads[step])
         return tuple(dict.fromkeys(version for version in read if version.maker < span.start))
 
     def made(self, start: int, position: int) -> tuple[Version, ...]:

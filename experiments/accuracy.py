@@ -3,7 +3,8 @@
     python -m experiments.accuracy
 
 Sizes that do not divide, one to eight blocks, two dtypes, dropout on and off, an extra MSA stack before the
-main one; four to six budgets each from the least feasible up. Ratios are of activations: static bytes are excluded from both sides.
+main one; four to six budgets each from the least feasible up. Ratios are of activations: static bytes
+are excluded from both sides.
 """
 
 from __future__ import annotations

@@ -110,8 +110,10 @@ def main() -> int:
         rows.append(row)
         low, high = row["quartiles"]
         console.print(
-            f"{row['blocks']} blocks, c_m={row['c_m']}, s={s}, r={r}: planned {row['planned_seconds']:.3f} s, by "
-            f"hand {row['by_hand_seconds']:.3f} s, ratio {row['ratio']:.3f} (quartiles {low:.3f}, {high:.3f})",
+            f"{row['blocks']} blocks, c_m={row['c_m']}, s={s}, r={r}: "
+            f"planned {row['planned_seconds']:.3f} s, "
+            f"by hand {row['by_hand_seconds']:.3f} s, ratio {row['ratio']:.3f} "
+            f"(quartiles {low:.3f}, {high:.3f})",
             highlight=False,
         )
     write_json(RESULTS, {"torch": torch.__version__, "device": "cpu", "runs": rows})

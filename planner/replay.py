@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from cost_model.costs import CostTable, StepCost
-from cost_model.liveness import Version
+from cost_model.liveness import INPUT, Version
 from model.strategy import Strategy
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
 
@@ -101,7 +101,9 @@ class _Machine:
     costs: list[dict[Strategy, StepCost]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.costs = [{cost.strategy: cost for cost in options} for options in self.table.options]
+        options = self.table.options
+        distinct = {id(costs): {cost.strategy: cost for cost in costs} for costs in options}
+        self.costs = [distinct[id(costs)] for costs in options]
 
     def run(self, schedule: Sequence) -> Replay:
         table = self.table
@@ -129,14 +131,14 @@ class _Machine:
     def keep(self, versions: Iterable[Version]) -> None:
         for version in versions:
             self.holders[version] += 1
-            if self.holders[version] == 1:
-                self.held_bytes += self.table.bytes_of([version])
+            if self.holders[version] == 1 and version.maker != INPUT:
+                self.held_bytes += self.table.state_bytes[version.tensor]
 
     def release(self, versions: Iterable[Version]) -> None:
         for version in versions:
             self.holders[version] -= 1
-            if self.holders[version] == 0:
-                self.held_bytes -= self.table.bytes_of([version])
+            if self.holders[version] == 0 and version.maker != INPUT:
+                self.held_bytes -= self.table.state_bytes[version.tensor]
 
     def advance(self, state: dict[str, Version], step: int) -> None:
         """The step's new target takes the place of the old one; what nobody reads any longer goes."""

@@ -10,6 +10,8 @@ Two relaxations, of which the better one counts:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cost_model.costs import CostTable
@@ -31,10 +33,10 @@ class LowerBound:
     """
 
     def __init__(
-        self, table: CostTable, max_depth: int | None = None, spans: tuple[int, ...] = (), units: int = 8192
+        self, table: CostTable, max_depth: int | None = None, spans: Sequence[int] = (), units: int = 8192
     ) -> None:
         self.table, self.max_depth, self.units = table, max_depth, units
-        self._spans = spans
+        self._spans = tuple(spans)
         self._output_bytes = table.bytes_of(table.liveness.outputs)
         self._programs: dict[int, tuple[int, Times]] = {}
         self._prices, self._priced = priced(table, max_depth)

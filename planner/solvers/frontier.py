@@ -47,6 +47,9 @@ class Frontier:
     Args:
         table: costs of the chain, for training.
         max_depth: how deep checkpoints may nest; None for any depth.
+
+    Attributes:
+        spans: memory that each grid spans, outputs excluded.
     """
 
     table: CostTable
@@ -63,11 +66,11 @@ class Frontier:
         self._most = replay(self._everything, table)
         self.most_bytes = self._most.peak_bytes - self.output_bytes
         needs = [min(cost.backward_bytes for cost in options) for options in table.options]
-        self._spans = [min(2 * max(*needs, table.loss_bytes), self.most_bytes)]
-        while self._spans[-1] < self.most_bytes:
-            self._spans.append(min(SPAN * self._spans[-1], self.most_bytes))
-        units = [UNITS] * (len(self._spans) - 1) + [UNITS * max(1, min(3, 256 // len(table.groups)))]
-        self._units = [unit_bytes(*both, table) for both in zip(self._spans, units, strict=True)]
+        self.spans = [min(2 * max(*needs, table.loss_bytes), self.most_bytes)]
+        while self.spans[-1] < self.most_bytes:
+            self.spans.append(min(SPAN * self.spans[-1], self.most_bytes))
+        units = [UNITS] * (len(self.spans) - 1) + [UNITS * max(1, min(3, 256 // len(table.groups)))]
+        self._units = [unit_bytes(*both, table) for both in zip(self.spans, units, strict=True)]
 
     def _program(self, index: int) -> Program:
         """The program on one grid; solved anew where it was dropped to save memory."""
@@ -75,7 +78,7 @@ class Frontier:
             unit = self._units[index]
             while sum(program.nbytes for program in self._programs.values()) > KEEP_BYTES:
                 del self._programs[next(iter(self._programs))]
-            program = Program(self.table, unit, -(-self._spans[index] // unit), self.max_depth)
+            program = Program(self.table, unit, -(-self.spans[index] // unit), self.max_depth)
             self._programs[index] = program
             self._times[index] = program.times.copy()
         return self._programs[index]
@@ -88,7 +91,7 @@ class Frontier:
         """(seconds, grid, memory in its units) of every grid asked for a budget."""
         memory = budget_bytes - self.output_bytes
         answers = []
-        for index, span in enumerate(self._spans):
+        for index, span in enumerate(self.spans):
             times = self._grid_times(index)
             units = min(memory // self._units[index], len(times) - 1)
             if units >= 0:
@@ -133,7 +136,7 @@ class Frontier:
 
     def _least_of_grids(self) -> int:
         """The least budget of a grid's schedule; a replay of that schedule may find that it needs less."""
-        for index in range(len(self._spans)):
+        for index in range(len(self.spans)):
             feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
             if feasible.size:
                 return self.output_bytes + int(feasible[0]) * self._units[index]
@@ -142,7 +145,7 @@ class Frontier:
     @cached_property
     def least(self) -> Sequence:
         """A schedule for the least budget, to the resolution of the first grid that has one."""
-        for index in range(len(self._spans)):
+        for index in range(len(self.spans)):
             feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
             if feasible.size:
                 return self._read(index, int(feasible[0]))

@@ -1,0 +1,181 @@
+"""The planner's own figures: how far from optimal, how fast, and what it gains over recomputing blocks.
+
+    python -m experiments.planning [--skip-long]
+
+AlphaFold 2's Evoformer in float16 on the roofline of an A100. Costs are traced once per shape; deeper stacks
+repeat the steps of one block. Everything else is solver time, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cost_model.costs import CostTable
+from model.config import override, preset
+from planner.plan import write_json
+from planner.planning import cost_problem
+from planner.problem import Problem
+from planner.replay import replay
+from planner.solvers import BASELINES, Frontier, cp_sat
+from planner.solvers.bounds import LowerBound
+
+RESULTS = Path(__file__).parent / "results" / "planning.json"
+DEVICE, DTYPE, GIB = "a100-40gb", "float16", 2**30
+# (s, r, share of `large`'s activations that its time must be reached with)
+SHAPES = [(512, 384, 0.80), (512, 256, 0.90), (128, 256, 0.72)]
+BUDGETS = 500
+# (blocks, seconds allowed for the frontier, grid steps of its bound)
+DEPTHS = [(48, 1.0, 8192), (200, 10.0, 4096), (1000, 60.0, 2048)]
+GAPS = [1, 4, 48]
+
+
+def traced(s: int, r: int) -> CostTable:
+    """Costs of 48 blocks."""
+    chosen = preset("alphafold2-finetune")
+    problem = Problem(
+        model="alphafold2", config=chosen.config, shape=override(chosen.shape, n_seq=s, n_res=r),
+        dtype=DTYPE, device=DEVICE,
+    )  # fmt: skip
+    return cost_problem(problem).table
+
+
+def stacked(table: CostTable, blocks: int) -> CostTable:
+    """So many of its blocks."""
+    size = len(table.groups[0])
+    return replace(
+        table,
+        options=table.options[:size] * blocks,
+        step_reads=table.step_reads[:size] * blocks,
+        groups=tuple(range(i, i + size) for i in range(0, blocks * size, size)),
+    )
+
+
+def against_large(s: int, r: int, table: CostTable, share: float) -> dict:
+    """The least memory with which `large`'s time is reached, and times at small budgets over `large`'s."""
+    frontier, large = Frontier(table), replay(BASELINES["large"](table), table)
+    outputs = large.output_bytes
+    budget = next(b for b in frontier.budgets(2000) if frontier.seconds(b) <= large.seconds)
+    played = replay(frontier.schedule(budget), table)
+    return {
+        "s": s, "r": r,
+        "large_activation_bytes": large.peak_bytes - outputs, "large_seconds": large.seconds,
+        "planned_activation_bytes": played.peak_bytes - outputs, "planned_seconds": played.seconds,
+        "share": (played.peak_bytes - outputs) / (large.peak_bytes - outputs), "asked": share,
+        "least_activation_bytes": frontier.least_replay.peak_bytes - outputs,
+        "time_over_large": {
+            f"{gib} GiB": frontier.seconds(int(gib * GIB) + outputs) / large.seconds for gib in (1.5, 2.5, 4)
+        },
+    }  # fmt: skip
+
+
+def frontier_time(table: CostTable, blocks: int, bound_units: int) -> dict:
+    """Seconds for least times at so many budgets, and the largest proven gap at 50 of them."""
+    table = stacked(table, blocks)
+    start = time.process_time()
+    frontier = Frontier(table)
+    budgets = frontier.budgets(BUDGETS)
+    times = [frontier.seconds(budget) for budget in budgets]
+    seconds = time.process_time() - start
+    assert all(b <= a for a, b in pairwise(times))
+    start = time.process_time()
+    bound = LowerBound(table, spans=frontier.spans, units=bound_units)
+    gaps = {budget: times[i] / bound.seconds(budget) - 1 for i, budget in enumerate(budgets) if i % 10 == 0}
+    worst = max(gaps, key=lambda budget: gaps[budget])
+    return {
+        "blocks": blocks, "budgets": len(budgets), "seconds": seconds,
+        "bound_seconds": time.process_time() - start,
+        "largest_gap": gaps[worst], "at_bytes": worst,
+        "median_gap": sorted(gaps.values())[len(gaps) // 2],
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
+
+
+def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict]:
+    """Proven gaps at ten budgets: any depth by rounding down, one level of checkpoints by CP-SAT."""
+    table = stacked(table, blocks)
+    frontier, flat = Frontier(table), Frontier(table, max_depth=1)
+    bound = LowerBound(table)
+    rows = []
+    for budget in flat.budgets(count)[:count]:
+        start = time.perf_counter()
+        proved = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds
+        rows.append(
+            {
+                "blocks": blocks, "budget_bytes": budget,
+                "seconds": frontier.seconds(budget),
+                "gap": frontier.seconds(budget) / bound.seconds(budget) - 1,
+                "depth_1_seconds": flat.seconds(budget),
+                "cp_sat_gap": max(0.0, flat.seconds(budget) / proved - 1),
+                "cp_sat_seconds": time.perf_counter() - start,
+            }
+        )  # fmt: skip
+        print(f"  {blocks} blocks: {rows[-1]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> int:
+    """Print the figures, write them as JSON; 0 if all are as asked."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.planning", description=main.__doc__)
+    parser.add_argument("--skip-long", action="store_true", help="neither 1,000 blocks nor CP-SAT on 48")
+    long = not parser.parse_args().skip_long
+    console, tables = Console(width=110), {}
+    for s, r, _ in SHAPES:
+        print(f"tracing s={s}, r={r} ...", file=sys.stderr, flush=True)
+        tables[s, r] = traced(s, r)
+    table = tables[512, 384]
+
+    beside = [against_large(s, r, tables[s, r], share) for s, r, share in SHAPES]
+    shown = Table("s, r", "large", "planned, as fast", "share", "asked", "1.5 GiB", "2.5 GiB", "4 GiB")
+    for row in beside:
+        shown.add_row(
+            f"{row['s']}, {row['r']}", f"{row['large_activation_bytes'] / GIB:.2f} GiB",
+            f"{row['planned_activation_bytes'] / GIB:.2f} GiB", f"{row['share']:.1%}", f"{row['asked']:.0%}",
+            *(f"{over:.2f} x" for over in row["time_over_large"].values()),
+        )  # fmt: skip
+    console.print(shown)
+
+    depths = [frontier_time(table, blocks, units) for blocks, _, units in DEPTHS if long or blocks < 1000]
+    shown = Table("blocks", "budgets", "frontier", "its bound", "largest gap", "median gap", "memory")
+    for row in depths:
+        shown.add_row(
+            str(row["blocks"]), str(row["budgets"]),
+            f"{row['seconds']:.2f} s", f"{row['bound_seconds']:.2f} s",
+            f"{row['largest_gap']:.2%} at {row['at_bytes'] / GIB:.1f} GiB", f"{row['median_gap']:.2%}",
+            f"{row['peak_rss_bytes'] / 2**20:.0f} MiB",
+        )  # fmt: skip
+    console.print(shown)
+
+    gaps = [row for blocks in GAPS if long or blocks < 48 for row in gap_rows(table, blocks)]
+    shown = Table("blocks", "budget", "planned", "gap, any depth", "depth 1", "gap by CP-SAT", "CP-SAT took")
+    for row in gaps:
+        shown.add_row(
+            str(row["blocks"]), f"{row['budget_bytes'] / GIB:.2f} GiB", f"{row['seconds']:.4f} s",
+            f"{row['gap']:.2%}", f"{row['depth_1_seconds']:.4f} s", f"{row['cp_sat_gap']:.2%}",
+            f"{row['cp_sat_seconds']:.1f} s",
+        )  # fmt: skip
+    console.print(shown)
+
+    write_json(
+        RESULTS,
+        {"device": DEVICE, "dtype": DTYPE, "against_large": beside, "frontiers": depths, "gaps": gaps},
+    )
+    checks = [
+        *(row["share"] <= row["asked"] for row in beside),
+        beside[0]["time_over_large"]["2.5 GiB"] <= 1.8,
+        *(row["seconds"] < allowed for row, (_, allowed, _) in zip(depths, DEPTHS, strict=False)),
+        *(row["gap"] <= 0.01 and row["cp_sat_gap"] <= 0.01 for row in gaps if row["blocks"] <= 4),
+    ]
+    return 0 if all(checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
