@@ -17,24 +17,22 @@ schedule never exceeds its budget.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from cost_model.costs import CostTable
 from model.strategy import Strategy
-from planner.schedule import Checkpoint, Run, Sequence
+from planner.schedule import Sequence
 from planner.solvers.grid import FIRST, GridCosts, Pass, Times
+from planner.solvers.reading import Reader
 from planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
-Parts = list[Run | Checkpoint]
-
-READ_CACHE = 128  # ways through a group that are kept while schedules are read off
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """One term of the minimum inside a group: seconds + then(M - preserved) + addend(M), for M >= need.
 
     Attributes:
@@ -89,9 +87,9 @@ class Program:
     units: int
     max_depth: Depth = None
     optimistic: bool = False
-    _read: dict[tuple, list[Times]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        self._reader = Reader(self)
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
@@ -126,15 +124,13 @@ class Program:
 
     # The recurrence inside one group. A redo that ends with the group has nothing `after` it.
 
-    def _choices(
-        self, group: int, at: int, stop: int, which: Pass, ends: bool, depth: Depth
-    ) -> list[_Choice]:
+    def choices(self, group: int, at: int, stop: int, which: Pass, ends: bool, depth: Depth) -> list[Choice]:
         """What step `at` of a group may do on the way to position `stop`."""
         costs, steps = self.costs, self.table.groups[group]
 
-        def make() -> list[_Choice]:
+        def make() -> list[Choice]:
             choices = [
-                _Choice(row.need, row.preserved, row.seconds, at + 1, row.strategy)
+                Choice(row.need, row.preserved, row.seconds, at + 1, row.strategy)
                 for row in costs.recorded(steps[at], which, ends and at == stop - 1)
             ]
             if depth == 0:
@@ -143,40 +139,38 @@ class Program:
             for end in range(at + 1, stop if ends else stop + 1):
                 kept = costs.exit(steps[at:end], which)
                 discard = costs.discard_pass(group, at, end, frozenset(), which)
-                redo = self._inside(group, end, _below(depth))[at]
-                choices.append(_Choice(kept, kept, 0.0, end, addend=discard + redo))
+                redo = self.inside(group, end, self.below(depth))[at]
+                choices.append(Choice(kept, kept, 0.0, end, addend=discard + redo))
             return choices
 
         outputs = () if which.redo else costs.outputs_of(group)
         return costs.cached(("choices", costs.kinds[group], at, stop, which, ends, depth, outputs), make)
 
-    def _through(
+    def through(
         self, group: int, stop: int, after: Times, which: Pass, ends: bool, depth: Depth
     ) -> list[Times]:
         """Least times from each position of a group up to `stop`; `after` is what follows."""
         times = [after] * (stop + 1)
         for at in reversed(range(stop)):
             times[at] = np.full(self.size, np.inf)
-            for choice in self._choices(group, at, stop, which, ends, depth):
+            for choice in self.choices(group, at, stop, which, ends, depth):
                 choice.relax(times[at], times[choice.stop], self._spare)
         return times
 
-    def _inside(self, group: int, stop: int, depth: Depth) -> list[Times]:
+    def inside(self, group: int, stop: int, depth: Depth) -> list[Times]:
         """redo(i, stop) for every position i of one group."""
         return self.costs.cached(
             ("inside", self.costs.kinds[group], stop, depth),
-            lambda: self._through(
-                group, stop, np.zeros(self.size), self._redo_pass(group, stop), True, depth
-            ),
+            lambda: self.through(group, stop, np.zeros(self.size), self.redo_pass(group, stop), True, depth),
         )
 
-    def _redo_pass(self, group: int, stop: int) -> Pass:
+    def redo_pass(self, group: int, stop: int) -> Pass:
         """A redo that ends at a position of a group."""
         return self.costs.redo(self.table.groups[group].start + stop)
 
     # The recurrence over groups.
 
-    def _redo_segments(self, group: int, end: int, depth: Depth) -> Segments | None:
+    def redo_segments(self, group: int, end: int, depth: Depth) -> Segments | None:
         """Checkpoints from `group` on, within a redo that ends before group `end`."""
         if depth == 0 or end == group + 1:
             return None
@@ -184,7 +178,7 @@ class Program:
         after_rows = self._numbers[group + 1 : end, end]
         return self._segments(group, end - 1, which, depth, self._redo[depth], after_rows)
 
-    def _first_segments(self, group: int) -> Segments | None:
+    def first_segments(self, group: int) -> Segments | None:
         """Checkpoints from `group` on, on the first pass."""
         if self.max_depth == 0:
             return None
@@ -197,13 +191,23 @@ class Program:
         return Segments(
             range(group + 1, last + 1),
             self._over_groups.kept(group, last, which),
-            self._twice[_below(depth), which],
+            self._twice[self.below(depth), which],
             self._numbers[group, group + 1 : last + 1],
             after,
             after_rows,
         )
 
-    def _redo_of(self, group: int, end: int, depth: Depth) -> Times:
+    @staticmethod
+    def below(depth: Depth) -> Depth:
+        """How many checkpoints may nest inside one that may be nested so deep."""
+        return None if depth is None else depth - 1
+
+    def first_of(self, group: int) -> Times:
+        """Least times of the first pass from a group on."""
+        return self._first.rows[group]
+
+    def redo_of(self, group: int, end: int, depth: Depth) -> Times:
+        """Least times of a redo of whole groups."""
         return self._redo[depth].rows[self._numbers[group, end]]
 
     def _solve_redo(self, depth: Depth) -> None:
@@ -223,11 +227,11 @@ class Program:
     def _redo_from(self, group: int, end: int, depth: Depth) -> Times:
         size = len(self.table.groups[group])
         if end == group + 1:
-            return self._inside(group, size, depth)[0]
-        after = self._redo_of(group + 1, end, depth)
+            return self.inside(group, size, depth)[0]
+        after = self.redo_of(group + 1, end, depth)
         which = self.costs.redo(self.table.groups[end - 1].stop)
-        best = self._through(group, size, after, which, False, depth)[0]
-        segments = self._redo_segments(group, end, depth)
+        best = self.through(group, size, after, which, False, depth)[0]
+        segments = self.redo_segments(group, end, depth)
         if segments is not None:
             segments.relax(best)
         return best
@@ -239,103 +243,15 @@ class Program:
         self._first.fill(len(groups), done)
         for group in reversed(range(len(groups))):
             after, size = self._first.rows[group + 1], len(groups[group])
-            best = self._through(group, size, after, FIRST, False, self.max_depth)[0]
-            segments = self._first_segments(group)
+            best = self.through(group, size, after, FIRST, False, self.max_depth)[0]
+            segments = self.first_segments(group)
             if segments is not None:
                 segments.relax(best)
             self._first.fill(group, best)
 
-    # Reading a schedule off the tables: the same choices, compared at one point.
-
     def schedule(self, memory: int) -> Sequence:
         """The fastest schedule within `memory` grid units, where `times` is finite."""
-        parts: Parts = []
-        group, groups = 0, self.table.groups
-        while group < len(groups):
-            group, memory = self._take(
-                parts, group, memory, self._first.rows[group + 1], self._first_segments(group), FIRST,
-                self.max_depth,
-            )  # fmt: skip
-        return Sequence(tuple(parts))
-
-    def _redo_body(self, group: int, end: int, memory: int, depth: Depth) -> Sequence:
-        parts: Parts = []
-        which = self.costs.redo(self.table.groups[end - 1].stop)
-        while group < end - 1:
-            segments, after = self._redo_segments(group, end, depth), self._redo_of(group + 1, end, depth)
-            group, memory = self._take(parts, group, memory, after, segments, which, depth)
-        if group < end:
-            size = len(self.table.groups[group])
-            table = self._inside(group, size, depth)
-            self._walk(parts, group, 0, size, memory, table, which, True, depth)
-        return Sequence(tuple(parts))
-
-    def _take(
-        self,
-        parts: Parts,
-        group: int,
-        memory: int,
-        after: Times,
-        segments: Segments | None,
-        which: Pass,
-        depth: Depth,
-    ) -> tuple[int, int]:
-        """Append the best way on from a group; returns the next group and the memory left there."""
-        size = len(self.table.groups[group])
-        times = self._read_through(group, after, which, depth)
-        if segments is not None:
-            spans = segments.at(memory)
-            best = int(spans.argmin())
-            if spans[best] < times[0][memory]:
-                end = segments.ends[best]
-                body = self._redo_body(group, end, memory, _below(depth))
-                parts.append(Checkpoint(body, self.costs.discard_strategies(body.span, memory, which)))
-                return end, memory - int(segments.kept[best])
-        memory = self._walk(parts, group, 0, size, memory, times, which, False, depth)
-        return group + 1, memory
-
-    def _read_through(self, group: int, after: Times, which: Pass, depth: Depth) -> list[Times]:
-        """`_through` for a whole group; neighbouring budgets ask for the same ones."""
-        outputs = () if which.redo else self.costs.outputs_of(group)
-        key = self.costs.kinds[group], after.__array_interface__["data"][0], which, depth, outputs
-        if key not in self._read:
-            if len(self._read) == READ_CACHE:
-                del self._read[next(iter(self._read))]
-            size = len(self.table.groups[group])
-            self._read[key] = self._through(group, size, after, which, False, depth)
-        return self._read[key]
-
-    def _walk(
-        self,
-        parts: Parts,
-        group: int,
-        at: int,
-        stop: int,
-        memory: int,
-        times: list[Times],
-        which: Pass,
-        ends: bool,
-        depth: Depth,
-    ) -> int:
-        """Append the best way through the steps of one group; returns the memory left after them."""
-        steps, costs, below = self.table.groups[group], self.costs, _below(depth)
-        while at < stop:
-            choices = self._choices(group, at, stop, which, ends, depth)
-            best = min(choices, key=lambda choice: choice.at(memory, times[choice.stop]))
-            if best.strategy is not None:
-                parts.append(Run(steps[at], best.strategy))
-            else:
-                body: Parts = []
-                table, redo = self._inside(group, best.stop, below), self._redo_pass(group, best.stop)
-                self._walk(body, group, at, best.stop, memory, table, redo, True, below)
-                discard = costs.discard_strategies(steps[at : best.stop], memory, which)
-                parts.append(Checkpoint(Sequence(tuple(body)), discard))
-            at, memory = best.stop, memory - best.preserved
-        return memory
-
-
-def _below(depth: Depth) -> Depth:
-    return None if depth is None else depth - 1
+        return self._reader.schedule(memory)
 
 
 def number_segments(kinds: list[int]) -> tuple[int, Integers]:

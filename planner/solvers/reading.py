@@ -1,0 +1,111 @@
+"""Reading a schedule off the tables of the dynamic program: the same choices, compared at one point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from planner.schedule import Checkpoint, Run, Sequence
+from planner.solvers.grid import FIRST, Pass, Times
+from planner.solvers.segments import Segments
+
+if TYPE_CHECKING:
+    from planner.solvers.dp import Depth, Program
+
+Parts = list[Run | Checkpoint]
+
+KEPT_WAYS = 128  # ways through a group that are kept: neighbouring budgets ask for the same ones
+
+
+@dataclass
+class Reader:
+    """Schedules of one program."""
+
+    program: Program
+    _ways: dict[tuple, list[Times]] = field(default_factory=dict, repr=False)
+
+    def schedule(self, memory: int) -> Sequence:
+        """The fastest schedule within `memory` grid units, where the program has one."""
+        program, parts, group = self.program, [], 0
+        while group < len(program.table.groups):
+            segments, after = program.first_segments(group), program.first_of(group + 1)
+            group, memory = self._take(parts, group, memory, after, segments, FIRST, program.max_depth)
+        return Sequence(tuple(parts))
+
+    def _redo_body(self, group: int, end: int, memory: int, depth: Depth) -> Sequence:
+        program, parts = self.program, []
+        while group < end - 1:
+            segments, after = program.redo_segments(group, end, depth), program.redo_of(group + 1, end, depth)
+            which = program.redo_pass(end - 1, len(program.table.groups[end - 1]))
+            group, memory = self._take(parts, group, memory, after, segments, which, depth)
+        if group < end:
+            self._walk_redo(parts, group, 0, len(program.table.groups[group]), memory, depth)
+        return Sequence(tuple(parts))
+
+    def _take(
+        self,
+        parts: Parts,
+        group: int,
+        memory: int,
+        after: Times,
+        segments: Segments | None,
+        which: Pass,
+        depth: Depth,
+    ) -> tuple[int, int]:
+        """Append the best way on from a group; returns the next group and the memory left there."""
+        times = self._through(group, after, which, depth)
+        if segments is not None:
+            spans = segments.at(memory)
+            best = int(spans.argmin())
+            if spans[best] < times[0][memory]:
+                body = self._redo_body(group, segments.ends[best], memory, self.program.below(depth))
+                discard = self.program.costs.discard_strategies(body.span, memory, which)
+                parts.append(Checkpoint(body, discard))
+                return segments.ends[best], memory - int(segments.kept[best])
+        size = len(self.program.table.groups[group])
+        return group + 1, self._walk(parts, group, 0, size, memory, times, which, False, depth)
+
+    def _through(self, group: int, after: Times, which: Pass, depth: Depth) -> list[Times]:
+        """`Program.through` for a whole group."""
+        program = self.program
+        outputs = () if which.redo else program.costs.outputs_of(group)
+        address = after.__array_interface__["data"][0]  # `after` is a row of a table, which stays where it is
+        key = program.costs.kinds[group], address, which, depth, outputs
+        if key not in self._ways:
+            if len(self._ways) == KEPT_WAYS:
+                del self._ways[next(iter(self._ways))]
+            size = len(program.table.groups[group])
+            self._ways[key] = program.through(group, size, after, which, False, depth)
+        return self._ways[key]
+
+    def _walk_redo(self, parts: Parts, group: int, at: int, stop: int, memory: int, depth: Depth) -> None:
+        """Append the best redo of steps of one group."""
+        times, which = self.program.inside(group, stop, depth), self.program.redo_pass(group, stop)
+        self._walk(parts, group, at, stop, memory, times, which, True, depth)
+
+    def _walk(
+        self,
+        parts: Parts,
+        group: int,
+        at: int,
+        stop: int,
+        memory: int,
+        times: list[Times],
+        which: Pass,
+        ends: bool,
+        depth: Depth,
+    ) -> int:
+        """Append the best way through the steps of one group; returns the memory left after them."""
+        program, steps = self.program, self.program.table.groups[group]
+        while at < stop:
+            choices = program.choices(group, at, stop, which, ends, depth)
+            best = min(choices, key=lambda choice: choice.at(memory, times[choice.stop]))
+            if best.strategy is not None:
+                parts.append(Run(steps[at], best.strategy))
+            else:
+                body: Parts = []
+                self._walk_redo(body, group, at, best.stop, memory, program.below(depth))
+                discard = program.costs.discard_strategies(steps[at : best.stop], memory, which)
+                parts.append(Checkpoint(Sequence(tuple(body)), discard))
+            at, memory = best.stop, memory - best.preserved
+        return memory
