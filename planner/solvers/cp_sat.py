@@ -28,6 +28,7 @@ from planner.solvers.items import GroupTable, Item, ItemMaker
 
 SHORT = 12  # steps up to which every step is chosen by itself
 UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square
+GROUP_UNITS = 80  # at least, of the most that a group makes use of
 SECONDS = 30.0  # of search
 TICKS = 2**40  # of the objective, over the slowest schedule: seconds become whole numbers
 
@@ -78,10 +79,23 @@ def answer(
         return Answer(None, np.inf, np.inf)
     if units is None:
         units = UNITS if len(table.groups) <= MANY_GROUPS else MANY_GROUPS_UNITS
+    short = len(table.options) <= SHORT
+    # By counts, the grid need only resolve what one group can make use of.
     unit = max(1, -(-memory_bytes // units))
+    if not short:
+        unit = max(1, min(unit, -(-_most_of_a_group(table) // GROUP_UNITS)))
     memory = memory_bytes // unit
     maker = ItemMaker(GridCosts(table, unit, memory + 1, optimistic), max_depth)
-    return (_by_steps if len(table.options) <= SHORT else _by_counts)(maker, memory, limit)
+    return (_by_steps if short else _by_counts)(maker, memory, limit)
+
+
+def _most_of_a_group(table: CostTable) -> int:
+    """More memory makes no group faster, nor lets it keep more."""
+    steps = [table.options[step] for step in table.groups[0]]
+    held = sum(max(cost.preserved_bytes for cost in options) for options in steps)
+    state = len(steps) * max(table.state_bytes.values())
+    peaks = (max(c.forward_bytes, c.backward_bytes, c.discard_bytes) for options in steps for c in options)
+    return held + state + 2 * sum(table.state_bytes.values()) + max(peaks)
 
 
 def most_bytes(table: CostTable) -> int:
@@ -145,10 +159,12 @@ def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
     """A count for each item of the groups before the last, which are equal; a boolean for the last."""
     table, costs = maker.table, maker.costs
     groups = table.groups
-    body = GroupTable(maker, 0).items() if len(groups) > 1 else []
+    # Rounding up adds a unit or two to each step.
+    size = min(costs.size, _most_of_a_group(table) // costs.unit_bytes + 3 * len(groups[0]) + 2)
+    body = GroupTable(maker, 0, size).items() if len(groups) > 1 else []
     for end in range(1, len(groups)):
         body += maker.checkpoints(0, groups[end - 1].stop)
-    final = GroupTable(maker, len(groups) - 1).items()
+    final = GroupTable(maker, len(groups) - 1, size).items()
     for number in range(len(groups) - 1):
         final += maker.checkpoints(groups[number].start, groups[-1].stop)
     loss, length = costs.units(table.loss_bytes), len(groups[0])

@@ -19,6 +19,8 @@ from planner.solvers.segments import SegmentCosts
 
 Parts = tuple[Run | Checkpoint, ...]
 
+LEVELS = 256  # memories at which a checkpoint is offered, at most
+
 
 @dataclass(frozen=True)
 class Item:
@@ -38,7 +40,6 @@ class ItemMaker:
     def __init__(self, costs: GridCosts, max_depth: int) -> None:
         self.costs, self.table, self.max_depth = costs, costs.table, max_depth
         self._over_groups = SegmentCosts(costs)
-        self._redo: dict[tuple[int, int], list[Times]] = {}
 
     def recorded(self, step: int) -> list[Item]:
         """A step on its own, recorded on the first pass."""
@@ -50,19 +51,16 @@ class ItemMaker:
 
     def redo(self, start: int, stop: int) -> list[Times]:
         """Least seconds to run the rest of start..stop again, recorded step by step, from each step on."""
-        if (start, stop) not in self._redo:
-            which = self.costs.redo(stop)
-            times = [np.zeros(self.costs.size)]
-            for step in reversed(range(start, stop)):
-                best = np.full(self.costs.size, np.inf)
-                for row in self.costs.recorded(step, which, step == stop - 1):
-                    if row.need >= self.costs.size:
-                        continue
-                    after = times[0][row.need - row.preserved : self.costs.size - row.preserved] + row.seconds
+        which, size = self.costs.redo(stop), self.costs.size
+        times = [np.zeros(size)]
+        for step in reversed(range(start, stop)):
+            best = np.full(size, np.inf)
+            for row in self.costs.recorded(step, which, step == stop - 1):
+                if row.need < size:
+                    after = times[-1][row.need - row.preserved : size - row.preserved] + row.seconds
                     np.minimum(best[row.need :], after, out=best[row.need :])
-                times.insert(0, best)
-            self._redo[start, stop] = times
-        return self._redo[start, stop]
+            times.append(best)
+        return times[::-1]
 
     def twice(self, start: int, stop: int) -> Times:
         """Least seconds of a checkpoint over those steps, by the memory it may need."""
@@ -96,25 +94,31 @@ class ItemMaker:
         """Checkpoints over those steps, one for each memory at which the best of them gets faster."""
         if self.max_depth == 0:
             return []
-        times, kept, length = (
-            self.twice(start, stop),
-            self.costs.exit(range(start, stop), FIRST),
-            stop - start,
-        )
+        times, length = self.twice(start, stop), stop - start
+        kept = self.costs.exit(range(start, stop), FIRST)
         needs = np.flatnonzero(times < np.concatenate([[np.inf], times[:-1]]))
+        if len(needs) > LEVELS:
+            needs = needs[np.linspace(0, len(needs) - 1, LEVELS).astype(int)]
+        seconds = times[needs]
+        if self.costs.optimistic:  # of the needs that were left out, the time of the largest
+            seconds = times[np.concatenate([needs[1:] - 1, [len(times) - 1]])] if len(needs) else seconds
         return [
-            Item(start, stop, int(need), kept, float(times[need]),
+            Item(start, stop, int(need), kept, float(took),
                  lambda at, need=int(need): (self.body(at, at + length, need),))
-            for need in needs
+            for need, took in zip(needs, seconds, strict=True)
         ]  # fmt: skip
 
 
 class GroupTable:
-    """Least seconds of a group by (memory that it may need, units that it keeps)."""
+    """Least seconds of a group by (memory that it may need, units that it keeps).
 
-    def __init__(self, maker: ItemMaker, group: int) -> None:
+    Args:
+        size: of either; more than that many units make the group no faster.
+    """
+
+    def __init__(self, maker: ItemMaker, group: int, size: int) -> None:
         self.maker, self.steps = maker, maker.table.groups[group]
-        size = maker.costs.size
+        self.size = size
         self._arrays: dict[tuple[int, int], Times] = {}
         self.tables = [np.full((size, size), np.inf) for _ in range(len(self.steps) + 1)]
         self.tables[-1][:, 0] = 0.0
@@ -132,7 +136,7 @@ class GroupTable:
         if maker.max_depth:
             for stop in range(at + 1, len(steps) + 1):
                 if (at, stop) not in self._arrays:
-                    self._arrays[at, stop] = maker.twice(steps[at], steps[stop - 1] + 1)
+                    self._arrays[at, stop] = maker.twice(steps[at], steps[stop - 1] + 1)[: self.size]
                 kept = maker.costs.exit(steps[at:stop], FIRST)
                 choices.append((stop, kept, kept, self._arrays[at, stop]))
         return choices
