@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+from planner.plan import load_plan
+from planner.schedule import depth
+
 pytestmark = pytest.mark.slow
 
 
@@ -54,13 +57,15 @@ def test_narrow_stack_trains_in_little(tmp_path) -> None:
     assert unplanned > 500e6
 
 
-def test_full_size(tmp_path) -> None:
+@pytest.mark.parametrize(("budget", "least_depth"), [("16GiB", 1), ("4GiB", 2), ("2GiB", 4)])
+def test_full_size(tmp_path, budget: str, least_depth: int) -> None:
     """48 blocks at s=512, r=384 in float16: planned from a cold start, then simulated."""
     plan, out = tmp_path / "plan.json", tmp_path / "verify.json"
     seconds, memory = evoplan(
         "plan", "--model", "alphafold2-finetune", "--dtype", "float16", "--device", "a100-40gb",
-        "--memory", "16GiB", "--out", str(plan),
+        "--memory", budget, "--out", str(plan),
     )  # fmt: skip
+    assert depth(load_plan(plan).sequence()) >= least_depth
     solved = json.loads(plan.read_text())["solver"]["seconds"]
     print(f"\nplanned in {seconds:.1f} s, {memory / 2**20:.0f} MiB; the dynamic program {solved:.2f} s")
     assert memory < 2 * 2**30
