@@ -23,7 +23,7 @@ from model.submodule import IndependentAxis, Submodule
 PIECES = (2, 4, 8, 16, 32, 64)
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
-LOSS_BYTES = 256
+LOSS_NUMBERS, NUMBER_BYTES = 4, 128
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def trace_step(
         live: tensors of the state that have a gradient when the step's backward begins; None for all.
     """
     base = trace.live_bytes
-    loss = torch.empty(LOSS_BYTES, dtype=torch.uint8)
+    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS)]
+    loss_bytes = trace.live_bytes - base
     seed = 0 if step.submodule.training else None
 
     trace.reset()
@@ -144,7 +145,7 @@ def trace_step(
     run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
     forward_bytes = trace.peak_bytes - base
     del output
-    preserved_bytes = trace.live_bytes - base - loss.nbytes
+    preserved_bytes = trace.live_bytes - base - loss_bytes
 
     gradients = {
         name: torch.empty_like(state[name]) for name in {*(state if live is None else live), step.target}
@@ -184,7 +185,7 @@ def build_cost_table(
     torch_dtype = getattr(torch, dtype)
     scratch = CpuScratch() if device.name == "cpu" else None
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
-        model = fake_copy(model, torch_dtype)
+        model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
         tensors = {name: torch.empty(shape, dtype=torch_dtype) for name, shape in shapes.items()}
         state, constants = model.prepare(**tensors)
@@ -209,7 +210,8 @@ def build_cost_table(
         groups=chain.groups,
         state_bytes=state_bytes,
         # mean_square makes the gradients and nothing else.
-        loss_bytes=sum(state_bytes[name] for name in chain.outputs) + LOSS_BYTES,
+        loss_bytes=sum(state_bytes[name] for name in chain.outputs)
+        + LOSS_NUMBERS * _rounded(NUMBER_BYTES, device),
         training=training,
         outputs=chain.outputs,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,14 +226,18 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
 @click.argument("plan_file", type=click.Path())
 @click.option("--msa", type=click.Path(), help="A3M or FASTA alignment; random data if not given.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, 1e3, min_open=True), default=2e-4, show_default=True
+)
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
 @_JSON
 def run(
     plan_file: str, msa: str | None, steps: int, learning_rate: float, seed: int, json_path: str | None
 ) -> None:
     """Train (masked-MSA loss) or infer under a plan; print predicted beside measured."""
     _check_writable(json_path)
+    if learning_rate != learning_rate:
+        raise ValueError("--learning-rate nan is not a number; give one like 2e-4")
     from planner.plan import load_plan, write_json
     from planner.run import run_plan
 
@@ -320,6 +325,10 @@ def _check_writable(*paths: str | None) -> None:
             raise ValueError(f"{path}: folder {parent} does not exist; make it first")
         if Path(path).is_dir():
             raise ValueError(f"{path}: is a folder; name a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path}: is not an ordinary file; name one")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{path}: folder {parent} is not writable; name another")
 
 
 def main(arguments: list[str] | None = None) -> None:

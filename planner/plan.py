@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model.strategy import Strategy
 from planner.problem import Problem
 from planner.schedule import Checkpoint, Run, Sequence
 
 SCHEMA = 1
+STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
 
 
 class PlanFileError(ValueError):
@@ -35,6 +36,9 @@ class Prediction(BaseModel):
 
 class Certificate(BaseModel):
     """A proof that no schedule of a class is faster than a bound.
+
+    Memory is as the dynamic program charges it, which is up to two states more than the replay finds: a
+    schedule that fits by the replay alone may be faster.
 
     Attributes:
         method: who proves it.
@@ -61,7 +65,7 @@ class SolverReport(BaseModel):
 
     Attributes:
         gap: the step is at most so much slower than the fastest persistent schedule, checkpoints nested
-            to any depth; None: not proven.
+            to any depth, memory as the dynamic program charges it; None: not proven.
         certificates: what is proven, class by class.
     """
 
@@ -97,6 +101,14 @@ class Plan(BaseModel):
     least_feasible_bytes: int | None
     only_whole: tuple[str, ...] = ()
     schedule: list[Any]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Plan:
+        for name, needed in (("costs", {"memory", "time"}), ("static", STATIC), ("baselines", {"none"})):
+            missing = needed - set(getattr(self, name))
+            if missing:
+                raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+        return self
 
     def sequence(self) -> Sequence:
         """The schedule as an expression; ValueError where it is none."""
@@ -142,7 +154,8 @@ def load_plan(path: str | Path) -> Plan:
         raise PlanFileError(f"{path}: altered since it was made; make it again with `evoplan plan --out`")
     try:
         plan = Plan.model_validate(document)
-        plan.sequence()
+        if plan.sequence().span.start != 0:
+            raise ValueError("it does not start at the first step")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -66,7 +66,7 @@ def _certificate(found: Certificate) -> str:
     """What is proven, in a sentence."""
     nested = {None: "nested to any depth", 0: "not used", 1: "at most one deep"}
     depths = nested.get(found.max_depth, f"at most {found.max_depth} deep")
-    of = f"certificate ({found.method}): persistent schedules, checkpoints {depths}: "
+    of = f"certificate ({found.method}): persistent schedules, checkpoints {depths}, as charged by dp: "
     if found.bound_seconds is None:
         return f"{of}none fits this budget (proved in {format_seconds(found.seconds)})"
     proved = f"none is faster than {format_seconds(found.bound_seconds)}"

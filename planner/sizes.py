@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+MOST = 2**60
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgtp", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
@@ -18,7 +19,10 @@ def parse_size(text: str | int) -> int:
         return text
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
+    number = float(match[1]) * unit if match and unit else 0.0
+    if number > MOST:
+        raise ValueError(f"{str(text)[:40]!r} is more memory than there is; write it like 16GiB")
+    size = int(number)
     if size < 1:
         raise ValueError(f"{text!r} is not a size; write it like 16GiB, 800MB or 1048576")
     return size

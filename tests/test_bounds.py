@@ -145,3 +145,17 @@ def test_the_flat_program_is_no_better_on_real_costs(stack_table: CostTable) -> 
         played = replay(schedule, stack_table)
         assert played.peak_bytes <= budget
         assert frontier.seconds(played.peak_bytes) <= 1.005 * played.seconds
+
+
+def test_cp_sat_bounds_stacks_of_more_blocks_than_grid_steps(stack_table: CostTable) -> None:
+    """Rounded down, a block may keep nothing: then nothing limits how many there are."""
+    one = replace(
+        stack_table,
+        options=stack_table.options[:9],
+        step_reads=stack_table.step_reads[:9],
+        groups=(range(9),),
+    )
+    deep = repeated(one, 700)
+    most = replay(BASELINES["none"](deep), deep)
+    found = cp_sat.answer(deep, most.peak_bytes, max_depth=0, optimistic=True, limit=5)
+    assert found.bound_seconds <= most.seconds

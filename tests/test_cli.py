@@ -158,7 +158,10 @@ def test_certify_prints_and_keeps_the_gap(capsys: pytest.CaptureFixture, tmp_pat
     path = tmp_path / "plan.json"
     code, out, _ = call(capsys, "plan", *SMALL, "--memory", "6MB", "--certify", "--out", str(path))
     assert code == 0
-    assert "certificate (CP-SAT): persistent schedules, checkpoints at most one deep" in " ".join(out.split())
+    assert (
+        "certificate (CP-SAT): persistent schedules, checkpoints at most one deep, as charged by dp"
+        in " ".join(out.split())
+    )
     solver = json.loads(path.read_text())["solver"]
     assert [found["max_depth"] for found in solver["certificates"]] == [None, 1]
     assert solver["gap"] == solver["certificates"][0]["gap"]
@@ -208,3 +211,41 @@ def test_steps_that_offer_nothing_but_whole_are_named(capsys: pytest.CaptureFixt
                         "--n-res", "1", "--memory", "100MB")  # fmt: skip
     assert code == 0
     assert "no strategy but whole" not in out  # heads can still be cut
+
+
+@pytest.mark.parametrize("solver", ["cp-sat", "seed-dp", "dp"])
+def test_the_least_budget_named_is_enough(capsys: pytest.CaptureFixture, tmp_path: Path, solver: str) -> None:
+    path = tmp_path / "least.json"
+    flags = ["plan", *SMALL, "--solver", solver]
+    assert call(capsys, *flags, "--memory", "100kB", "--json", str(path))[0] == 3
+    least = json.loads(path.read_text())["least_feasible_bytes"]
+    assert call(capsys, *flags, "--memory", str(least))[0] == 0
+    assert call(capsys, *flags, "--memory", str(least - 1))[0] == 3
+
+
+def test_inference_plans_simulate_with_dropout_in_the_model(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    assert call(capsys, "plan", *SMALL, "--mode", "inference", "--out", path)[0] == 0
+    assert call(capsys, "verify", path, "--simulate")[0] == 0
+
+
+def test_device_plans_keep_the_least_budget(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Blocks of 512 bytes: the loss's few numbers take one each."""
+    path = tmp_path / "plan.json"
+    flags = ["plan", *SMALL, "--device", "a100-40gb"]
+    assert call(capsys, *flags, "--memory", "100kB", "--json", str(path))[0] == 3
+    least = json.loads(path.read_text())["least_feasible_bytes"]
+    assert call(capsys, *flags, "--memory", str(least), "--out", str(path))[0] == 0
+    assert call(capsys, "verify", str(path), "--simulate")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["plan", *SMALL, "--memory", "9" * 400 + "GiB"], ["plan", *SMALL, "--memory", "9" * 30 + "GiB"],
+    ["plan", *SMALL, "--out", "/dev/null"], ["plan", *SMALL, "--n-extra", "4"],
+])  # fmt: skip
+def test_more_bad_input_is_one_line(capsys: pytest.CaptureFixture, flags: list[str]) -> None:
+    code, _, err = call(capsys, *flags)
+    assert code == 2
+    assert err.count("\n") == 1

@@ -74,7 +74,7 @@ def check_plans(model: torch.nn.Module, shapes, inputs, deepest: int) -> None:
         schedule = frontier.schedule(budget)
         depths.add(depth(schedule))
         predicted = replay(schedule, table).peak_bytes
-        assert simulated_peak(empty, schedule, shapes) == pytest.approx(predicted, abs=300)
+        assert simulated_peak(empty, schedule, shapes) == pytest.approx(predicted, abs=600)
         leaves = [inputs[name] for name in shapes] + list(model.parameters())
 
         def gradients(run, leaves=leaves):

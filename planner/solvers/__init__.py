@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from cost_model.costs import CostTable
 from planner.replay import replay
 from planner.schedule import Sequence
@@ -30,14 +28,14 @@ def by_cp_sat(table: CostTable, budget_bytes: int | None) -> Sequence:
     from planner.solvers import cp_sat  # OR-Tools takes a while to import
 
     found = cp_sat.answer(table, budget_bytes).schedule
-    if found is None:
+    if found is None and budget_bytes is not None:
+        # Its grid is coarse, and its search has an end: the least schedule may fit all the same.
         frontier = Frontier(table, max_depth=1)
-        assert budget_bytes is not None
-        if not np.isfinite(frontier.seconds(budget_bytes)):
+        if frontier.least_replay.peak_bytes > budget_bytes:
             raise InfeasibleError(budget_bytes, frontier.least_replay)
-        raise ValueError(
-            f"cp-sat found no schedule in {cp_sat.SECONDS:.0f} s on its grid; use --solver dp or more memory"
-        )
+        found = frontier.least
+    if found is None:
+        raise ValueError(f"cp-sat found no schedule in {cp_sat.SECONDS:.0f} s of search; use --solver dp")
     return found
 
 
@@ -47,8 +45,12 @@ def flat_program(table: CostTable, budget_bytes: int | None) -> Sequence:
         return inference_schedule(table, budget_bytes)
     program = SeedProgram(table)
     found = program.schedule(budget_bytes)
-    if found is None:
-        raise InfeasibleError(budget_bytes or 0, replay(program.least(), table))
+    if found is None and budget_bytes is not None:
+        found = program.least()
+        played = replay(found, table)
+        if played.peak_bytes > budget_bytes:
+            raise InfeasibleError(budget_bytes, played)
+    assert found is not None  # without a budget everything fits
     return found
 
 

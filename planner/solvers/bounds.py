@@ -1,5 +1,6 @@
 """How fast can a schedule be at best? Lower bounds on the dynamic program's own class of schedules.
 
+Memory is as the program charges it, not as the replay finds it, which may be up to two states less.
 Two relaxations, of which the better one counts:
 
 - *Rounding down*: the same program with every cost rounded down to its grid. Whatever fits fits there too.

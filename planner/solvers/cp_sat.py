@@ -176,9 +176,12 @@ def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
 
     model = cp_model.CpModel()
     last = [model.new_bool_var("") for _ in final]
-    counts = [
-        model.new_int_var(0, min((len(groups) - 1) // covers(i), memory // max(1, i.kept)), "") for i in body
-    ]
+
+    def most_often(item: Item) -> int:
+        fitting = (len(groups) - 1) // covers(item)
+        return min(fitting, memory // item.kept) if item.kept else fitting
+
+    counts = [model.new_int_var(0, most_often(item), "") for item in body]
     model.add_exactly_one(last)
     covered = sum(covers(item) * n for n, item in zip(counts, body, strict=True))
     model.add(covered + sum(covers(i) * x for x, i in zip(last, final, strict=True)) == len(groups))
