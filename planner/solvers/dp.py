@@ -18,6 +18,7 @@ schedule never exceeds its budget.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import proxy
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Program:
     optimistic: bool = False
 
     def __post_init__(self) -> None:
-        self._reader = Reader(self)
+        self._reader = Reader(proxy(self))  # a cycle would keep a dropped program's tables
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
