@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -222,3 +224,18 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
     shared = Program(six, 1, 2 * UNITS, max_depth)
     np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
     check_schedules(shared, six)
+
+
+@cases(1)
+@given(tables())
+def test_a_dropped_program_frees_its_tables(table: CostTable) -> None:
+    """At once, not when the garbage collector comes by: tables are large."""
+    program = Program(table, 1, UNITS)
+    program.schedule(program.size - 1)
+    gone = weakref.ref(program)
+    gc.disable()
+    try:
+        del program
+        assert gone() is None
+    finally:
+        gc.enable()
