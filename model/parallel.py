@@ -14,7 +14,7 @@ in its own way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,12 @@ class Reshard(Submodule):
 
     def new_target(self, tensors: Tensors) -> Tensor:
         return Exchange.apply(self.ranks, tensors[self.target], *self.move)
+
+    def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        cut, new_cut, size = self.move
+        new = list(shape)
+        new[cut], new[new_cut] = size, self.ranks.lengths(shape[new_cut])[self.ranks.rank]
+        return tuple(new)
 
     def signature(self) -> tuple:
         return (*super().signature(), self.target, self.move)

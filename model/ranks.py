@@ -7,6 +7,8 @@ that need a gradient drop it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -25,18 +27,23 @@ class Ranks:
     """The ranks of a process group, seen from one of them.
 
     A tensor is cut along one dimension into one shard per rank, whose lengths differ by at most one, the
-    longer ones first.
+    longer ones first. With gloo all goes by all-to-all, which takes shards of any lengths: its all-gather and
+    reduce-scatter need the same memory, but out of sight, in copies that its own threads release.
 
     Args:
         group: of torch.distributed, such as `mesh.get_group("dap")`; None imagines the ranks: buffers
             are made and nothing is sent, to trace one rank's share where there are no others.
         rank, size: of imagined ranks.
+        backend: of imagined ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, rank: int = 0, size: int = 1, backend: str = "nccl"
+    ) -> None:
         self.group = group
         self.rank = rank if group is None else dist.get_rank(group)
         self.size = size if group is None else dist.get_world_size(group)
+        self.backend = backend if group is None else dist.get_backend(group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a copy of a model talks to the same ranks
@@ -55,50 +62,59 @@ class Ranks:
     def join(self, own: Tensor, dim: int, size: int) -> Tensor:
         """All ranks' shards side by side along `dim`, `size` long in all (all-gather)."""
         lengths = self.lengths(size)
-        padded = list(own.shape)
-        padded[dim] = lengths[0]
-        buffer = own.new_empty((self.size, *padded))
+        if self.backend == "gloo":
+            return torch.cat(
+                self._swap([own] * self.size, [_resized(own.shape, dim, n) for n in lengths]), dim
+            )
+        longest = _resized(own.shape, dim, lengths[0])
         if own.shape[dim] < lengths[0]:  # collectives want equal lengths
-            longer = own.new_zeros(padded)
+            longer = own.new_zeros(longest)
             longer.narrow(dim, 0, own.shape[dim]).copy_(own)
             own = longer
+        buffer = own.new_empty((self.size, *longest))
         if self.group is not None:
             _all_gather(buffer.flatten(0, 1), own.contiguous(), group=self.group)
         return torch.cat([part.narrow(dim, 0, n) for part, n in zip(buffer, lengths, strict=True)], dim)
 
     def sum_own(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's shard of the sum of all ranks' tensors (reduce-scatter)."""
+        """This rank's shard of the sum of all ranks' tensors (reduce-scatter): the transpose of `join`."""
         lengths = self.lengths(whole.shape[dim])
-        padded = list(whole.shape)
-        padded[dim] = lengths[0]
-        even = lengths[0] == lengths[-1]
-        buffer = (whole.new_empty if even else whole.new_zeros)((self.size, *padded))
-        for part, shard, n in zip(buffer, whole.split(lengths, dim), lengths, strict=True):
-            part.narrow(dim, 0, n).copy_(shard)
-        own = whole.new_empty(padded)
+        shards = whole.split(lengths, dim)
+        if self.backend == "gloo":
+            first, *others = self._swap(shards, [_resized(whole.shape, dim, lengths[self.rank])] * self.size)
+            total = first.clone()
+            for other in others:
+                total += other
+            return total
+        longest = _resized(whole.shape, dim, lengths[0])
+        make = whole.new_empty if lengths[0] == lengths[-1] else whole.new_zeros
+        buffer = make((self.size, *longest))
+        for part, shard in zip(buffer, shards, strict=True):
+            part.narrow(dim, 0, shard.shape[dim]).copy_(shard)
+        own = whole.new_empty(longest)
         if self.group is not None:
             _reduce_scatter(own, buffer.flatten(0, 1), group=self.group)
         return own.narrow(dim, 0, lengths[self.rank]).contiguous()
 
     def exchange(self, own: Tensor, cut: int, new_cut: int, size: int) -> Tensor:
         """From shards along `cut` (`size` long in all) to shards along `new_cut` (all-to-all)."""
-        received_lengths, sent_lengths = self.lengths(size), self.lengths(own.shape[new_cut])
-        shape = list(own.shape)
-        shape[new_cut] = sent_lengths[self.rank]
-        shape[cut] = 1
-        slab = torch.Size(shape).numel()
-        sent = torch.cat([part.flatten() for part in own.split(sent_lengths, new_cut)])
-        sent_sizes = [own.numel() // own.shape[new_cut] * n for n in sent_lengths]
-        received_sizes = [slab * n for n in received_lengths]
-        received = own.new_empty(sum(received_sizes))
+        lengths, new_lengths = self.lengths(size), self.lengths(own.shape[new_cut])
+        kept = _resized(own.shape, new_cut, new_lengths[self.rank])
+        shapes = [_resized(kept, cut, n) for n in lengths]
+        return torch.cat(self._swap(own.split(new_lengths, new_cut), shapes), cut)
+
+    def _swap(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Send the k-th piece to the k-th rank; what came from each rank in turn, of these shapes."""
+        sent_sizes = [piece.numel() for piece in pieces]
+        received_sizes = [prod(shape) for shape in shapes]
+        sent = pieces[0].new_empty(sum(sent_sizes))
+        for part, piece in zip(sent.split(sent_sizes), pieces, strict=True):
+            part.view(piece.shape).copy_(piece)
+        received = sent.new_empty(sum(received_sizes))
         if self.group is not None:
             dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
-        del sent
         parts = received.split(received_sizes)
-        shapes = [[*shape] for _ in parts]
-        for part_shape, n in zip(shapes, received_lengths, strict=True):
-            part_shape[cut] = n
-        return torch.cat([part.view(s) for part, s in zip(parts, shapes, strict=True)], cut)
+        return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def agree(self, number: int, device: torch.device) -> int:
         """The first rank's number, on all ranks."""
@@ -112,6 +128,12 @@ class Ranks:
         """Replace a tensor by the sum of all ranks' (all-reduce)."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
+
+
+def _resized(shape: Sequence[int], dim: int, length: int) -> list[int]:
+    new = list(shape)
+    new[dim] = length
+    return new
 
 
 class Gather(torch.autograd.Function):

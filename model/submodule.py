@@ -12,7 +12,7 @@ stages read it. Nothing here knows of schedules; `model.execution` runs the stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -173,6 +173,10 @@ class Submodule(nn.Module):
     def new_target(self, tensors: Tensors) -> Tensor:
         """The submodule as the paper writes it: target plus update, nothing cut."""
         return add_residual(tensors[self.target], self.update(tensors))
+
+    def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the new target where the target has `shape`."""
+        return tuple(shape)
 
     def signature(self) -> tuple:
         """Equal for submodules that cost the same on the same input."""
