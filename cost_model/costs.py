@@ -147,9 +147,10 @@ def trace_step(
     del output
     preserved_bytes = trace.live_bytes - base - loss_bytes
 
-    gradients = {
-        name: torch.empty_like(state[name]) for name in {*(state if live is None else live), step.target}
-    }
+    gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
+    target = state[step.target]
+    gradients[step.target] = target.new_empty(step.submodule.new_shape(target.shape))
+    del target
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
@@ -177,8 +178,9 @@ def build_cost_table(
     """Trace every distinct step of a model under every strategy it offers.
 
     Args:
-        model: a `Plannable`; its parameters may be on the meta device.
-        shapes: of the state's tensors, by name.
+        model: a `Plannable`; its parameters may be on the meta device. One that ranks share costs what its
+            own rank's part does: no shard is longer than the first rank's.
+        shapes: of the whole state's tensors, by name.
         dtype: of parameters and state, by name.
         progress: called with the name of each step as it is traced.
     """
@@ -189,21 +191,30 @@ def build_cost_table(
         chain = Chain.of(model)
         tensors = {name: torch.empty(shape, dtype=torch_dtype) for name, shape in shapes.items()}
         state, constants = model.prepare(**tensors)
+        del tensors
+        state = {name: tensor.detach() for name, tensor in state.items()}
+        largest = {name: tensor.nbytes for name, tensor in state.items()}
         step_reads = tuple(step.reads for step in chain.steps)
         liveness = Liveness(step_reads, chain.outputs)
         traced: dict[tuple, tuple[StepCost, ...]] = {}
         options = []
         for step in chain.steps:
             live = tuple(version.tensor for version in liveness.alive(step.index + 1))
-            key = step.submodule.signature(), step.reads, live
+            # What is live is so in the layout of the moment: ranks may share the state one way or another.
+            shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
+            key = step.submodule.signature(), step.reads, live, shapes_now
             if key not in traced:
                 progress(step.name)
                 traced[key] = tuple(
                     timed(trace_step(step, strategy, state, constants, trace, live), device, dtype)
-                    for strategy in offered_strategies(step.submodule, shapes[step.target])
+                    for strategy in offered_strategies(step.submodule, state[step.target].shape)
                 )
             options.append(traced[key])
-        state_bytes = {name: _rounded(tensor.nbytes, device) for name, tensor in state.items()}
+            new_shape = step.submodule.new_shape(state[step.target].shape)
+            if new_shape != state[step.target].shape:
+                state[step.target] = torch.empty(new_shape, dtype=torch_dtype)
+                largest[step.target] = max(largest[step.target], state[step.target].nbytes)
+        state_bytes = {name: _rounded(size, device) for name, size in largest.items()}
     return CostTable(
         options=tuple(options),
         step_reads=step_reads,

@@ -32,16 +32,20 @@ class Plannable(Protocol):
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
         """From forward's arguments, the state that the chain starts from and its constants (masks)."""
 
+    def results(self, state: State) -> tuple[Tensor, ...]:
+        """From the state that the chain ends with, what forward returns."""
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One submodule at its place in the chain.
 
     Attributes:
-        index: position in the chain; also what its dropout mask is drawn from.
+        index: position in the chain.
         name: qualified name of the submodule.
         group: number of the block it belongs to.
         names: what the submodule's tensors are called in the state, where that differs.
+        draw: its number among the steps that have dropout; what its mask is drawn from.
     """
 
     index: int
@@ -49,6 +53,7 @@ class Step:
     submodule: Submodule
     group: int
     names: Mapping[str, str] = field(default_factory=dict)
+    draw: int = 0
 
     def name_of(self, tensor: str) -> str:
         """What one of the submodule's tensors is called in the state or among the constants."""
@@ -75,7 +80,7 @@ class Step:
         """Everything the submodule's stages read, by its own names: state, masks, and the dropout mask."""
         tensors = {name: state[self.name_of(name)] for name in self.submodule.reads}
         tensors |= {name: constants[self.name_of(name)] for name in self.submodule.constants}
-        mask = dropout_mask(self.submodule, state[self.target], seed, self.index)
+        mask = dropout_mask(self.submodule, state[self.target], seed, self.draw)
         return tensors if mask is None else {**tensors, "dropout": mask}
 
 
@@ -90,11 +95,15 @@ class Chain:
     def of(cls, model: Plannable) -> Chain:
         """The chain of a model."""
         steps: list[Step] = []
-        group = 0
+        group = draws = 0
         for stack, blocks, names in model.stacks():
             for number, block in enumerate(blocks):
                 for name, submodule in block.submodules():
-                    steps.append(Step(len(steps), f"{stack}.{number}.{name}", submodule, group, names))
+                    called = {**names, **submodule.names}
+                    steps.append(
+                        Step(len(steps), f"{stack}.{number}.{name}", submodule, group, called, draws)
+                    )
+                    draws += submodule.dropout_shared_dim is not None
                 group += 1
         return cls(tuple(steps), model.outputs)
 

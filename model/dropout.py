@@ -18,7 +18,11 @@ def draw_seed(model: nn.Module, given: int | None = None) -> int | None:
     """The seed given, or a fresh one for this forward pass; None where the model drops nothing."""
     if not model.training or not any(getattr(module, "dropout", 0.0) for module in model.modules()):
         return None
-    return int(torch.randint(2**62, ()).item()) if given is None else given
+    if given is not None:
+        return given
+    seed = int(torch.randint(2**62, ()).item())
+    # Ranks that share one model drop alike, whatever their generators say.
+    return model.agree_on_seed(seed) if hasattr(model, "agree_on_seed") else seed
 
 
 def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: int) -> Tensor | None:
@@ -29,9 +33,12 @@ def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: i
     rate, shared = submodule.dropout, submodule.dropout_shared_dim
     if seed is None or not rate or shared is None:
         return None
+    sharding = submodule.sharding
     generator = torch.Generator(target.device)
     generator.manual_seed((seed + (step + 1) * _SPREAD) % 2**63)
-    shape = list(target.shape)
+    # Ranks draw the whole mask and keep their part, so that all ranks together drop what one would.
+    shape = list(target.shape) if sharding is None else sharding.whole_shape(target)
     shape[shared] = 1
     mask = torch.empty(shape, dtype=target.dtype, device=target.device)
-    return mask.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
+    mask.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
+    return mask if sharding is None else sharding.own(mask)

@@ -82,17 +82,21 @@ class EvoformerStack(nn.Module):
         msa_mask: Tensor | None = None,
         pair_mask: Tensor | None = None,
         dropout_seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Run the blocks; `dropout_seed` is drawn from torch's default generator when None."""
         state, constants = self.prepare(m, z, msa_mask, pair_mask)
         state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
-        return state["m"], state["z"]
+        return self.results(state)
 
     def prepare(
         self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
         """The state and the constants of its chain."""
         return {"m": m, "z": z}, mask_constants(m, z, msa_mask, pair_mask)
+
+    def results(self, state: State) -> tuple[Tensor, ...]:
+        """The new m and z."""
+        return tuple(state[name] for name in self.outputs)
 
     def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
         """Its blocks."""

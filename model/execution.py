@@ -119,12 +119,17 @@ def sampled_pieces(sample: PieceSample) -> Iterator[None]:
         _sample.reset(token)
 
 
-def spans(size: int, n: int) -> Iterator[slice]:
+def even_spans(size: int, n: int) -> list[slice]:
     """n slices of 0..size whose lengths differ by at most one, the longer ones first."""
     if not 1 <= n <= size:
         raise ValueError(f"cannot cut {size} into {n} pieces")
     length, longer = divmod(size, n)
-    pieces = [slice(i * length + min(i, longer), (i + 1) * length + min(i + 1, longer)) for i in range(n)]
+    return [slice(i * length + min(i, longer), (i + 1) * length + min(i + 1, longer)) for i in range(n)]
+
+
+def spans(size: int, n: int) -> Iterator[slice]:
+    """The slices of `even_spans`, to loop over."""
+    pieces = even_spans(size, n)
     sample = _sample.get()
     if sample is None:
         yield from pieces
@@ -211,6 +216,11 @@ class _Gradients:
 # --- chunks of an independent axis ----------------------------------------------------------
 
 
+def _piece_spans(submodule: Submodule, strategy: Strategy, size: int) -> Iterator[slice]:
+    # Ranks share one strategy, and a rank's shard may be shorter than the one it was chosen for.
+    return spans(size, strategy.n if submodule.sharding is None else min(strategy.n, size))
+
+
 def _context_spans(submodule: Submodule, n: int, tensors: Tensors) -> Iterator[slice]:
     name, dim = next(iter(submodule.context_cuts.items()))
     size = tensors[name].shape[dim]
@@ -224,13 +234,14 @@ def _context_in_slices(submodule: Submodule, n: int, tensors: Tensors) -> Tensor
     name, dim = next(iter(submodule.context_cuts.items()))
     context: Tensor | None = None
     for span in _context_spans(submodule, n, tensors):
-        part = submodule.whole_context(_cut(inputs, submodule.context_cuts, span))
+        part = submodule.sliced_context(_cut(inputs, submodule.context_cuts, span))
         if context is None:
             shape = list(part.shape)
             shape[submodule.context_dim] = inputs[name].shape[dim]
             context = part.new_empty(shape)
         _view(context, submodule.context_dim, span).copy_(part)
-    return context
+        del part
+    return submodule.gathered(context)
 
 
 def _chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> Tensor:
@@ -238,7 +249,7 @@ def _chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> Tens
     target, cuts = submodule.target, _cuts(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
     new = torch.empty_like(tensors[target], memory_format=torch.contiguous_format)
-    for span in spans(new.shape[cuts[target]], strategy.n):
+    for span in _piece_spans(submodule, strategy, new.shape[cuts[target]]):
         piece = _cut(tensors, cuts, span)
         torch.add(piece[target], submodule.update(piece, context), out=_view(new, cuts[target], span))
         del piece
@@ -268,16 +279,18 @@ def _chunked_vjp(
         return grads.get("context")
 
     context_grad: Tensor | None = None
-    for span in spans(grad.shape[cuts[target]], strategy.n):
+    for span in _piece_spans(submodule, strategy, grad.shape[cuts[target]]):
         context_grad = _add(context_grad, one_piece(span))
     if context_grad is None:
         return
     context = None
+    if submodule.sharding is not None:
+        context_grad = submodule.sharding.reduce(context_grad)
     inputs = _pick(tensors, submodule.context_inputs)
     for span in _context_spans(submodule, strategy.n, tensors):
         piece = _cut(inputs, submodule.context_cuts, span)
         grads = gradients.differentiate(
-            lambda x, piece=piece: submodule.whole_context({**piece, **x}),
+            lambda x, piece=piece: submodule.sliced_context({**piece, **x}),
             _pick(piece, submodule.reads),
             _view(context_grad, submodule.context_dim, span).contiguous(),
         )
@@ -295,7 +308,9 @@ def _row_spans(tensor: Tensor, n: int) -> Iterator[slice]:
 def _partial(submodule: Submodule, x: Tensors, part: slice) -> Tensor:
     context = None
     if submodule.context_inputs:
-        context = submodule.context(*(x[name] for name in submodule.context_inputs), part=part)
+        context = submodule.gathered(
+            submodule.context(*(x[name] for name in submodule.context_inputs), part=part)
+        )
     return submodule.piece(*(x[name] for name in submodule.piece_inputs), context=context, part=part)
 
 

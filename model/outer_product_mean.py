@@ -24,8 +24,8 @@ class OuterProductMean(Submodule):
     context_inputs = ("m", "msa_mask")
     piece_inputs = ("m", "msa_mask")
     finish_inputs = ("pair_count",)
-    context_cuts = {"m": -3, "msa_mask": -2}
-    context_dim = -3
+    context_cuts = {"m": -2, "msa_mask": -1}
+    context_dim = -2
     eps = 1e-3
 
     def __init__(self, config: EvoformerConfig) -> None:

@@ -12,8 +12,9 @@ stages read it. Nothing here knows of schedules; `model.execution` runs the stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -55,6 +56,22 @@ class ReductionAxis:
 Axis = IndependentAxis | ReductionAxis
 
 
+class Sharding(Protocol):
+    """How ranks share a submodule's work, each running the stages on its own shard (`model.parallel`)."""
+
+    def gather(self, context: Tensor) -> Tensor:
+        """The whole context from every rank's; differentiable."""
+
+    def reduce(self, grad: Tensor) -> Tensor:
+        """The gradient of this rank's context from all ranks' gradients of the whole: gather's transpose."""
+
+    def whole_shape(self, target: Tensor) -> list[int]:
+        """The shape of the tensor that `target` is this rank's shard of."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's shard of a tensor laid out like the target."""
+
+
 class Submodule(nn.Module):
     """Base class of the submodules. Subclasses declare the class attributes and write the stages."""
 
@@ -63,12 +80,19 @@ class Submodule(nn.Module):
     piece_inputs: tuple[str, ...]
     finish_inputs: tuple[str, ...] = ()
     # How the context itself can be computed in slices: where its inputs are cut, where its result is joined.
+    # Ranks cut it so too: what the pieces read as well must be cut along the independent axis here.
     context_cuts: Mapping[str, int] = {}
     context_dim: int = -1
     # True where finish(u) = A u + b, so that its gradient needs no value of u.
     finish_is_affine: bool = True
     # The dimension along which one dropout mask is shared; None where there is no dropout.
     dropout_shared_dim: int | None = None
+    # True where every position needs only itself, so that ranks may cut the target anywhere.
+    positionwise: bool = False
+
+    # Set on a rank's copy of the submodule: how the work is shared, and what its own masks are called.
+    sharding: Sharding | None = None
+    names: Mapping[str, str] = {}
 
     axes: tuple[Axis, ...]  # set by the constructor
     norms: nn.ModuleDict  # the LayerNorm of each state tensor that is read through one
@@ -106,6 +130,14 @@ class Submodule(nn.Module):
         names = ", ".join(axis.name for axis in self.axes)
         raise ValueError(f"{type(self).__name__} has no axis {name!r}; it has: {names}")
 
+    @property
+    def shard_cuts(self) -> dict[str, int]:
+        """Where ranks cut each tensor that the stages read; empty where any cut will do."""
+        if self.positionwise:
+            return {}
+        (axis,) = (axis for axis in self.axes if isinstance(axis, IndependentAxis))
+        return {**self.context_cuts, **axis.cuts}
+
     def normalised(self, tensors: Tensors, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Those tensors by name, layer-normed where they are state."""
         return {
@@ -113,10 +145,14 @@ class Submodule(nn.Module):
             for name in dict.fromkeys(names)
         }
 
-    def whole_context(self, tensors: Tensors) -> Tensor | None:
-        """The context of all hidden channels, from whole tensors or from a slice along `context_cuts`."""
+    def sliced_context(self, tensors: Tensors) -> Tensor | None:
+        """The context of all hidden channels from a slice along `context_cuts`."""
         x = self.normalised(tensors, self.context_inputs)
         return self.context(*(x[name] for name in self.context_inputs))
+
+    def gathered(self, context: Tensor | None) -> Tensor | None:
+        """The whole context, from this rank's where the work is shared."""
+        return context if context is None or self.sharding is None else self.sharding.gather(context)
 
     def update(self, tensors: Tensors, context: Tensor | None = None) -> Tensor:
         """The update of the slice that `tensors` hold, dropout applied.
@@ -129,7 +165,7 @@ class Submodule(nn.Module):
         names = (*self.piece_inputs, *self.finish_inputs, *(self.context_inputs if own_context else ()))
         x = self.normalised(tensors, names)
         if own_context:
-            context = self.context(*(x[name] for name in self.context_inputs))
+            context = self.gathered(self.context(*(x[name] for name in self.context_inputs)))
         update = self.piece(*(x[name] for name in self.piece_inputs), context=context)
         update = self.finish(update, *(x[name] for name in self.finish_inputs))
         return dropped(update, tensors)
@@ -137,6 +173,10 @@ class Submodule(nn.Module):
     def new_target(self, tensors: Tensors) -> Tensor:
         """The submodule as the paper writes it: target plus update, nothing cut."""
         return add_residual(tensors[self.target], self.update(tensors))
+
+    def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the new target where the target has `shape`."""
+        return tuple(shape)
 
     def signature(self) -> tuple:
         """Equal for submodules that cost the same on the same input."""

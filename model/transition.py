@@ -14,6 +14,8 @@ class Transition(Submodule):
     Source: Jumper et al. (2021), Suppl. Alg. 9 and 15.
     """
 
+    positionwise = True
+
     def __init__(self, target: str, c: int, factor: int, axis: str) -> None:
         super().__init__()
         self.target = target

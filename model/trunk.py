@@ -37,6 +37,10 @@ class EvoformerTrunk(nn.Module):
         yield "extra.blocks", self.extra.blocks, EXTRA_NAMES
         yield "main.blocks", self.main.blocks, {}
 
+    def results(self, state: State) -> tuple[Tensor, ...]:
+        """The new m and z."""
+        return tuple(state[name] for name in self.outputs)
+
     def prepare(
         self,
         e: Tensor,
@@ -61,11 +65,11 @@ class EvoformerTrunk(nn.Module):
         msa_mask: Tensor | None = None,
         pair_mask: Tensor | None = None,
         dropout_seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Run both stacks; `dropout_seed` is drawn from torch's default generator when None."""
         state, constants = self.prepare(e, m, z, extra_mask, msa_mask, pair_mask)
         state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
-        return state["m"], state["z"]
+        return self.results(state)
 
 
 def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk:

@@ -172,7 +172,7 @@ class PlannedModule(nn.Module):
                 tape.keep_entry(part, state)
             for run in part.first_pass():
                 self._advance(run, False, tape, state)
-        return tuple(state[name] for name in self.chain.outputs)
+        return self.stack.results(state)
 
     def _advance(self, run: Run, recorded: bool, tape: Tape, state: State) -> None:
         step = self.chain.steps[run.step]

@@ -1,0 +1,254 @@
+"""Dynamic axial parallelism: one state sharded over ranks, each running every submodule on its own shard.
+
+A submodule is shared along the independent axis that it declares, so it runs on a shard as it runs on a
+chunk; only its context is gathered over the ranks. Between submodules that are shared along different axes
+the state is resharded by an all-to-all, a step of the chain like any other. So a schedule for the chain
+checkpoints, chunks and coshards each rank's share as it would the whole, and all ranks, which
+follow one schedule, meet in the same collectives in the same order.
+
+Source: dynamic axial parallelism, FastFold (Cheng et al. 2022), section 3.2. Its code cuts the gradient in
+backward of a gather; here the ranks' gradients are summed first, as each rank uses what was gathered
+in its own way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model.chain import State, run_chain
+from model.config import InputShape
+from model.dropout import draw_seed
+from model.ranks import Enter, Exchange, Gather, Leave, Ranks
+from model.submodule import Submodule, Tensors
+
+ROWS = -3  # where a tensor is cut whose steps don't care
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What a submodule is told about its ranks (`model.submodule.Sharding`).
+
+    Attributes:
+        cut, size: the dimension along which its target is cut, and how long the whole is there.
+        context_dim, context_size: where contexts are joined, and how long the whole is there.
+    """
+
+    ranks: Ranks
+    cut: int
+    size: int
+    context_dim: int = -1
+    context_size: int = 0
+
+    def gather(self, context: Tensor) -> Tensor:
+        """The whole context from every rank's; differentiable."""
+        return Gather.apply(self.ranks, context, self.context_dim, self.context_size)
+
+    def reduce(self, grad: Tensor) -> Tensor:
+        """The gradient of this rank's context from all ranks' gradients of the whole."""
+        return self.ranks.sum_own(grad, self.context_dim)
+
+    def whole_shape(self, target: Tensor) -> list[int]:
+        """The shape of the tensor that `target` is this rank's shard of."""
+        shape = list(target.shape)
+        shape[self.cut] = self.size
+        return shape
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's shard of a mask of the target's layout; one shared along the cut is every rank's."""
+        return whole if whole.shape[self.cut] == 1 else self.ranks.own(whole, self.cut)
+
+
+class Reshard(Submodule):
+    """Moves one tensor of the state from shards along one dimension to shards along another (all-to-all).
+
+    Args:
+        target: the tensor, as its block calls it.
+        cut, new_cut: dimensions from the right; `size` is how long the whole is along `cut`.
+    """
+
+    axes = ()
+
+    def __init__(self, target: str, ranks: Ranks, cut: int, new_cut: int, size: int) -> None:
+        super().__init__()
+        self.target, self.piece_inputs = target, (target,)
+        self.norms = nn.ModuleDict()
+        self.ranks, self.move = ranks, (cut, new_cut, size)
+
+    def new_target(self, tensors: Tensors) -> Tensor:
+        return Exchange.apply(self.ranks, tensors[self.target], *self.move)
+
+    def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        cut, new_cut, size = self.move
+        new = list(shape)
+        new[cut], new[new_cut] = size, self.ranks.lengths(shape[new_cut])[self.ranks.rank]
+        return tuple(new)
+
+    def signature(self) -> tuple:
+        return (*super().signature(), self.target, self.move)
+
+
+@dataclass
+class _Block:
+    """A block of the parallel chain."""
+
+    steps: list[tuple[str, Submodule]] = field(default_factory=list)
+
+    def submodules(self) -> Iterator[tuple[str, Submodule]]:
+        return iter(self.steps)
+
+
+class _Sharer:
+    """Walks a chain and gives this rank its share of it, a reshard wherever the state is cut another way.
+
+    Those are as few as can be and as late: what submodules want is fixed, and those that take any cut
+    take the one that is there.
+
+    Attributes:
+        cuts: for each state tensor, the dimension along which it is cut where the walk has come to.
+        constant_cuts: each layout of a constant that some step reads, by its name: constant and dimension.
+    """
+
+    def __init__(self, ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, int]) -> None:
+        self.ranks, self.shapes, self.cuts = ranks, shapes, dict(cuts)
+        self.constant_cuts: dict[str, tuple[str, int]] = {}
+
+    def block(self, block: Any, names: Mapping[str, str]) -> _Block:
+        """This rank's share of a block."""
+        shared = _Block()
+        for name, submodule in block.submodules():
+            for tensor in submodule.reads:
+                called = names.get(tensor, tensor)
+                cut, wanted = self.cuts[called], submodule.shard_cuts.get(tensor)
+                if wanted not in (None, cut):
+                    reshard = Reshard(tensor, self.ranks, cut, wanted, self.shapes[called][cut])
+                    shared.steps.append((f"reshard_{tensor}_for_{name}", reshard))
+                    self.cuts[called] = wanted
+            shared.steps.append((name, self.submodule(submodule, names)))
+        return shared
+
+    def submodule(self, submodule: Submodule, names: Mapping[str, str]) -> Submodule:
+        """A copy that has the submodule's own parameters and knows of the ranks."""
+        shared = copy.copy(submodule)
+        target = names.get(submodule.target, submodule.target)
+        cut = self.cuts[target]
+        shared.sharding = SharedWork(
+            self.ranks,
+            cut,
+            self.shapes[target][cut],
+            submodule.context_dim,
+            self.context_size(submodule, names),
+        )
+        shared.names = {}
+        for constant in submodule.constants:
+            whole, cut = names.get(constant, constant), submodule.shard_cuts[constant]
+            shared.names[constant] = f"{whole} cut at {cut}"
+            self.constant_cuts[shared.names[constant]] = whole, cut
+        return shared
+
+    def context_size(self, submodule: Submodule, names: Mapping[str, str]) -> int:
+        """How long the whole context is where the ranks' are joined: as what it is made from."""
+        for tensor in submodule.context_inputs:
+            if tensor in submodule.reads:
+                return self.shapes[names.get(tensor, tensor)][submodule.shard_cuts[tensor]]
+        return 0
+
+
+class ParallelEvoformer(nn.Module):
+    """A stack on several ranks: same parameters, same arguments, same results (a `Plannable`).
+
+    Every rank is given the whole inputs and keeps its shards of them; their gradients are whole on every
+    rank. Gradients of parameters are each rank's part of a sum: call `reduce_gradients` after backward.
+
+    Args:
+        stack: a `Plannable` whose `config` knows the shapes of its state.
+        ranks: or a process group of torch.distributed, such as that of a device mesh's dimension.
+        shape: of the whole inputs; their batch may be any.
+        gather_outputs: return the whole outputs on every rank, which must then all compute the same loss
+            from them. Else each rank's shards, cut along `output_cuts`; the loss is the sum of the ranks'.
+
+    Attributes:
+        input_cuts, output_cuts: the dimension (from the right) along which each state tensor is cut.
+
+    Raises:
+        ValueError: an axis that is cut is shorter than the ranks are many.
+    """
+
+    def __init__(
+        self,
+        stack: nn.Module,
+        ranks: Ranks | ProcessGroup,
+        shape: InputShape,
+        gather_outputs: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stack, self.gather_outputs = stack, gather_outputs
+        self.training = stack.training
+        self.ranks = ranks if isinstance(ranks, Ranks) else Ranks(ranks)
+        self.outputs: tuple[str, ...] = stack.outputs
+        self.shapes: Mapping[str, tuple[int, ...]] = stack.config.state_shapes(shape)
+        for name, whole in self.shapes.items():
+            if min(whole[-3:-1]) < self.ranks.size:
+                raise ValueError(f"{name} of shape {whole} cannot be cut among {self.ranks.size} ranks")
+        self.input_cuts = dict.fromkeys(self.shapes, ROWS)
+        for name, cut in reversed(list(self._wanted())):  # as the first step that cares wants it
+            self.input_cuts[name] = cut
+        sharer, _ = self._share()
+        self._constant_cuts, self.output_cuts = sharer.constant_cuts, sharer.cuts
+
+    def _wanted(self) -> Iterator[tuple[str, int]]:
+        """Where each step in turn wants the state cut."""
+        for _, blocks, names in self.stack.stacks():
+            for block in blocks:
+                for _, submodule in block.submodules():
+                    for tensor in submodule.reads if submodule.shard_cuts else ():
+                        yield names.get(tensor, tensor), submodule.shard_cuts[tensor]
+
+    def _share(self) -> tuple[_Sharer, list[tuple[str, list[_Block], Mapping[str, str]]]]:
+        sharer = _Sharer(self.ranks, self.shapes, self.input_cuts)
+        stacks = [
+            (stack, [sharer.block(block, names) for block in blocks], names)
+            for stack, blocks, names in self.stack.stacks()
+        ]
+        return sharer, stacks
+
+    def stacks(self) -> list[tuple[str, list[_Block], Mapping[str, str]]]:
+        """This rank's share of the stack's blocks, reshards included."""
+        return self._share()[1]
+
+    def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
+        """This rank's shards of the state and of the constants, from the whole inputs."""
+        state, constants = self.stack.prepare(*tensors, **named)
+        for name, tensor in state.items():
+            if tensor.shape[-3:] != self.shapes[name][-3:]:
+                raise ValueError(f"built for {name} of shape {self.shapes[name]}, not {tuple(tensor.shape)}")
+        state = {name: Enter.apply(self.ranks, state[name], cut) for name, cut in self.input_cuts.items()}
+        cuts = self._constant_cuts.items()
+        return state, {name: self.ranks.own(constants[whole], cut) for name, (whole, cut) in cuts}
+
+    def results(self, state: State) -> tuple[Tensor, ...]:
+        """What forward returns: the outputs, whole or this rank's shards of them."""
+        if not self.gather_outputs:
+            return tuple(state[name] for name in self.outputs)
+        cuts = ((name, self.output_cuts[name]) for name in self.outputs)
+        return tuple(Leave.apply(self.ranks, state[n], cut, self.shapes[n][cut]) for n, cut in cuts)
+
+    def forward(self, *tensors: Any, dropout_seed: int | None = None, **named: Any) -> tuple[Tensor, ...]:
+        """As the stack's own forward; without a seed all ranks use the one that the first rank draws."""
+        state, constants = self.prepare(*tensors, **named)
+        return self.results(run_chain(self, state, constants, draw_seed(self, dropout_seed)))
+
+    def reduce_gradients(self) -> None:
+        """Add the ranks' gradients of the parameters up, in place; call on every rank after backward."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                self.ranks.sum_(parameter.grad)
+
+    def agree_on_seed(self, seed: int) -> int:
+        """The first rank's seed."""
+        return self.ranks.agree(seed, next(self.parameters()).device)
