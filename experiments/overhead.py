@@ -3,7 +3,8 @@
     python -m experiments.overhead [--rounds N]
 
 By hand is `torch.utils.checkpoint` around each block. Both run interleaved in one process on the same
-model and inputs; the figure is the median of the ratios of neighbouring runs.
+model and inputs. The figure is the median of the ratios of neighbouring runs; beside it stands the
+ratio of the fastest runs, which noise can only slow down.
 """
 
 from __future__ import annotations
@@ -94,12 +95,13 @@ def compare(config: EvoformerConfig, s: int, r: int, rounds: int) -> dict:
         "planned_seconds": statistics.median(times["planned"]),
         "by_hand_seconds": statistics.median(times["by hand"]),
         "ratio": statistics.median(ratios),
+        "fastest_ratio": min(times["planned"]) / min(times["by hand"]),
         "quartiles": [ratios[quarter], ratios[-1 - quarter]],
     }  # fmt: skip
 
 
 def main() -> int:
-    """Print the ratios, write them as JSON; 0 if none exceeds the limit."""
+    """Print the ratios, write them as JSON; 0 if the fastest runs keep the limit."""
     parser = argparse.ArgumentParser(prog="python -m experiments.overhead", description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=25, help="runs of each (default: %(default)s)")
     rounds = parser.parse_args().rounds
@@ -113,11 +115,11 @@ def main() -> int:
             f"{row['blocks']} blocks, c_m={row['c_m']}, s={s}, r={r}: "
             f"planned {row['planned_seconds']:.3f} s, "
             f"by hand {row['by_hand_seconds']:.3f} s, ratio {row['ratio']:.3f} "
-            f"(quartiles {low:.3f}, {high:.3f})",
+            f"(quartiles {low:.3f}, {high:.3f}), of the fastest runs {row['fastest_ratio']:.3f}",
             highlight=False,
         )
     write_json(RESULTS, {"torch": torch.__version__, "device": "cpu", "runs": rows})
-    return 0 if max(row["ratio"] for row in rows) <= LIMIT else 1
+    return 0 if max(row["fastest_ratio"] for row in rows) <= LIMIT else 1
 
 
 if __name__ == "__main__":
