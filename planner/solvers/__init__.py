@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from cost_model.costs import CostTable
@@ -27,16 +28,16 @@ def by_cp_sat(table: CostTable, budget_bytes: int | None) -> Sequence:
         return inference_schedule(table, budget_bytes)
     from planner.solvers import cp_sat  # OR-Tools takes a while to import
 
-    found = cp_sat.answer(table, budget_bytes).schedule
-    if found is None and budget_bytes is not None:
-        # Its grid is coarse, and its search has an end: the least schedule may fit all the same.
-        frontier = Frontier(table, max_depth=1)
-        if frontier.least_replay.peak_bytes > budget_bytes:
-            raise InfeasibleError(budget_bytes, frontier.least_replay)
-        found = frontier.least
-    if found is None:
+    found = cp_sat.answer(table, budget_bytes)
+    if found.schedule is not None:
+        return found.schedule
+    if budget_bytes is None or math.isfinite(found.bound_seconds):
         raise ValueError(f"cp-sat found no schedule in {cp_sat.SECONDS:.0f} s of search; use --solver dp")
-    return found
+    # Nothing fits on its coarse grid; the least schedule may fit all the same.
+    frontier = Frontier(table, max_depth=1)
+    if frontier.least_replay.peak_bytes > budget_bytes:
+        raise InfeasibleError(budget_bytes, frontier.least_replay)
+    return frontier.least
 
 
 def flat_program(table: CostTable, budget_bytes: int | None) -> Sequence:

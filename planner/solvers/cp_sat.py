@@ -23,14 +23,14 @@ from ortools.sat.python import cp_model
 
 from cost_model.costs import CostTable
 from planner.schedule import Checkpoint, Run, Sequence
-from planner.solvers.grid import GridCosts
+from planner.solvers.grid import GridCosts, group_kinds
 from planner.solvers.items import GroupTable, Item, ItemMaker
 
 SHORT = 12  # steps up to which every step is chosen by itself
 UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square
 GROUP_UNITS = 80  # at least, of the most that a group makes use of
 SECONDS = 30.0  # of search
-TICKS = 2**40  # of the objective, over the slowest schedule: seconds become whole numbers
+TICKS = 2**34  # of the slowest item: seconds become whole numbers
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Answer:
 
 def applies(table: CostTable) -> bool:
     """Whether the chain is short, or a stack of equal groups."""
-    kinds = {tuple(map(id, (table.options[step] for step in group))) for group in table.groups}
-    return len(table.options) <= SHORT or len(kinds) == 1
+    return len(table.options) <= SHORT or len(set(group_kinds(table))) == 1
 
 
 def answer(
@@ -110,7 +109,7 @@ def _solve(
     model: cp_model.CpModel, cost: list[tuple[cp_model.IntVar, float]], optimistic: bool, limit: float
 ) -> tuple[cp_model.CpSolver | None, float]:
     """Minimise the seconds; the solver if it has a solution, and the bound."""
-    scale = TICKS / max(1.0, sum(seconds for _, seconds in cost) / max(1, len(cost)) * 1000)
+    scale = TICKS / max((seconds for _, seconds in cost if seconds), default=1.0)
     rounded = np.floor if optimistic else np.ceil
     model.minimize(sum(int(rounded(seconds * scale)) * variable for variable, seconds in cost))
     solver = cp_model.CpSolver()

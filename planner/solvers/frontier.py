@@ -134,22 +134,19 @@ class Frontier:
     def _read(self, index: int, units: int) -> Sequence:
         return self._program(index).schedule(units)
 
-    def _least_of_grids(self) -> int:
-        """The least budget of a grid's schedule; a replay of that schedule may find that it needs less."""
+    @cached_property
+    def _least_on_grids(self) -> tuple[int, int] | None:
+        """The first grid with a schedule, and the least memory in its units; None if no grid has one."""
         for index in range(len(self.spans)):
             feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
             if feasible.size:
-                return self.output_bytes + int(feasible[0]) * self._units[index]
-        return self._most.peak_bytes
+                return index, int(feasible[0])
+        return None
 
     @cached_property
     def least(self) -> Sequence:
         """A schedule for the least budget, to the resolution of the first grid that has one."""
-        for index in range(len(self.spans)):
-            feasible = np.flatnonzero(np.isfinite(self._grid_times(index)))
-            if feasible.size:
-                return self._read(index, int(feasible[0]))
-        return self._everything
+        return self._everything if self._least_on_grids is None else self._read(*self._least_on_grids)
 
     @cached_property
     def least_replay(self) -> Replay:
@@ -158,7 +155,10 @@ class Frontier:
 
     def budgets(self, count: int) -> list[int]:
         """Budgets from the least to the largest of any use, evenly spaced on a logarithmic scale."""
-        first, last = self._least_of_grids(), self._most.peak_bytes
+        first = last = self._most.peak_bytes
+        if self._least_on_grids is not None:  # without a replay, which may find that it needs less
+            index, units = self._least_on_grids
+            first = self.output_bytes + units * self._units[index]
         return sorted(
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )

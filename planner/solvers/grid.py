@@ -58,7 +58,7 @@ class GridCosts:
     def __init__(self, table: CostTable, unit_bytes: int, size: int, optimistic: bool = False) -> None:
         self.table, self.unit_bytes, self.size, self.optimistic = table, unit_bytes, size, optimistic
         self.liveness = table.liveness
-        self.kinds = _kinds(table)
+        self.kinds = group_kinds(table)
         self._state_units = {name: self.units(size) for name, size in table.state_bytes.items()}
         self._outputs = set(self.liveness.outputs)
         self._cache: dict[tuple, Any] = {}
@@ -193,7 +193,7 @@ def unit_bytes(span: int, units: int, table: CostTable) -> int:
     return int(candidates[waste.argmin()])
 
 
-def _kinds(table: CostTable) -> list[int]:
+def group_kinds(table: CostTable) -> list[int]:
     """A number for each group, equal where groups cost the same on a redo."""
     alive = [tuple(v.tensor for v in table.liveness.alive(i)) for i in range(len(table.options) + 1)]
     numbers: dict[tuple, int] = {}

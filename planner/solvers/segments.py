@@ -71,11 +71,11 @@ class Segments:
         fastest = sampled.argmin(axis=0)
         bound = np.minimum(best[points], sampled[fastest, np.arange(len(points))])
         # Slower at the next point than the best is at this one: slower all the way between them.
-        wins = sampled[:, 1:] < bound[:-1]
-        wins[fastest[:-1], np.arange(len(points) - 1)] |= np.isfinite(bound[1:])
+        wins = np.append(sampled[:, 1:], sampled[:, -1:], axis=1) < bound
+        wins[fastest, np.arange(len(points))] |= np.isfinite(bound)
+        stops = [*points[1:].tolist(), len(best)]
         for block in np.flatnonzero(wins.any(axis=0)):
-            stop = int(points[block + 1]) + (block == len(points) - 2)
-            self._relax_block(best, np.flatnonzero(wins[:, block]), int(points[block]), stop)
+            self._relax_block(best, np.flatnonzero(wins[:, block]), int(points[block]), stops[block])
 
     def _sampled(self) -> NDArray[np.float64]:
         """The time of each (rows) at the points (columns)."""
