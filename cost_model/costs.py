@@ -15,7 +15,8 @@ from cost_model.roofline import seconds
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, Work, fake_copy, fake_tensors
 from model.chain import Chain, Step
-from model.execution import record, run_discarded, sampled_pieces
+from model.execution import record, run_discarded
+from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
-from model.execution import PieceSample
+from model.pieces import PieceSample
 
 
 @dataclass(frozen=True)

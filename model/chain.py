@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.dropout import dropout_mask
@@ -15,7 +16,7 @@ from model.submodule import Submodule
 State = dict[str, Tensor]
 
 
-class Plannable(Protocol):
+class Plannable(nn.Module):
     """A module that is a chain: what has to be known of it to schedule and to run it.
 
     Attributes:
@@ -28,12 +29,35 @@ class Plannable(Protocol):
         """In the order in which they run: a stack's name, its blocks, and what its submodules' tensors are
         called here where that differs. Each block lists its `submodules()`.
         """
+        raise NotImplementedError
 
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
         """From forward's arguments, the state that the chain starts from and its constants (masks)."""
+        raise NotImplementedError
 
     def results(self, state: State) -> tuple[Tensor, ...]:
         """From the state that the chain ends with, what forward returns."""
+        return tuple(state[name] for name in self.outputs)
+
+    def draw_seed(self, given: int | None = None) -> int | None:
+        """The dropout seed given, or a fresh one for this pass; None where the model drops nothing."""
+        if not self.training or not any(getattr(module, "dropout", 0.0) for module in self.modules()):
+            return None
+        return int(torch.randint(2**62, ()).item()) if given is None else given
+
+    def forward(self, *tensors: Any, dropout_seed: int | None = None, **named: Any) -> tuple[Tensor, ...]:
+        """Run the steps one after the other, nothing cut and nothing recomputed.
+
+        Args:
+            tensors, named: what `prepare` takes.
+            dropout_seed: drawn from torch's default generator when None.
+        """
+        state, constants = self.prepare(*tensors, **named)
+        del tensors, named
+        seed = self.draw_seed(dropout_seed)
+        for step in Chain.of(self).steps:
+            state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
+        return self.results(state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +136,3 @@ class Chain:
         """The steps of each group."""
         firsts = [s.index for s in self.steps if s.index == 0 or self.steps[s.index - 1].group != s.group]
         return tuple(range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True))
-
-
-def run_chain(model: Plannable, state: State, constants: Mapping[str, Tensor], seed: int | None) -> State:
-    """Run the steps one after the other, nothing cut and nothing recomputed."""
-    for step in Chain.of(model).steps:
-        state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
-    return state

@@ -7,22 +7,11 @@ governs it and no RNG state has to be kept for a recompute.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.submodule import Submodule
 
 _SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring steps get unrelated seeds
-
-
-def draw_seed(model: nn.Module, given: int | None = None) -> int | None:
-    """The seed given, or a fresh one for this forward pass; None where the model drops nothing."""
-    if not model.training or not any(getattr(module, "dropout", 0.0) for module in model.modules()):
-        return None
-    if given is not None:
-        return given
-    seed = int(torch.randint(2**62, ()).item())
-    # Ranks that share one model drop alike, whatever their generators say.
-    return model.agree_on_seed(seed) if hasattr(model, "agree_on_seed") else seed
 
 
 def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: int) -> Tensor | None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.chain import State, run_chain
+from model.chain import Plannable, State
 from model.config import EvoformerConfig
-from model.dropout import draw_seed
 from model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
 from model.outer_product_mean import OuterProductMean, pair_count
 from model.submodule import Submodule
@@ -44,7 +43,7 @@ class EvoformerBlock(nn.Module):
         yield from self.named_children()  # type: ignore[misc]
 
 
-class EvoformerStack(nn.Module):
+class EvoformerStack(Plannable):
     """Blocks in sequence over the state (m, z).
 
     Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks [*, s, r] and [*, r, r]
@@ -75,28 +74,11 @@ class EvoformerStack(nn.Module):
             if module.bias is not None:
                 nn.init.constant_(module.bias, 1.0 if last.endswith(("_gate", "_g")) else 0.0)
 
-    def forward(
-        self,
-        m: Tensor,
-        z: Tensor,
-        msa_mask: Tensor | None = None,
-        pair_mask: Tensor | None = None,
-        dropout_seed: int | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Run the blocks; `dropout_seed` is drawn from torch's default generator when None."""
-        state, constants = self.prepare(m, z, msa_mask, pair_mask)
-        state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
-        return self.results(state)
-
     def prepare(
         self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
         """The state and the constants of its chain."""
         return {"m": m, "z": z}, mask_constants(m, z, msa_mask, pair_mask)
-
-    def results(self, state: State) -> tuple[Tensor, ...]:
-        """The new m and z."""
-        return tuple(state[name] for name in self.outputs)
 
     def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
         """Its blocks."""

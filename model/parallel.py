@@ -21,9 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from model.chain import State, run_chain
+from model.chain import Plannable, State
 from model.config import InputShape
-from model.dropout import draw_seed
 from model.ranks import Enter, Exchange, Gather, Leave, Ranks
 from model.submodule import Submodule, Tensors
 
@@ -159,7 +158,7 @@ class _Sharer:
         return 0
 
 
-class ParallelEvoformer(nn.Module):
+class ParallelEvoformer(Plannable):
     """A stack on several ranks: same parameters, same arguments, same results (a `Plannable`).
 
     Every rank is given the whole inputs and keeps its shards of them; their gradients are whole on every
@@ -238,17 +237,15 @@ class ParallelEvoformer(nn.Module):
         cuts = ((name, self.output_cuts[name]) for name in self.outputs)
         return tuple(Leave.apply(self.ranks, state[n], cut, self.shapes[n][cut]) for n, cut in cuts)
 
-    def forward(self, *tensors: Any, dropout_seed: int | None = None, **named: Any) -> tuple[Tensor, ...]:
-        """As the stack's own forward; without a seed all ranks use the one that the first rank draws."""
-        state, constants = self.prepare(*tensors, **named)
-        return self.results(run_chain(self, state, constants, draw_seed(self, dropout_seed)))
-
     def reduce_gradients(self) -> None:
         """Add the ranks' gradients of the parameters up, in place; call on every rank after backward."""
         for parameter in self.parameters():
             if parameter.grad is not None:
                 self.ranks.sum_(parameter.grad)
 
-    def agree_on_seed(self, seed: int) -> int:
-        """The first rank's seed."""
+    def draw_seed(self, given: int | None = None) -> int | None:
+        """As one rank alone, but where none is given all use the first rank's, so that they drop alike."""
+        seed = super().draw_seed(given)
+        if seed is None or given is not None:
+            return seed
         return self.ranks.agree(seed, next(self.parameters()).device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.execution import even_spans
+from model.pieces import even_spans
 
 # The names since torch 2.13, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -187,16 +187,8 @@ class Enter(torch.autograd.Function):
         return None, ctx.ranks.join(grad, ctx.dim, ctx.size), None
 
 
-class Leave(torch.autograd.Function):
-    """`join` for ranks that all compute the same from the whole: each takes its shard of their one gradient.
-
-    Args of apply: ranks, this rank's shard, dim, size of the whole along it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, own: Tensor, dim: int, size: int) -> Tensor:
-        ctx.ranks, ctx.dim = ranks, dim
-        return ranks.join(own, dim, size)
+class Leave(Gather):
+    """`join` for ranks that all compute the same from the whole: each takes its shard of the one gradient."""
 
     @staticmethod
     @once_differentiable

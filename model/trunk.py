@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from model.chain import State, run_chain
+from model.chain import Plannable, State
 from model.config import EvoformerConfig, ModelConfig, TrunkConfig
-from model.dropout import draw_seed
 from model.evoformer import EvoformerStack, mask_constants
 
 # What the extra stack's blocks call m, its mask and its pair counts.
 EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}
 
 
-class EvoformerTrunk(nn.Module):
+class EvoformerTrunk(Plannable):
     """The extra stack rewrites (e, z), then the main stack (m, z).
 
     Inputs: e [*, s_e, r, c_e], m [*, s, r, c_m], z [*, r, r, c_z], and masks without channels (1 where there
@@ -37,10 +36,6 @@ class EvoformerTrunk(nn.Module):
         yield "extra.blocks", self.extra.blocks, EXTRA_NAMES
         yield "main.blocks", self.main.blocks, {}
 
-    def results(self, state: State) -> tuple[Tensor, ...]:
-        """The new m and z."""
-        return tuple(state[name] for name in self.outputs)
-
     def prepare(
         self,
         e: Tensor,
@@ -55,21 +50,6 @@ class EvoformerTrunk(nn.Module):
         extra = mask_constants(e, z, extra_mask, constants["pair_mask"])
         constants |= {EXTRA_NAMES[name]: extra[name] for name in ("msa_mask", "pair_count")}
         return {"e": e, "m": m, "z": z}, constants
-
-    def forward(
-        self,
-        e: Tensor,
-        m: Tensor,
-        z: Tensor,
-        extra_mask: Tensor | None = None,
-        msa_mask: Tensor | None = None,
-        pair_mask: Tensor | None = None,
-        dropout_seed: int | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Run both stacks; `dropout_seed` is drawn from torch's default generator when None."""
-        state, constants = self.prepare(e, m, z, extra_mask, msa_mask, pair_mask)
-        state = run_chain(self, state, constants, draw_seed(self, dropout_seed))
-        return self.results(state)
 
 
 def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk:

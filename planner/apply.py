@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cost_model.liveness import Liveness
-from model.chain import Chain, State, Step
-from model.dropout import draw_seed
+from model.chain import Chain, Plannable, State, Step
 from model.execution import Gradients, ParameterGradients, PiecewiseRun, WholeRun, record, run_discarded
 from model.strategy import Strategy
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
@@ -136,13 +135,13 @@ class PlannedModule(nn.Module):
     """A stack under a schedule: same parameters, same arguments, same results.
 
     Args:
-        stack: a `Plannable`.
+        stack: the model, or one rank's share of it.
         schedule: covers all its steps.
         shapes: the state's shapes that the schedule was made for; others are refused. None: any.
     """
 
     def __init__(
-        self, stack: nn.Module, schedule: Sequence, shapes: Mapping[str, tuple[int, ...]] | None = None
+        self, stack: Plannable, schedule: Sequence, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> None:
         super().__init__()
         self.stack, self.schedule, self.shapes = stack, schedule, shapes
@@ -162,7 +161,7 @@ class PlannedModule(nn.Module):
         for name, shape in (self.shapes or {}).items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
-        tape = Tape(self.chain, self.liveness, constants, draw_seed(self.stack, dropout_seed))
+        tape = Tape(self.chain, self.liveness, constants, self.stack.draw_seed(dropout_seed))
         recording = torch.is_grad_enabled()
         for part in self.schedule.parts:
             if isinstance(part, Run):

@@ -14,8 +14,8 @@ from cost_model import measure
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.config import ModelConfig, TrunkConfig
-from model.execution import sampled_pieces
 from model.loss import mean_square
+from model.pieces import sampled_pieces
 from model.trunk import build_model
 from planner.apply import PlannedModule
 from planner.plan import Plan
@@ -57,7 +57,7 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
         ValueError: the plan is for another model.
     """
     config = getattr(stack, "config", None)
-    if config is None or without_dropout(config) != without_dropout(plan.problem.config):
+    if config is None or without_rates(config) != without_rates(plan.problem.config):
         raise ValueError(
             f"the plan is for {plan.problem.config}, the model has {config}; plan for this model"
         )
@@ -69,14 +69,14 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
     return PlannedModule(stack, plan.sequence(), plan.problem.state_shapes())
 
 
-def without_dropout(config: ModelConfig) -> ModelConfig:
-    """What must agree between a plan and a model. Rates may differ, as long as the masks do not appear."""
+def without_rates(config: ModelConfig) -> ModelConfig:
+    """The model with one rate wherever it drops: memory asks whether there is a mask, not how dense it is."""
 
     def dropping(rate: float) -> float:
         return 0.5 if rate else 0.0
 
     if isinstance(config, TrunkConfig):
-        return TrunkConfig(without_dropout(config.extra), without_dropout(config.main))
+        return TrunkConfig(without_rates(config.extra), without_rates(config.main))
     return replace(
         config, dropout_msa=dropping(config.dropout_msa), dropout_pair=dropping(config.dropout_pair)
     )

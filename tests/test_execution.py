@@ -8,7 +8,8 @@ import torch
 from model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
 from model.dropout import dropout_mask
 from model.evoformer import mask_constants
-from model.execution import PiecewiseRun, WholeRun, run_discarded, spans
+from model.execution import PiecewiseRun, WholeRun, run_discarded
+from model.pieces import spans
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise

@@ -12,8 +12,6 @@ from cost_model.devices import device
 from cost_model.liveness import INPUT, Liveness, Version
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from model.chain import run_chain
-from model.dropout import draw_seed
 from model.loss import mean_square
 from model.submodule import Submodule
 from planner.apply import PlannedModule
@@ -135,10 +133,3 @@ def test_a_chain_of_unlike_blocks_is_planned_exactly() -> None:
     assert [len(group) for group in Chain.of(model).groups] == [9, 10, 9]
     shapes = config.state_shapes(InputShape(5, 7))
     check_plans(model, shapes, random_inputs(config, batch=(1,)), deepest=2)
-
-
-def test_run_chain_is_the_model(stack: EvoformerStack) -> None:
-    inputs = random_inputs(TINY)
-    state = run_chain(stack, *stack.prepare(**inputs), draw_seed(stack, 4))
-    for got, expected in zip((state["m"], state["z"]), stack(**inputs, dropout_seed=4), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -16,7 +16,8 @@ from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model import Chain, EvoformerConfig, EvoformerStack
 from model.evoformer import mask_constants
-from model.execution import record, run_discarded, sampled_pieces
+from model.execution import record, run_discarded
+from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 
 CONFIG = EvoformerConfig(n_block=1, c_m=32, c_z=32)
