@@ -73,6 +73,7 @@ class Reshard(Submodule):
     """
 
     axes = ()
+    leads_in = True
 
     def __init__(self, target: str, ranks: Ranks, cut: int, new_cut: int, size: int) -> None:
         super().__init__()
