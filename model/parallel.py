@@ -244,6 +244,10 @@ class ParallelEvoformer(Plannable):
         """This rank's share of the stack's blocks, reshards included."""
         return self._share()[1]
 
+    def own(self, state: Mapping[str, Tensor]) -> State:
+        """This rank's shards of the state that the chain starts from, from the whole one."""
+        return {name: self.ranks.own(state[name].detach(), cut) for name, cut in self.input_cuts.items()}
+
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
         """This rank's shards of the state and of the constants."""
         given = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
