@@ -86,7 +86,7 @@ def check_world(plan: Plan, settings: Settings, world: World, command: str) -> N
     """
     flags = vars(settings)
     if settings.msa is not None:  # a path may be another file on another machine
-        flags = {**flags, "msa": hashlib.sha256(Path(settings.msa).read_bytes()).hexdigest()[:12]}
+        flags = {**flags, "msa": _digest(settings.msa)}
     world.agree(
         plan=plan.to_json()["digest"][:12], **{f"--{name}": str(value) for name, value in flags.items()}
     )
@@ -212,6 +212,13 @@ def _snapshots(
     else:
         console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
     return snapshots, newest
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "no file"  # whoever reads it says so
 
 
 def _dropout_seed(seed: int, number: int) -> int:

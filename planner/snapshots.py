@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,11 @@ def _tensors(training: Training) -> dict[str, Tensor]:
 
 
 def _on_disk(path: Path, work: Callable[[], object]) -> None:
-    """Read or write a snapshot; torch's own errors are many lines long."""
+    """Read or write a snapshot; torch's own errors are many lines long, and it wonders at being alone."""
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            work()
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"{path}: snapshot of rank {rank} failed ({str(reason).splitlines()[0]})") from None

@@ -101,7 +101,7 @@ def verdict(
         return f"{_list(members, dead)} died without a word: killed, or out of memory", 1
     missing = set(members) - set(answered)
     if missing:
-        why = alarm if alarm.startswith(SILENCE) else "it died or hangs"
+        why = alarm.partition(" from ")[0] if alarm.startswith(SILENCE) else "it died or hangs"
         return (f"{_list(members, missing)} does not answer: {why}", 1) if final else None
     stuck = {rank: f for rank, f in failures.items() if f.kind == "collective"}
     if stuck and len(stuck) < len(members):
@@ -145,11 +145,12 @@ class Watch(threading.Thread):
         super().start()
 
     def know(self) -> None:
-        """Learn who the others are; call when all have joined."""
-        for rank in self.members:
-            member = Member(**json.loads(self.store.get(f"who/{rank}")))
-            self.members[rank] = member
-            if rank != self.rank and member.machine and member.machine == self.members[self.rank].machine:
+        """Learn who the others are; those that have not joined stay numbers."""
+        for rank in self._posted("who"):
+            self.members[rank] = Member(**json.loads(self.store.get(f"who/{rank}")))
+        mine = self.members[self.rank].machine
+        for rank, member in self.members.items():
+            if rank not in {*self._handles, self.rank} and mine and member.machine == mine:
                 with suppress(OSError):
                     self._handles[rank] = os.pidfd_open(member.pid)
 
@@ -205,13 +206,14 @@ class Watch(threading.Thread):
                 self._last_beat, self._heard = beat, time.monotonic()
             silent = time.monotonic() - self._heard
             if silent > self.seconds and not self.store.check([f"done/{self._next}"]):
-                return f"{SILENCE} from rank {self._next} for {format_seconds(silent)}"
+                return f"{SILENCE} for {format_seconds(silent)} from rank {self._next}"
         return None
 
     def _conclude(self, alarm: str) -> NoReturn:
         """Answer the alarm, find out who ended the run, say so, and end this process."""
         self.store.compare_set("alarm", "", alarm)
         self.store.set(f"here/{self.rank}", b"1")
+        self.know()
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
             final = time.monotonic() > deadline
