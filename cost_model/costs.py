@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cost_model.devices import Device
+from cost_model.devices import Device, Link
 from cost_model.liveness import INPUT, Liveness, Version
 from cost_model.roofline import seconds
 from cost_model.scratch import CpuScratch
@@ -18,7 +18,7 @@ from model.chain import Chain, Step
 from model.execution import record, run_discarded
 from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
-from model.submodule import IndependentAxis, Submodule
+from model.submodule import IndependentAxis
 
 # Piece counts offered, where the axis is that long.
 PIECES = (2, 4, 8, 16, 32, 64)
@@ -72,6 +72,7 @@ class CostTable:
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
         training: False where nothing is preserved.
         outputs: state tensors that are wanted at the end; None for all.
+        input_bytes: what forward is given and the constants made from it, live throughout.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -81,6 +82,7 @@ class CostTable:
     loss_bytes: int
     training: bool
     outputs: tuple[str, ...] | None = None
+    input_bytes: int = 0
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -106,9 +108,9 @@ class CostTable:
         return self._gradient_bytes[position]
 
 
-def offered_strategies(submodule: Submodule, shape: Sequence[int]) -> list[Strategy]:
+def offered_strategies(step: Step, shape: Sequence[int]) -> list[Strategy]:
     """Every strategy that a step whose target has this shape can run under."""
-    strategies = [WHOLE]
+    submodule, strategies = step.submodule, [WHOLE]
     for axis in submodule.axes:
         if isinstance(axis, IndependentAxis):
             kind, size = "chunk", shape[axis.cuts[submodule.target]]
@@ -175,23 +177,29 @@ def build_cost_table(
     device: Device,
     training: bool = True,
     progress: Callable[[str], None] = lambda name: None,
+    link: Link | None = None,
+    strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] = offered_strategies,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
     Args:
-        model: a `Plannable`; its parameters may be on the meta device. One that ranks share costs what its
-            own rank's part does: no shard is longer than the first rank's.
-        shapes: of the whole state's tensors, by name.
+        model: its parameters may be on the meta device. One rank's share of a model costs what that rank's
+            part does: no shard is longer than the first rank's.
+        shapes: of forward's arguments by name: the state, and masks if they are given.
         dtype: of parameters and state, by name.
         progress: called with the name of each step as it is traced.
+        link: what ranks talk over; None: the device's own.
+        strategies: those to trace of a step whose target has a shape.
     """
     torch_dtype = getattr(torch, dtype)
     scratch = CpuScratch() if device.name == "cpu" else None
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
+        before = trace.live_bytes
         tensors = {name: torch.empty(shape, dtype=torch_dtype) for name, shape in shapes.items()}
         state, constants = model.prepare(**tensors)
+        input_bytes = trace.live_bytes - before
         del tensors
         state = {name: tensor.detach() for name, tensor in state.items()}
         largest = {name: tensor.nbytes for name, tensor in state.items()}
@@ -203,12 +211,13 @@ def build_cost_table(
             live = tuple(version.tensor for version in liveness.alive(step.index + 1))
             # What is live is so in the layout of the moment: ranks may share the state one way or another.
             shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
-            key = step.submodule.signature(), step.reads, live, shapes_now
+            offered = tuple(strategies(step, state[step.target].shape))
+            key = step.submodule.signature(), step.reads, live, shapes_now, offered
             if key not in traced:
                 progress(step.name)
                 traced[key] = tuple(
-                    timed(trace_step(step, strategy, state, constants, trace, live), device, dtype)
-                    for strategy in offered_strategies(step.submodule, state[step.target].shape)
+                    timed(trace_step(step, strategy, state, constants, trace, live), device, dtype, link)
+                    for strategy in offered
                 )
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
@@ -226,15 +235,16 @@ def build_cost_table(
         + LOSS_NUMBERS * _rounded(NUMBER_BYTES, device),
         training=training,
         outputs=chain.outputs,
+        input_bytes=input_bytes,
     )
 
 
-def timed(cost: StepCost, device: Device, dtype: str) -> StepCost:
+def timed(cost: StepCost, device: Device, dtype: str, link: Link | None = None) -> StepCost:
     """The same cost with its times on a device, from the roofline."""
     return replace(
         cost,
-        forward_seconds=seconds(cost.forward_work, device, dtype),
-        backward_seconds=seconds(cost.backward_work, device, dtype),
+        forward_seconds=seconds(cost.forward_work, device, dtype, link),
+        backward_seconds=seconds(cost.backward_work, device, dtype, link),
     )
 
 

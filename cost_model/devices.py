@@ -14,6 +14,31 @@ DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 
 
 
 @dataclass(frozen=True)
+class Link:
+    """What connects devices.
+
+    Attributes:
+        bandwidth: bytes per second that one device sends while it receives as many.
+        latency: seconds until a message's first byte arrives.
+    """
+
+    bandwidth: float
+    latency: float
+
+    def seconds(self, sent_bytes: int, messages: int) -> float:
+        """Time of sending that many bytes in so many messages, one after the other.
+
+        Source: Hockney (1994), The communication challenge for MPP: latency and bandwidth.
+        """
+        return messages * self.latency + sent_bytes / self.bandwidth
+
+
+# One 200 Gb/s adapter for each device, as in NVIDIA's DGX A100.
+NETWORK = Link(25e9, 5e-6)
+PER_NODE = 8  # devices that share a node
+
+
+@dataclass(frozen=True)
 class Device:
     """One accelerator or processor.
 
@@ -26,6 +51,7 @@ class Device:
         block_bytes: every allocation is rounded up to a multiple of this.
         workspace_bytes: what its libraries take once (cuBLAS).
         source: where the figures come from.
+        link: to other devices of its node.
     """
 
     name: str
@@ -36,6 +62,7 @@ class Device:
     block_bytes: int
     workspace_bytes: int
     source: str
+    link: Link
 
 
 def _cuda(
@@ -46,6 +73,7 @@ def _cuda(
     double: float,
     bandwidth: float,
     source: str,
+    link: float,
     bf16: float = 0,
 ) -> Device:
     flops = {"float16": half, "bfloat16": bf16 or half, "float32": single, "float64": double}
@@ -59,9 +87,11 @@ def _cuda(
         # cuBLAS: 32 MiB on Hopper, a little over 8 MiB before (torch's CUBLAS_WORKSPACE_CONFIG defaults).
         workspace_bytes=(32 if name.startswith("h") else 9) * 2**20,
         source=source,
+        link=Link(link * 1e9, 2e-6),
     )
 
 
+# Half of the data sheets' figures for NVLink and PCIe, which count both directions.
 _TABLE = (
     Device(
         name="cpu",
@@ -74,19 +104,27 @@ _TABLE = (
         block_bytes=1,
         workspace_bytes=0,
         source="measured on two cores, torch 2.13; indicative only",
+        link=Link(1e9, 1e-4),  # gloo between processes
     ),
-    _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", bf16=15.7),
-    _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", bf16=15.7),
-    _cuda("a100-40gb", 40, 312, 19.5, 9.7, 1555, "NVIDIA A100 data sheet (SXM4)"),
-    _cuda("a100-80gb", 80, 312, 19.5, 9.7, 2039, "NVIDIA A100 data sheet (SXM4)"),
-    _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)"),
-    _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)"),
-    _cuda("l4-24gb", 24, 121, 30.3, 0.49, 300, "NVIDIA L4 data sheet, dense"),
-    _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", bf16=8.1),
-    _cuda("rtx4090-24gb", 24, 165, 82.6, 1.29, 1008, "NVIDIA Ada architecture white paper, fp32 accumulate"),
+    _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7),
+    _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7),
+    _cuda("a100-40gb", 40, 312, 19.5, 9.7, 1555, "NVIDIA A100 data sheet (SXM4)", 300),
+    _cuda("a100-80gb", 80, 312, 19.5, 9.7, 2039, "NVIDIA A100 data sheet (SXM4)", 300),
+    _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)", 450),
+    _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)", 450),
+    _cuda("l4-24gb", 24, 121, 30.3, 0.49, 300, "NVIDIA L4 data sheet, dense", 32),
+    _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", 16, bf16=8.1),
+    _cuda(
+        "rtx4090-24gb", 24, 165, 82.6, 1.29, 1008, "NVIDIA Ada architecture white paper, fp32 accumulate", 32
+    ),
 )
 
 DEVICES: dict[str, Device] = {device.name: device for device in _TABLE}
+
+
+def link_of(device: Device, ranks: int) -> Link:
+    """What ranks on such devices talk over: their node's link, or a network where one node is too small."""
+    return device.link if ranks <= PER_NODE else NETWORK
 
 
 def device(name: str) -> Device:

@@ -27,12 +27,15 @@ from model.pieces import PieceSample
 
 @dataclass(frozen=True)
 class Work:
-    """Kernels run, by (FLOPs, bytes moved): how many of each.
+    """Kernels and collectives run. Kept apart, not summed, because each is bound by its own bottleneck.
 
-    Kept apart, not summed, because each kernel is bound by its own bottleneck.
+    Attributes:
+        kernels: by (FLOPs, bytes moved), how many of each.
+        collectives: by (bytes that a rank sends, messages that it sends them in), how many of each.
     """
 
     kernels: Counter[tuple[int, int]] = field(default_factory=Counter)
+    collectives: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
@@ -49,8 +52,13 @@ class Work:
         """Number of kernels."""
         return self.kernels.total()
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends to others."""
+        return sum(sent * count for (sent, _), count in self.collectives.items())
+
     def __add__(self, other: Work) -> Work:
-        return Work(self.kernels + other.kernels)
+        return Work(self.kernels + other.kernels, self.collectives + other.collectives)
 
 
 class Trace(TorchDispatchMode, PieceSample):
@@ -66,6 +74,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self.block_bytes, self.scratch = block_bytes, scratch
         self.live_bytes = self._peak_of_storages = 0
         self.kernels: Counter[tuple[int, int]] = Counter()
+        self.collectives: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
         # For operators with scratch: most bytes live when one of them returns.
         self._live_after: dict[Call, int] = {}
@@ -74,7 +83,7 @@ class Trace(TorchDispatchMode, PieceSample):
         """Start a phase: its peak begins at what is live now, its work at none."""
         self._peak_of_storages = self.live_bytes
         self._live_after = {}
-        self.kernels = Counter()
+        self.kernels, self.collectives = Counter(), Counter()
 
     @property
     def peak_bytes(self) -> int:
@@ -91,7 +100,11 @@ class Trace(TorchDispatchMode, PieceSample):
 
     def work(self) -> Work:
         """Work since the last reset."""
-        return Work(Counter(self.kernels))
+        return Work(Counter(self.kernels), Counter(self.collectives))
+
+    def sent(self, size: int, messages: int) -> None:
+        """Count a collective of imagined ranks."""
+        self.collectives[size, messages] += self.repeat
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is _DEVICE:  # asked about as often as all else together

@@ -58,7 +58,7 @@ def rows(case: tuple) -> list[dict]:
         budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
         asked = Costed(
             problem.model_copy(update={"budget_bytes": budget}),
-            costed.stack, costed.device, costed.table, costed.static,
+            costed.model, costed.device, costed.table, costed.static,
         )  # fmt: skip
         plan = solve(asked)
         result = verify_plan(None, plan, repeats=1)

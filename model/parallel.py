@@ -14,6 +14,7 @@ in its own way.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.chain import Plannable, State
-from model.config import InputShape
+from model.config import InputShape, ModelConfig
 from model.ranks import Enter, Exchange, Gather, Leave, Ranks
-from model.submodule import Submodule, Tensors
+from model.submodule import FULL, Submodule, Tensors
 
 ROWS = -3  # where a tensor is cut whose steps don't care
 
@@ -159,46 +160,68 @@ class _Sharer:
 
 
 class ParallelEvoformer(Plannable):
-    """A stack on several ranks: same parameters, same arguments, same results (a `Plannable`).
+    """One rank's share of a model: same parameters, and all ranks together compute the same.
 
-    Every rank is given the whole inputs and keeps its shards of them; their gradients are whole on every
-    rank. Gradients of parameters are each rank's part of a sum: call `reduce_gradients` after backward.
+    Gradients of parameters are each rank's part of a sum: add them up after backward, by
+    `reduce_gradients` or in DistributedDataParallel's hook.
 
     Args:
-        stack: a `Plannable` whose `config` knows the shapes of its state.
+        stack: the model; its `config` knows the shapes of its state.
         ranks: or a process group of torch.distributed, such as that of a device mesh's dimension.
         shape: of the whole inputs; their batch may be any.
-        gather_outputs: return the whole outputs on every rank, which must then all compute the same loss
-            from them. Else each rank's shards, cut along `output_cuts`; the loss is the sum of the ranks'.
+        whole: every rank is given the whole state and returns the whole results, and all must compute the
+            same loss from them; gradients of inputs are whole, too. Else a rank is given its shards of the
+            state and returns its shards of the results, and the loss is the sum of the ranks'. Masks are
+            whole either way.
 
     Attributes:
-        input_cuts, output_cuts: the dimension (from the right) along which each state tensor is cut.
+        input_cuts, output_cuts: the dimension (from the right) along which each state tensor is cut where
+            the chain begins and ends.
 
     Raises:
         ValueError: an axis that is cut is shorter than the ranks are many.
     """
 
     def __init__(
-        self,
-        stack: nn.Module,
-        ranks: Ranks | ProcessGroup,
-        shape: InputShape,
-        gather_outputs: bool = True,
+        self, stack: Plannable, ranks: Ranks | ProcessGroup, shape: InputShape, whole: bool = True
     ) -> None:
         super().__init__()
-        self.stack, self.gather_outputs = stack, gather_outputs
+        self.stack, self.whole = stack, whole
         self.training = stack.training
         self.ranks = ranks if isinstance(ranks, Ranks) else Ranks(ranks)
         self.outputs: tuple[str, ...] = stack.outputs
         self.shapes: Mapping[str, tuple[int, ...]] = stack.config.state_shapes(shape)
-        for name, whole in self.shapes.items():
-            if min(whole[-3:-1]) < self.ranks.size:
-                raise ValueError(f"{name} of shape {whole} cannot be cut among {self.ranks.size} ranks")
+        for name, size in ((name, min(shape[-3:-1])) for name, shape in self.shapes.items()):
+            if size < self.ranks.size:
+                raise ValueError(
+                    f"{name} has an axis of {size}, which {self.ranks.size} ranks cannot share; "
+                    f"use at most {size}"
+                )
         self.input_cuts = dict.fromkeys(self.shapes, ROWS)
         for name, cut in reversed(list(self._wanted())):  # as the first step that cares wants it
             self.input_cuts[name] = cut
         sharer, _ = self._share()
         self._constant_cuts, self.output_cuts = sharer.constant_cuts, sharer.cuts
+
+    @property
+    def config(self) -> ModelConfig:
+        """The whole model's."""
+        return self.stack.config
+
+    def spans(self, cuts: Mapping[str, int]) -> dict[str, tuple[slice, slice]]:
+        """This rank's part of each state tensor cut so, as slices of its last two dimensions but channels."""
+        parts = {}
+        for name, cut in cuts.items():
+            span = self.ranks.span(self.shapes[name][cut])
+            parts[name] = (span, FULL) if cut == ROWS else (FULL, span)
+        return parts
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What forward takes of each state tensor."""
+        if self.whole:
+            return dict(self.shapes)
+        return {name: self.ranks.own_shape(self.shapes[name], cut) for name, cut in self.input_cuts.items()}
 
     def _wanted(self) -> Iterator[tuple[str, int]]:
         """Where each step in turn wants the state cut."""
@@ -221,19 +244,26 @@ class ParallelEvoformer(Plannable):
         return self._share()[1]
 
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
-        """This rank's shards of the state and of the constants, from the whole inputs."""
-        state, constants = self.stack.prepare(*tensors, **named)
+        """This rank's shards of the state and of the constants."""
+        given = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
+        state = {name: given[name] for name in self.input_cuts}
+        for name, expected in self.input_shapes.items():
+            if state[name].shape[-3:] != expected[-3:]:
+                raise ValueError(f"built for {name} of shape {expected}, not {tuple(state[name].shape)}")
+        # Constants are made of whole masks: what they need of the state is its shape and type.
         for name, tensor in state.items():
-            if tensor.shape[-3:] != self.shapes[name][-3:]:
-                raise ValueError(f"built for {name} of shape {self.shapes[name]}, not {tuple(tensor.shape)}")
-        state = {name: Enter.apply(self.ranks, state[name], cut) for name, cut in self.input_cuts.items()}
+            shape = (*tensor.shape[:-3], *self.shapes[name][-3:])
+            given[name] = tensor.detach().new_empty(()).expand(shape)
+        _, constants = self.stack.prepare(**given)
+        if self.whole:
+            state = {name: Enter.apply(self.ranks, state[name], cut) for name, cut in self.input_cuts.items()}
         cuts = self._constant_cuts.items()
         return state, {name: self.ranks.own(constants[whole], cut) for name, (whole, cut) in cuts}
 
     def results(self, state: State) -> tuple[Tensor, ...]:
         """What forward returns: the outputs, whole or this rank's shards of them."""
-        if not self.gather_outputs:
-            return tuple(state[name] for name in self.outputs)
+        if not self.whole:
+            return super().results(state)
         cuts = ((name, self.output_cuts[name]) for name in self.outputs)
         return tuple(Leave.apply(self.ranks, state[n], cut, self.shapes[n][cut]) for n, cut in cuts)
 

@@ -21,6 +21,9 @@ class PieceSample:
 
     repeat = 1
 
+    def sent(self, size: int, messages: int) -> None:
+        """Told of each collective of imagined ranks: bytes that this rank sends, and in how many messages."""
+
 
 _sample: ContextVar[PieceSample | None] = ContextVar("piece_sample", default=None)
 
@@ -33,6 +36,13 @@ def sampled_pieces(sample: PieceSample) -> Iterator[None]:
         yield
     finally:
         _sample.reset(token)
+
+
+def note_sent(size: int, messages: int) -> None:
+    """Tell the installed sample of a collective that is only imagined."""
+    sample = _sample.get()
+    if sample is not None:
+        sample.sent(size, messages)
 
 
 def even_spans(size: int, n: int) -> list[slice]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.pieces import even_spans
+from model.pieces import even_spans, note_sent
 
 # The names since torch 2.13, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -53,9 +53,17 @@ class Ranks:
         """How long each rank's shard of a dimension of that size is; ValueError where one would be empty."""
         return [span.stop - span.start for span in even_spans(size, self.size)]
 
+    def span(self, size: int) -> slice:
+        """Where this rank's shard of a dimension of that size lies."""
+        return even_spans(size, self.size)[self.rank]
+
+    def own_shape(self, shape: Sequence[int], dim: int) -> tuple[int, ...]:
+        """The shape of this rank's shard."""
+        return tuple(_resized(shape, dim, self.lengths(shape[dim])[self.rank]))
+
     def own(self, whole: Tensor, dim: int) -> Tensor:
         """This rank's shard, in memory of its own."""
-        span = even_spans(whole.shape[dim], self.size)[self.rank]
+        span = self.span(whole.shape[dim])
         return whole.narrow(dim, span.start, span.stop - span.start).clone(
             memory_format=torch.contiguous_format
         )
@@ -73,7 +81,9 @@ class Ranks:
             longer.narrow(dim, 0, own.shape[dim]).copy_(own)
             own = longer
         buffer = own.new_empty((self.size, *longest))
-        if self.group is not None:
+        if self.group is None:
+            note_sent((self.size - 1) * own.nbytes, self.size - 1)
+        else:
             _all_gather(buffer.flatten(0, 1), own.contiguous(), group=self.group)
         return torch.cat([part.narrow(dim, 0, n) for part, n in zip(buffer, lengths, strict=True)], dim)
 
@@ -93,7 +103,9 @@ class Ranks:
         for part, shard in zip(buffer, shards, strict=True):
             part.narrow(dim, 0, shard.shape[dim]).copy_(shard)
         own = whole.new_empty(longest)
-        if self.group is not None:
+        if self.group is None:
+            note_sent((self.size - 1) * own.nbytes, self.size - 1)
+        else:
             _reduce_scatter(own, buffer.flatten(0, 1), group=self.group)
         return own.narrow(dim, 0, lengths[self.rank]).contiguous()
 
@@ -112,7 +124,9 @@ class Ranks:
         for part, piece in zip(sent.split(sent_sizes), pieces, strict=True):
             part.view(piece.shape).copy_(piece)
         received = sent.new_empty(sum(received_sizes))
-        if self.group is not None:
+        if self.group is None:
+            note_sent((sum(sent_sizes) - sent_sizes[self.rank]) * sent.element_size(), self.size - 1)
+        else:
             buffers = map(_lent, (received, sent)) if self.backend == "gloo" else (received, sent)
             dist.all_to_all_single(*buffers, received_sizes, sent_sizes, group=self.group)
         parts = received.split(received_sizes)

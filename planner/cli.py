@@ -28,6 +28,7 @@ BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
 
 
 _MODES = ["training", "inference"]
+AUTO = 0  # --ranks auto
 
 
 class _Size(click.ParamType):
@@ -55,6 +56,21 @@ class _Dropout(click.ParamType):
         return rate
 
 
+class _Ranks(click.ParamType):
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto" or isinstance(value, int):
+            return AUTO if value == "auto" else value
+        try:
+            ranks = int(value)
+        except ValueError:
+            ranks = 0
+        if ranks < 1:
+            self.fail(f"{value!r} is no number of ranks; write a whole number from 1, or auto", param, ctx)
+        return ranks
+
+
 _PROBLEM_OPTIONS = [
     click.option("--model", default="alphafold2", show_default=True, help=f"Preset: {', '.join(PRESETS)}."),
     click.option("--n-blocks", type=click.IntRange(1), help="Blocks of the stack."),
@@ -74,7 +90,11 @@ _PROBLEM_OPTIONS = [
     ),
     click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
     click.option("--memory", type=_Size(), help="Budget, like 16GiB; else the device's memory."),
-    click.option("--ranks", type=click.IntRange(1, 1), default=1, show_default=True, help="1 so far."),
+    click.option(
+        "--ranks", type=_Ranks(), default=1, show_default=True,
+        help="Devices that share each input; auto: as few as the budget needs.",
+    ),
+    click.option("--link", type=_Size(), help="Between ranks, each way, per second; else the device's."),
 ]  # fmt: skip
 _JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
 
@@ -103,17 +123,22 @@ def cli() -> None:
 def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None, **flags: Any) -> None:
     """Find the fastest schedule that fits; print it and what it saves."""
     _check_writable(out, json_path)
-    problem = _problem(**flags)
+    auto = flags["ranks"] == AUTO
+    problem = _problem(**flags | {"ranks": 1} if auto else flags)
     from planner.plan import write_json
-    from planner.planning import NoPlanError, solve
+    from planner.planning import NoPlanError, cost_problem, solve, solve_for_fewest_ranks
     from planner.report import print_plan
     from planner.solvers import solver
 
     solver(solver_name)  # a wrong name is said before the work
-    costed = _costed(problem)
     try:
-        with _progress("solving") as update:
-            found = solve(costed, solver_name)
+        with _progress("loading torch") as update:
+            if auto:
+                costed, found = solve_for_fewest_ranks(problem, solver_name, update)
+            else:
+                costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
+                update("solving")
+                found = solve(costed, solver_name)
             if certify:
                 from planner.certify import certify as with_certificates
 
@@ -150,7 +175,7 @@ def show(plan_file: str, json_path: str | None) -> None:
     print_schedule(found, console)
     console.print()
     result = replay(found.sequence(), costed.table)
-    print_timeline(result, costed.fixed_bytes, step_names(found.problem.config), console)
+    print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
     if json_path:
         moments = [
             {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
@@ -288,6 +313,8 @@ def _problem(
     dropout: float | None,
     device: str,
     memory: int | None,
+    ranks: int,
+    link: int | None,
     **rest: Any,
 ) -> Problem:
     """The problem that the flags describe."""
@@ -306,11 +333,17 @@ def _problem(
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
     if device not in (*DEVICES, "cuda"):
         raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
+    if ranks == AUTO:
+        raise ValueError("--ranks auto is for plan; give a number")
     from planner.problem import Problem
 
     if memory is None and device in DEVICES:
         memory = DEVICES[device].memory_bytes
-    return Problem(model=model, config=config, shape=shape, device=device, budget_bytes=memory, **rest)
+    return Problem(
+        model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
+        link=None if link is None else replace(DEVICES.get(device, DEVICES["cpu"]).link, bandwidth=link),
+        **rest,
+    )  # fmt: skip
 
 
 def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:

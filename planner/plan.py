@@ -82,6 +82,8 @@ class Plan(BaseModel):
 
     Attributes:
         costs: where memory and time figures came from.
+        predicted: of the first rank, where there are several: no other needs more.
+        rank_peak_bytes: predicted peak of each rank.
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
         baselines: the same prediction for what people do by hand.
@@ -96,6 +98,7 @@ class Plan(BaseModel):
     costs: dict[str, str]
     solver: SolverReport
     predicted: Prediction
+    rank_peak_bytes: tuple[int, ...] = ()
     static: dict[str, int]
     baselines: dict[str, Prediction]
     least_feasible_bytes: int | None

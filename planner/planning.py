@@ -10,18 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost_model.costs import CostTable, build_cost_table
+from cost_model.costs import CostTable, build_cost_table, offered_strategies
 from cost_model.devices import Device, device
 from cost_model.local import local_cuda
+from cost_model.roofline import reduction_seconds
 from cost_model.static import static_bytes
-from model.chain import Chain
-from model.config import InputShape, ModelConfig, TrunkConfig, with_blocks
-from model.strategy import WHOLE
+from model.chain import Chain, Plannable, Step
+from model.config import InputShape, TrunkConfig, with_blocks
+from model.parallel import ParallelEvoformer
+from model.ranks import Ranks
+from model.strategy import WHOLE, Strategy
 from model.trunk import build_model
 from planner.plan import Plan, Prediction, SolverReport, schedule_to_json
 from planner.problem import Problem
 from planner.replay import replay
-from planner.schedule import Sequence, shortened
+from planner.schedule import Sequence, shortened, strategies_used
 from planner.sizes import parse_size
 from planner.solvers import BASELINES, Frontier, InfeasibleError, solver
 from planner.solvers.seed_dp import SeedProgram
@@ -47,10 +50,16 @@ class NoPlanError(ValueError):
 
 @dataclass(frozen=True)
 class Costed:
-    """A problem with everything a solver needs to know about it."""
+    """A problem with everything a solver needs to know about it.
+
+    Attributes:
+        model: without data; of several ranks, the first one's share of it.
+        table: its costs.
+        static: what there is besides, part by part.
+    """
 
     problem: Problem
-    stack: nn.Module
+    model: Plannable
     device: Device
     table: CostTable
     static: dict[str, int]
@@ -65,8 +74,17 @@ class Costed:
         result = replay(schedule, self.table)
         peak, static = self.fixed_bytes + result.peak_bytes, sum(self.static.values())
         return Prediction(
-            peak_bytes=peak, static_bytes=static, activation_bytes=peak - static, step_seconds=result.seconds
+            peak_bytes=peak,
+            static_bytes=static,
+            activation_bytes=peak - static,
+            step_seconds=result.seconds + self.reduction_seconds,
         )
+
+    @property
+    def reduction_seconds(self) -> float:
+        """Time of summing the ranks' gradients of the parameters, as if nothing else ran meanwhile."""
+        link = self.problem.link_on(self.device)
+        return reduction_seconds(self.static["gradients"], self.problem.ranks, link)
 
     def chain_budget(self) -> int | None:
         """What the budget leaves for the chain."""
@@ -79,28 +97,82 @@ def device_named(name: str) -> Device:
     return local_cuda() if name == "cuda" else device(name)
 
 
-def empty_stack(config: ModelConfig) -> nn.Module:
-    """The model without data, in training mode."""
-    with torch.device("meta"):
-        return build_model(config).train()
+def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = None) -> Plannable:
+    """What a problem's plan is for: the model, or one rank's share of it.
+
+    Args:
+        rank: of ranks that are only imagined.
+        stack: the model; made without data and in training mode when not given.
+    """
+    if stack is None:
+        with torch.device("meta"):
+            stack = build_model(problem.config).train()
+    if problem.ranks == 1:
+        return stack
+    backend = "gloo" if problem.device == "cpu" else "nccl"
+    return ParallelEvoformer(stack, Ranks(None, rank, problem.ranks, backend), problem.shape, whole=False)
+
+
+def input_shapes(problem: Problem, model: Plannable) -> dict[str, tuple[int, ...]]:
+    """What forward of a problem's model takes, by name: the state (a rank's shards of it) and whole masks."""
+    state = model.input_shapes if isinstance(model, ParallelEvoformer) else problem.state_shapes()
+    return {**state, **problem.mask_shapes()}
 
 
 def cost_problem(
-    problem: Problem, stack: nn.Module | None = None, progress: Progress = lambda _: None
+    problem: Problem,
+    stack: Plannable | None = None,
+    progress: Progress = lambda _: None,
+    *,
+    rank: int = 0,
+    only: Sequence | None = None,
 ) -> Costed:
     """Trace the costs of a problem.
 
     Args:
         stack: the model; made without data from problem.config when not given.
+        rank: whose share is costed, of several.
+        only: a schedule whose strategies are all that is traced.
     """
-    stack = empty_stack(problem.config) if stack is None else stack
+    model = planned_model(problem, rank, stack)
     where = device_named(problem.device)
-    table = build_cost_table(stack, problem.state_shapes(), problem.dtype, where, problem.training, progress)
-    sizes = [parameter.numel() for parameter in stack.parameters()]
-    static = static_bytes(
-        sizes, problem.config, problem.shape, problem.dtype, where, problem.optimizer, problem.training
+
+    def used(step: Step, _: object) -> list[Strategy]:
+        return sorted(strategies[step.index], key=str)
+
+    strategies = {} if only is None else strategies_used(only)
+    table = build_cost_table(
+        model,
+        input_shapes(problem, model),
+        problem.dtype,
+        where,
+        problem.training,
+        progress,
+        problem.link_on(where),
+        offered_strategies if only is None else used,
     )
-    return Costed(problem, stack, where, table, static)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    outputs = table.bytes_of(table.liveness.outputs)
+    static = static_bytes(
+        sizes, table.input_bytes, outputs, problem.dtype, where, problem.optimizer, problem.training
+    )
+    return Costed(problem, model, where, table, static)
+
+
+def peaks_of_ranks(costed: Costed, schedule: Sequence) -> tuple[int, ...]:
+    """Predicted peak of each rank under one schedule: those whose shards are shorter need less."""
+    problem = costed.problem
+    sizes = {size for shape in problem.state_shapes().values() for size in shape[-3:-1]}
+    known: dict[tuple[int, ...], int] = {}
+    peaks = []
+    for rank in range(problem.ranks):
+        shards = tuple(Ranks(None, rank, problem.ranks).lengths(size)[rank] for size in sizes)
+        if shards not in known:
+            whole = getattr(costed.model, "stack", None)
+            theirs = cost_problem(problem, whole, rank=rank, only=schedule) if rank else costed
+            known[shards] = theirs.predict(schedule).peak_bytes
+        peaks.append(known[shards])
+    return tuple(peaks)
 
 
 def solve(costed: Costed, solver_name: str = "dp") -> Plan:
@@ -134,6 +206,7 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         costs=COST_SOURCES,
         solver=SolverReport(name=solver_name, seconds=seconds),
         predicted=predicted,
+        rank_peak_bytes=peaks_of_ranks(costed, schedule),
         static=costed.static,
         baselines=predict_baselines(costed, costed.chain_budget()),
         least_feasible_bytes=None,
@@ -142,18 +215,37 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
     )
 
 
+def solve_for_fewest_ranks(
+    problem: Problem, solver_name: str = "dp", progress: Progress = lambda _: None
+) -> tuple[Costed, Plan]:
+    """Costs and plan for as few ranks (1, 2, 4, ...) as the budget needs.
+
+    Raises:
+        NoPlanError: the budget is too small for as many ranks as the shapes can be cut for.
+    """
+    most = min(size for shape in problem.state_shapes().values() for size in shape[-3:-1])
+    for ranks in (2**power for power in range(most.bit_length())):
+        progress(f"tracing a share of {ranks}")
+        costed = cost_problem(problem.model_copy(update={"ranks": ranks}))
+        try:
+            return costed, solve(costed, solver_name)
+        except NoPlanError as error:
+            tried = error
+    raise NoPlanError(f"{ranks} ranks are too few: {tried}", tried.least_feasible_bytes)
+
+
 def costed_step_name(costed: Costed, step: int) -> str:
     """Qualified name of a step of the model."""
-    return Chain.of(costed.stack).steps[step].name
+    return Chain.of(costed.model).steps[step].name
 
 
 def only_whole(costed: Costed) -> tuple[str, ...]:
     """Kinds of steps that offer no strategy but whole: all that can be chosen is when to run them again."""
-    steps = Chain.of(costed.stack).steps
+    steps = Chain.of(costed.model).steps
     kinds = (
         kind_of(step.name)
         for step, options in zip(steps, costed.table.options, strict=True)
-        if {option.strategy for option in options} == {WHOLE}
+        if step.parameters and {option.strategy for option in options} == {WHOLE}
     )
     return tuple(dict.fromkeys(kinds))
 
@@ -230,6 +322,7 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
         update={
             "problem": problem,
             "predicted": costed.predict(schedule),
+            "rank_peak_bytes": peaks_of_ranks(costed, schedule),
             "static": costed.static,
             "baselines": predict_baselines(costed, None),
             "schedule": schedule_to_json(schedule),
@@ -245,6 +338,7 @@ def make_plan(
     device: str = "cpu",
     mode: str = "training",
     optimizer: str = "adamw",
+    ranks: int = 1,
     solver: str = "dp",
 ) -> Plan:
     """Plan a model for inputs like these.
@@ -254,6 +348,7 @@ def make_plan(
         inputs: m [b, s, r, c_m], z [b, r, r, c_z] (for a trunk e [b, s_e, r, c_e] before them), and
             optionally masks; only shapes and dtype count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
+        ranks: devices that share each input; the plan is for one of them.
 
     Raises:
         NoPlanError: nothing fits.
@@ -272,6 +367,7 @@ def make_plan(
         mode=mode,
         optimizer=optimizer,
         device=device,
+        ranks=ranks,
         budget_bytes=None if budget is None else parse_size(budget),
     )
     for tensor, (name, shape) in zip((*extra, m, z), problem.state_shapes().items(), strict=True):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cost_model.devices import DTYPES
+from cost_model.devices import DTYPES, Device, Link, link_of
 from model.config import EvoformerConfig, InputShape, TrunkConfig
 
 Mode = Literal["training", "inference"]
@@ -19,7 +19,8 @@ class Problem(BaseModel):
     Attributes:
         model: name of the preset it started from, or "custom".
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
-        ranks: devices that share the model; one so far.
+        ranks: devices that share one input (dynamic axial parallelism).
+        link: what they talk over; None is the device's own, or a network's beyond a node of 8.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,7 +32,8 @@ class Problem(BaseModel):
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
     device: str = "cpu"
-    ranks: Literal[1] = 1
+    ranks: int = Field(default=1, ge=1)
+    link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1)
 
     @field_validator("dtype")
@@ -64,6 +66,15 @@ class Problem(BaseModel):
         """Whether there is a backward."""
         return self.mode == "training"
 
+    def link_on(self, device: Device) -> Link:
+        """What the ranks talk over."""
+        return self.link or link_of(device, self.ranks)
+
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the state's tensors, the batch first."""
+        """Shapes of the whole state's tensors, the batch first."""
         return self.config.state_shapes(self.shape)
+
+    def mask_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the masks, which every rank is given whole."""
+        whole = self.state_shapes()
+        return {name: whole[of][:-1] for name, of in self.config.masks.items()}

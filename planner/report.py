@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.chain import Chain
-from model.config import ModelConfig
 from planner.plan import Certificate, Plan, Prediction
-from planner.planning import empty_stack, kind_of
+from planner.planning import kind_of, planned_model
 from planner.problem import Problem
 from planner.replay import Replay
 from planner.schedule import Checkpoint, Sequence, depth, final_strategies, forward_runs
@@ -27,9 +26,10 @@ def describe_problem(problem: Problem) -> str:
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
     budget = "no budget" if problem.budget_bytes is None else f"budget {format_size(problem.budget_bytes)}"
     extra = "" if shape.n_extra is None else f", extra s={shape.n_extra}"
+    ranks = f" on each of {problem.ranks} ranks" if problem.ranks > 1 else ""
     return (
         f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{extra}{batch}, "
-        f"{problem.dtype} {problem.mode} on {problem.device}, {budget}"
+        f"{problem.dtype} {problem.mode} on {problem.device}, {budget}{ranks}"
     )
 
 
@@ -53,6 +53,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"solved by {plan.solver.name} in {format_seconds(plan.solver.seconds)}",
         highlight=False,
     )
+    if len(set(plan.rank_peak_bytes)) > 1:
+        peaks = ", ".join(map(format_size, plan.rank_peak_bytes))
+        console.print(f"peak of each rank: {peaks}", highlight=False)
     if plan.only_whole:
         console.print(
             f"no strategy but whole: {', '.join(plan.only_whole)}; kept, or run again under a checkpoint",
@@ -80,7 +83,7 @@ def _certificate(found: Certificate) -> str:
 def _decisions(schedule: Sequence, problem: Problem) -> Table:
     """Of each submodule: under which strategies it runs backward, and how often forward runs."""
     kinds: dict[str, list[int]] = {}
-    for step, name in enumerate(step_names(problem.config)[: len(schedule.span)]):
+    for step, name in enumerate(step_names(problem)[: len(schedule.span)]):
         kinds.setdefault(kind_of(name), []).append(step)
     final, runs = final_strategies(schedule), forward_runs(schedule)
     checkpoints = depth(schedule)
@@ -120,14 +123,14 @@ def _comparison(plan: Plan) -> Table:
 
 
 @cache
-def step_names(config: ModelConfig) -> list[str]:
-    """Qualified names of a model's steps, in order."""
-    return [step.name for step in Chain.of(empty_stack(config)).steps]
+def step_names(problem: Problem) -> list[str]:
+    """Qualified names of the steps that a problem's plan is for, in order."""
+    return [step.name for step in Chain.of(planned_model(problem)).steps]
 
 
 def print_schedule(plan: Plan, console: Console) -> None:
     """The schedule as nested lines; equal neighbouring blocks are folded."""
-    names = step_names(plan.problem.config)
+    names = step_names(plan.problem)
     for line in fold(list(schedule_lines(plan.sequence(), names))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -100,6 +100,19 @@ def final_strategies(schedule: Sequence) -> dict[int, Strategy]:
     return strategies
 
 
+def strategies_used(schedule: Sequence) -> dict[int, set[Strategy]]:
+    """Every strategy under which each step runs in some pass."""
+    used: dict[int, set[Strategy]] = {}
+    for part in schedule.parts:
+        inner = strategies_used(part.body) if isinstance(part, Checkpoint) else {}
+        runs = part.first_pass() if isinstance(part, Checkpoint) else [part]
+        for step, strategies in inner.items():
+            used.setdefault(step, set()).update(strategies)
+        for run in runs:
+            used.setdefault(run.step, set()).add(run.strategy)
+    return used
+
+
 def forward_runs(schedule: Sequence) -> Counter[int]:
     """How often each step's forward runs in one training step, first and repeated passes together."""
     counts: Counter[int] = Counter()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cost_model import measure
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
+from model.chain import Plannable
 from model.config import ModelConfig, TrunkConfig
 from model.loss import mean_square
+from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
+from model.ranks import Ranks
 from model.trunk import build_model
 from planner.apply import PlannedModule
 from planner.plan import Plan
-from planner.planning import device_named, empty_stack
+from planner.planning import device_named, input_shapes, planned_model
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -50,11 +54,15 @@ class Verification:
         return asdict(self)
 
 
-def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
+def apply_plan(stack: Plannable, plan: Plan, ranks: Ranks | ProcessGroup | None = None) -> PlannedModule:
     """The stack under the plan: same parameters, same outputs.
 
+    Args:
+        ranks: that the plan's several ranks are, or their process group; each is then given its shards of
+            the state and whole masks, and returns its shards of the results (see `ParallelEvoformer`).
+
     Raises:
-        ValueError: the plan is for another model.
+        ValueError: the plan is for another model or another number of ranks.
     """
     config = getattr(stack, "config", None)
     if config is None or without_rates(config) != without_rates(plan.problem.config):
@@ -66,7 +74,15 @@ def apply_plan(stack: nn.Module, plan: Plan) -> PlannedModule:
         raise ValueError(
             f"the plan is for {plan.problem.dtype}, the model is in {dtype}; plan for that dtype"
         )
-    return PlannedModule(stack, plan.sequence(), plan.problem.state_shapes())
+    problem = plan.problem
+    if problem.ranks == 1 and ranks is None:
+        return PlannedModule(stack, plan.sequence(), problem.state_shapes())
+    if ranks is None:
+        raise ValueError(f"the plan is for {problem.ranks} ranks; give their process group")
+    shared = ParallelEvoformer(stack, ranks, problem.shape, whole=False)
+    if shared.ranks.size != problem.ranks:
+        raise ValueError(f"the plan is for {problem.ranks} ranks, not {shared.ranks.size}; plan for those")
+    return PlannedModule(shared, plan.sequence(), shared.input_shapes)
 
 
 def without_rates(config: ModelConfig) -> ModelConfig:
@@ -82,23 +98,33 @@ def without_rates(config: ModelConfig) -> ModelConfig:
     )
 
 
-def simulate_plan(plan: Plan) -> Verification:
-    """Run the applied plan on fake tensors: its memory, without using any."""
+def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
+    """Run the applied plan, or one rank's share of it, on fake tensors: its memory, without using any."""
     problem = plan.problem
     where = device_named(problem.device)
     dtype = getattr(torch, problem.dtype)
     scratch = CpuScratch() if where.name == "cpu" else None
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
-        stack = fake_copy(empty_stack(problem.config), dtype).train(problem.training)
+        model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        step = _Step(PlannedModule(stack, plan.sequence()), plan, dtype, "cpu")
+        shapes = input_shapes(problem, model)
+        step = _Step(PlannedModule(model, plan.sequence()), plan, shapes, dtype, "cpu")
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
         peak = trace.peak_bytes - before
     static = sum(plan.static.values())
     live_before = sum(plan.static[name] for name in ("parameters", "optimizer", "workspace"))
+    plan = _for_rank(plan, rank)
     return _judged(plan, "simulated", live_before + peak, static, None, None, None, None, None)
+
+
+def _for_rank(plan: Plan, rank: int) -> Plan:
+    """The plan with one rank's own predicted peak."""
+    if not plan.rank_peak_bytes:
+        return plan
+    predicted = plan.predicted.model_copy(update={"peak_bytes": plan.rank_peak_bytes[rank]})
+    return plan.model_copy(update={"predicted": predicted})
 
 
 def verify_plan(
@@ -116,9 +142,11 @@ def verify_plan(
         unplanned: also run the model without the plan, where it fits.
 
     Raises:
-        ValueError: the plan needs more memory than this machine has.
+        ValueError: the plan needs more memory than this machine has, or several ranks.
     """
     problem = plan.problem
+    if problem.ranks > 1:
+        raise ValueError(f"the plan is for {problem.ranks} ranks; use --simulate, or `run` it under torchrun")
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, problem.dtype)
     available = available_bytes(kind)
@@ -130,7 +158,7 @@ def verify_plan(
     if stack is None:
         progress("making the model")
         stack = random_stack(plan, dtype, kind)
-    step = _Step(apply_plan(stack, plan), plan, dtype, kind)
+    step = _Step(apply_plan(stack, plan), plan, input_shapes(problem, stack), dtype, kind)
     progress("running the plan")
     step.run()
     live_before = step.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
@@ -140,7 +168,7 @@ def verify_plan(
     plain, plain_peak, loss_error, gradient_error = None, None, None, None
     if unplanned and plan.baselines["none"].peak_bytes <= available:
         progress("running without the plan")
-        plain = _Step(stack, plan, dtype, kind, inputs=step.inputs)
+        plain = _Step(stack, plan, {}, dtype, kind, inputs=step.inputs)
         loss_error, gradient_error = _errors(plain, step)
         progress("measuring its memory")
         plain_peak = live_before + measure.peak_bytes(plain.run, kind)
@@ -192,17 +220,16 @@ class _Step:
         self,
         module: nn.Module,
         plan: Plan,
+        shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         kind: str,
         inputs: dict[str, Tensor] | None = None,
     ) -> None:
         self.module, self.training = module, plan.problem.training
         if inputs is None:
-            shapes = plan.problem.state_shapes()
             inputs = {name: torch.randn(shape, dtype=dtype, device=kind) for name, shape in shapes.items()}
-            for name, of in plan.problem.config.masks.items():
-                present = torch.rand(shapes[of][:-1], device=kind) > 0.1
-                inputs[name] = present.to(dtype)
+            for name in plan.problem.config.masks:
+                inputs[name] = inputs[name].gt_(-1.3).to(dtype)  # a tenth is missing
         self.inputs = inputs
         self.state = [inputs[name] for name in plan.problem.state_shapes()]
         if self.training:

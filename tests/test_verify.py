@@ -29,7 +29,7 @@ def at(costed: Costed, share: float):
     budgets = frontier.budgets(9)
     budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
     problem = costed.problem.model_copy(update={"budget_bytes": budget})
-    return solve(Costed(problem, costed.stack, costed.device, costed.table, costed.static))
+    return solve(Costed(problem, costed.model, costed.device, costed.table, costed.static))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -58,12 +58,12 @@ def test_inference(costed: Costed) -> None:
 
 def test_least_feasible_is_feasible_and_one_byte_less_is_not(costed: Costed) -> None:
     with pytest.raises(NoPlanError) as caught:
-        solve(Costed(costed.problem.model_copy(update={"budget_bytes": 1}), costed.stack, costed.device,
+        solve(Costed(costed.problem.model_copy(update={"budget_bytes": 1}), costed.model, costed.device,
                      costed.table, costed.static))  # fmt: skip
     least = caught.value.least_feasible_bytes
     for budget, fits in ((least, True), (least - 1, False)):
         problem = costed.problem.model_copy(update={"budget_bytes": budget})
-        ask = Costed(problem, costed.stack, costed.device, costed.table, costed.static)
+        ask = Costed(problem, costed.model, costed.device, costed.table, costed.static)
         if fits:
             assert solve(ask).predicted.peak_bytes <= budget
         else:

@@ -1,0 +1,107 @@
+"""Plans for several ranks: one rank's costs, every rank's peak, and what the ranks send."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from cost_model.devices import Link, device
+from cost_model.roofline import reduction_seconds, seconds
+from cost_model.trace import Work
+from model import EvoformerStack, InputShape
+from model.config import TrunkConfig
+from model.ranks import Ranks
+from planner import NoPlanError, apply_plan, simulate_plan
+from planner.plan import load_plan
+from planner.planning import cost_problem, solve, solve_for_fewest_ranks
+from planner.problem import Problem
+from tests.conftest import TINY, TINY_EXTRA
+
+TRUNK = TrunkConfig(replace(TINY_EXTRA, n_block=1, c_m=6), replace(TINY, n_block=1))
+
+
+def problem(ranks: int, budget: int | None = None, **changes) -> Problem:
+    shape = InputShape(11, 14, n_extra=17 if "config" in changes else None)
+    asked = {"model": "custom", "config": TINY, "shape": shape, "device": "a100-40gb"}
+    return Problem(**asked | changes, ranks=ranks, budget_bytes=budget)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "inference"}, {"config": TRUNK}, {"device": "cpu"}])
+def test_every_ranks_peak_is_predicted(changes: dict, tmp_path) -> None:
+    """3 ranks share 11 rows and 14 columns: no two of them hold the same."""
+    costed = cost_problem(problem(3, **changes))
+    most = solve(costed).predicted.peak_bytes
+    ask = costed.problem.model_copy(update={"budget_bytes": most - (most - costed.fixed_bytes) // 3})
+    plan = solve(replace(costed, problem=ask))
+    plan.save(tmp_path / "plan.json")
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.rank_peak_bytes[0] == plan.predicted.peak_bytes == max(plan.rank_peak_bytes)
+    assert plan.rank_peak_bytes[2] < plan.rank_peak_bytes[0]
+    for rank, predicted in enumerate(plan.rank_peak_bytes):
+        found = simulate_plan(plan, rank)
+        assert found.predicted_peak_bytes == predicted
+        # A shard of m has 4 x 14 or 11 x 5 positions, and the larger is counted in either layout.
+        assert found.measured_peak_bytes == pytest.approx(predicted, rel=3e-3)
+
+
+def test_ranks_need_less_memory_and_send_what_they_share() -> None:
+    alone, shared = (cost_problem(problem(ranks)) for ranks in (1, 2))
+    assert solve(shared).predicted.activation_bytes < solve(alone).predicted.activation_bytes
+    sent = [
+        sum(option.forward_work.sent_bytes + option.backward_work.sent_bytes for option in options[:1])
+        for options in shared.table.options
+    ]
+    names = [step.name.split(".")[-1] for step in _steps(shared)]
+    by_name = dict(zip(names, sent, strict=True))
+    # A column of m's reshard: a rank sends half of its 6 x 14 positions; in backward half of 11 x 7.
+    assert by_name["reshard_m_for_column_attention"] == 4 * TINY.c_m * (6 * 7 + 5 * 7)
+    assert by_name["triangle_outgoing"] > 0
+    assert by_name["msa_transition"] == 0
+    assert not any(option.forward_work.sent_bytes for options in alone.table.options for option in options)
+
+
+def _steps(costed):
+    from model import Chain
+
+    return Chain.of(costed.model).steps
+
+
+def test_a_slower_link_costs_time_and_not_memory() -> None:
+    fast, slow = (cost_problem(problem(2, link=link)) for link in (Link(1e12, 0), Link(1e6, 1e-3)))
+    fast, slow = solve(fast).predicted, solve(slow).predicted
+    assert slow.step_seconds > 2 * fast.step_seconds
+    assert slow.peak_bytes == fast.peak_bytes
+
+
+def test_times_of_collectives() -> None:
+    work = Work(collectives=Counter({(1000, 3): 2}))
+    launch = device("a100-40gb").launch_seconds
+    took = seconds(work, device("a100-40gb"), "float32", Link(1e3, 0.5))
+    assert took == pytest.approx(2 * (launch + 3 * 0.5 + 1.0))
+    assert reduction_seconds(1000, 1, Link(1e3, 0.5)) == 0
+    assert reduction_seconds(1000, 4, Link(1e3, 0.5)) == pytest.approx(6 * 0.5 + 1.5)
+
+
+def test_as_few_ranks_as_the_budget_needs() -> None:
+    peaks = {ranks: solve(cost_problem(problem(ranks, 10**9, optimizer="none"))) for ranks in (1, 2, 4)}
+    assert solve_for_fewest_ranks(problem(1, 10**9))[1].problem.ranks == 1
+    least = {}
+    for ranks in peaks:
+        with pytest.raises(NoPlanError) as error:
+            solve(cost_problem(problem(ranks, 1, optimizer="none")))
+        least[ranks] = error.value.least_feasible_bytes
+    assert least[4] < least[2] < least[1]
+    for ranks, budget in least.items():
+        assert solve_for_fewest_ranks(problem(1, budget, optimizer="none"))[1].problem.ranks == ranks
+    with pytest.raises(NoPlanError, match="8 ranks are too few"):
+        solve_for_fewest_ranks(problem(1, 1))
+
+
+def test_a_plan_for_ranks_needs_them() -> None:
+    plan = solve(cost_problem(problem(2, dtype="float32")))
+    with pytest.raises(ValueError, match="for 2 ranks; give their process group"):
+        apply_plan(EvoformerStack(TINY), plan)
+    with pytest.raises(ValueError, match="for 2 ranks, not 3"):
+        apply_plan(EvoformerStack(TINY), plan, Ranks(None, 0, 3))
