@@ -22,7 +22,7 @@ from planner.planning import cost_problem, solve, sweep
 from planner.plot import plot_sweep
 from planner.problem import Problem
 from planner.report import print_plan, print_verification
-from planner.run import run_plan
+from planner.run import Settings, run_plan
 from planner.verify import verify_plan
 
 ALIGNMENT = Path(__file__).parent / "data" / "ubiquitin.a3m"
@@ -59,7 +59,7 @@ def main(folder: Path = Path("demo")) -> int:
     console.print(f"picture: {folder / 'frontier.png'}", highlight=False)
 
     console.print("\ntraining under the plan", style="bold")
-    trained = run_plan(plan, str(ALIGNMENT), STEPS, 2e-4, 0, console)
+    trained = run_plan(plan, Settings(steps=STEPS, msa=str(ALIGNMENT)), console)
 
     console.print("\nwith and without the plan", style="bold")
     with console.status("measuring"):

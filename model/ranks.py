@@ -7,6 +7,7 @@ that need a gradient drop it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -126,7 +127,8 @@ class Ranks:
         if self.group is None:
             note_sent((sum(sent_sizes) - sent_sizes[self.rank]) * sent.element_size(), self.size - 1)
         else:
-            dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
+            buffers = map(_lent, (received, sent)) if self.backend == "gloo" else (received, sent)
+            dist.all_to_all_single(*buffers, received_sizes, sent_sizes, group=self.group)
         parts = received.split(received_sizes)
         return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -142,6 +144,18 @@ class Ranks:
         """Replace a tensor by the sum of all ranks' (all-reduce)."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
+
+
+def _lent(tensor: Tensor) -> Tensor:
+    """The same memory, not owned; the tensor has to outlive the use of it.
+
+    gloo's threads let go of tensors when they come to it. What they are given must not be freed by that: the
+    buffer would outlive its collective, and no allocator event would tell when it went.
+    """
+    if type(tensor) is not Tensor or not tensor.is_cpu or not tensor.nbytes:  # a fake one has no memory
+        return tensor
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype)
 
 
 def _resized(shape: Sequence[int], dim: int, length: int) -> list[int]:

@@ -15,6 +15,7 @@ import click
 from cost_model.devices import DEVICES, DTYPES
 from cost_model.static import OPTIMIZER_STATES
 from model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
+from planner.errors import RunError
 from planner.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -255,21 +256,47 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
     "--learning-rate", type=click.FloatRange(0, 1e3, min_open=True), default=2e-4, show_default=True
 )
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="That train together on batches of their own, under torchrun.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 86400),
+    default=60,
+    show_default=True,
+    help="Seconds after which a rank that hangs ends the run.",
+)
+@click.option("--snapshots", type=click.Path(), help="Folder to write snapshots to, and to resume from.")
+@click.option(
+    "--save-every", type=click.IntRange(1), help="Steps between snapshots; one more after the last."
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest complete snapshot.")
 @_JSON
-def run(
-    plan_file: str, msa: str | None, steps: int, learning_rate: float, seed: int, json_path: str | None
-) -> None:
-    """Train (masked-MSA loss) or infer under a plan; print predicted beside measured."""
-    _check_writable(json_path)
-    if learning_rate != learning_rate:
-        raise ValueError("--learning-rate nan is not a number; give one like 2e-4")
-    from planner.plan import load_plan, write_json
-    from planner.run import run_plan
+def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> None:
+    """Train (masked-MSA loss) or infer under a plan; print predicted beside measured.
 
-    found = load_plan(plan_file)
-    document = run_plan(found, msa, steps, learning_rate, seed, _console())
-    if json_path:
-        write_json(json_path, document)
+    Alone, or on several processes: torchrun --nproc_per_node=N -m planner run ...
+    """
+    from planner.world import joined
+
+    with joined(timeout) as world:
+        _check_writable(json_path)
+        if flags["learning_rate"] != flags["learning_rate"]:
+            raise ValueError("--learning-rate nan is not a number; give one like 2e-4")
+        if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
+            raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
+        from planner.plan import load_plan, write_json
+        from planner.run import Settings, check_world, run_plan
+
+        found, settings = load_plan(plan_file), Settings(**flags)
+        check_world(found, settings, world, f"run {plan_file} --replicas {settings.replicas}")
+        document = run_plan(found, settings, _console(), world)
+        if json_path and world.first:
+            write_json(json_path, document)
     sys.exit(0 if document["ok"] else CHECK_FAILED)
 
 
@@ -379,6 +406,8 @@ def main(arguments: list[str] | None = None) -> None:
             "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
             CHECK_FAILED,
         )
+    except RunError as error:
+        _fail(str(error), CHECK_FAILED)
     except (ValueError, OSError) as error:
         from pydantic import ValidationError
 

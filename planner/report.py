@@ -233,3 +233,35 @@ def print_sweep(document: dict, console: Console) -> None:
     for name, baseline in document["baselines"].items():
         table.add_row(name, format_size(baseline["peak_bytes"]), format_seconds(baseline["step_seconds"]))
     console.print(table)
+
+
+def print_ranks(ranks: list[dict], plan: Plan, kind: str, console: Console) -> None:
+    """Predicted beside measured of each rank that ran a plan."""
+    seconds = f"{format_seconds(plan.predicted.step_seconds)} ({plan.costs['time']})"
+    budget = plan.problem.budget_bytes
+    if len(ranks) == 1:
+        (row,) = ranks
+        console.print(
+            f"peak: predicted {format_size(row['predicted_peak_bytes'])}, measured "
+            f"{format_size(row['measured_peak_bytes'])} ({kind}-allocator)"
+            + (f", budget {format_size(budget)}" if budget else ""),
+            highlight=False,
+        )
+        if row["step_seconds"] is not None:
+            console.print(
+                f"step time: predicted {seconds}, measured {format_seconds(row['step_seconds'])}",
+                highlight=False,
+            )
+        return
+    title = f"each rank, by the {kind} allocator; predicted step time {seconds}"
+    table = _table(title, "rank", "peak predicted", "measured", "measured / predicted", "step time")
+    for row in ranks:
+        predicted, measured = row["predicted_peak_bytes"], row["measured_peak_bytes"]
+        table.add_row(
+            str(row["rank"]),
+            format_size(predicted),
+            format_size(measured),
+            f"{measured / predicted:.4f}",
+            "-" if row["step_seconds"] is None else format_seconds(row["step_seconds"]),
+        )
+    console.print(table)

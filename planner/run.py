@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +15,17 @@ from rich.console import Console
 from cost_model import measure
 from model.alignment import Alignment, read_alignment
 from model.config import EvoformerConfig
-from model.evoformer import EvoformerStack
-from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
+from model.masked_msa import mask_msa, random_alignment
+from planner.errors import CommonError, RunError
 from planner.plan import Plan
-from planner.report import describe_problem
+from planner.report import describe_problem, print_ranks
 from planner.sizes import format_seconds, format_size
-from planner.verify import PEAK_TOLERANCE, apply_plan, available_bytes
+from planner.training import Training
+from planner.verify import PEAK_TOLERANCE, available_bytes
+from planner.world import World, odd_ones
+
+if TYPE_CHECKING:
+    from planner.snapshots import Snapshots
 
 # What the embedding and the masked-MSA head may add to the stack's own peak, as a part of it.
 PROGRAM_TOLERANCE = 2 * PEAK_TOLERANCE
@@ -48,104 +56,191 @@ def sample(alignment: Alignment, n_seq: int, seed: int) -> tuple[torch.Tensor, t
     return torch.from_numpy(alignment.tokens[rows]), torch.from_numpy(alignment.deletions[rows])
 
 
-def run_plan(
-    plan: Plan, msa: str | None, steps: int, learning_rate: float, seed: int, console: Console
-) -> dict:
-    """Run `steps` steps; prints each and returns what was predicted and measured.
+@dataclass(frozen=True)
+class Settings:
+    """How to run a plan.
 
-    Args:
+    Attributes:
         msa: an A3M or FASTA file; None for random related sequences.
+        steps: of the whole training, those before a snapshot included.
         learning_rate: of the plan's optimizer (none: the parameters stay).
+        replicas: that train together, each on batches of its own.
+        snapshots: a folder to write one to every `save_every` steps and after the last, and to resume from.
     """
+
+    steps: int = 3
+    msa: str | None = None
+    learning_rate: float = 2e-4
+    seed: int = 0
+    replicas: int = 1
+    snapshots: str | None = None
+    save_every: int | None = None
+    resume: bool = False
+
+
+def check_world(plan: Plan, settings: Settings, world: World, command: str) -> None:
+    """Refuse to run on a number of processes that the plan was not made for, and ranks that differ.
+
+    Raises:
+        CommonError: says which number of processes is right, and how to start them.
+    """
+    flags = vars(settings)
+    if settings.msa is not None:  # a path may be another file on another machine
+        flags = {**flags, "msa": _digest(settings.msa)}
+    world.agree(
+        plan=plan.to_json()["digest"][:12], **{f"--{name}": str(value) for name, value in flags.items()}
+    )
+    ranks = plan.problem.ranks
+    wanted = ranks * settings.replicas
+    if world.size != wanted:
+        have = f"torchrun started {world.size} processes" if world.size > 1 else "this is 1 process"
+        start = f"torchrun --nproc_per_node={wanted} -m planner" if wanted > 1 else "evoplan"
+        raise CommonError(
+            f"the plan is for {ranks} rank{'s' * (ranks > 1)} in each of {settings.replicas} "
+            f"replica{'s' * (settings.replicas > 1)}, {wanted} in all; {have}; use `{start} {command}`"
+        )
+
+
+def run_plan(plan: Plan, settings: Settings, console: Console, world: World | None = None) -> dict:
+    """Run the steps; the first rank prints each. Returns what was predicted and measured.
+
+    Raises:
+        ValueError: the plan, the alignment or a snapshot does not fit; the message says what to do.
+        RunError: the training diverged, on all ranks or on some that it names.
+    """
+    world = World() if world is None else world
+    console = console if world.first else Console(quiet=True)
     problem = plan.problem
     if not isinstance(problem.config, EvoformerConfig):
         raise ValueError("run takes plans of one stack; check a trunk's plan with `evoplan verify`")
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
-    alignment = alignment_for(plan, msa, seed)
+    alignment = alignment_for(plan, settings.msa, settings.seed)
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if plan.predicted.peak_bytes > available_bytes(kind):
+    world.connect(kind, settings.replicas)
+    sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
+    if plan.predicted.peak_bytes * sharing > available_bytes(kind):
         raise ValueError(
-            f"the plan needs {format_size(plan.predicted.peak_bytes)}, this machine has "
+            f"the plan needs {format_size(plan.predicted.peak_bytes * sharing)}, this machine has "
             f"{format_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
         )
     console.print(describe_problem(problem), highlight=False)
-    torch.manual_seed(seed)
-    stack = EvoformerStack(problem.config)
-    model = MaskedMSAModel(problem.config, stack).to(kind, getattr(torch, problem.dtype))
-    model.stack = apply_plan(stack, plan)
-    model.train(problem.training)
-    around = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in stack.parameters())
-    optimizer = _optimizer(problem.optimizer, model, learning_rate) if problem.training else None
-    states = plan.static["optimizer"] // max(1, plan.static["parameters"])
-    copies = 2 + states if problem.training else 1
-    predicted = plan.predicted.peak_bytes + copies * around
+    training = Training(plan, world, settings.seed, settings.learning_rate)
+    snapshots, first = _snapshots(plan, settings, training, console, world)
+    around = training.copies * training.around_bytes
+    predicted = plan.predicted.peak_bytes + around
 
     losses: list[float] = []
     times: list[float] = []
-    peak: int | None = None
-    for index in range(steps):
-        tokens, deletions = sample(alignment, problem.shape.n_seq, seed + index)
-        batch = {name: t.to(kind) for name, t in mask_msa(tokens, deletions, seed + index).items()}
+    peak = 0
+    measured_at = first + min(1, settings.steps - first - 1)  # once the optimizer has its states
+    for index in range(first, settings.steps):
+        number = index * settings.replicas + world.replica  # replicas go through the batches together
+        tokens, deletions = sample(alignment, problem.shape.n_seq, settings.seed + number)
+        batch = {
+            n: t.to(world.device) for n, t in mask_msa(tokens, deletions, settings.seed + number).items()
+        }
+        part: list[float] = []
 
-        def step(batch: dict = batch) -> None:
-            losses.append(_step(model, batch, optimizer is not None or problem.training))
+        def step(batch: dict = batch, number: int = number, part: list[float] = part) -> None:
+            part.append(training.step(batch, _dropout_seed(settings.seed, number)))
 
-        if index == min(1, steps - 1):  # once the optimizer has its states
-            live = copies * sum(p.nbytes for p in model.parameters()) + plan.static["workspace"]
+        if index == measured_at:
+            live = training.copies * training.parameter_bytes + plan.static["workspace"]
             peak = live + measure.peak_bytes(step, kind)
         else:
             times.append(measure.seconds(step, kind))
-        if optimizer is not None:
-            optimizer.step()
-        clock = f"  {format_seconds(times[-1])}" if times and index != min(1, steps - 1) else ""
+        losses.append(_checked_loss(part[0], training, index, settings.replicas, world))
+        training.update()
+        clock = f"  {format_seconds(times[-1])}" if index != measured_at else ""
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
-    assert peak is not None
+        every = settings.save_every
+        if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):
+            snapshots.save(index + 1, training)
     budget = problem.budget_bytes
-    ok = abs(peak - predicted) <= PROGRAM_TOLERANCE * predicted and (
-        budget is None or peak <= budget + copies * around
-    )
-    seconds = median(times) if times else None
-    console.print(
-        f"peak: predicted {format_size(predicted)}, measured {format_size(peak)} ({kind}-allocator)"
-        + (f", budget {format_size(budget)}" if budget else ""),
-        highlight=False,
-    )
-    if seconds is not None:
-        console.print(
-            f"step time: predicted {format_seconds(plan.predicted.step_seconds)} ({plan.costs['time']}), "
-            f"measured {format_seconds(seconds)}",
-            highlight=False,
-        )
+    mine = {
+        "rank": world.rank,
+        "predicted_peak_bytes": predicted,
+        "measured_peak_bytes": peak,
+        "step_seconds": median(times) if times else None,
+    }
+    ranks = world.gathered_objects(mine)
+    print_ranks(ranks, plan, kind, console)
     return {
         "losses": losses,
+        "first_step": first + 1,
         "backend": f"{kind}-allocator",
         "predicted_peak_bytes": predicted,
         "measured_peak_bytes": peak,
         "predicted_step_seconds": plan.predicted.step_seconds,
-        "measured_step_seconds": seconds,
-        "ok": ok,
+        "measured_step_seconds": mine["step_seconds"],
+        "ranks": ranks,
+        "ok": all(
+            abs(row["measured_peak_bytes"] - row["predicted_peak_bytes"])
+            <= PROGRAM_TOLERANCE * row["predicted_peak_bytes"]
+            and (budget is None or row["measured_peak_bytes"] <= budget + around)
+            for row in ranks
+        ),
     }
 
 
-def _optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer | None:
-    makers: dict[str, Callable[[], torch.optim.Optimizer | None]] = {
-        "none": lambda: None,
-        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9),
-        # Fused: no temporaries of the parameters' size.
-        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True),
-    }
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    return makers[name]()
+def _snapshots(
+    plan: Plan, settings: Settings, training: Training, console: Console, world: World
+) -> tuple[Snapshots | None, int]:
+    """Where snapshots go, and how many steps the training has behind it."""
+    if settings.snapshots is None:
+        return None, 0
+    from planner.snapshots import Snapshots
+
+    if not plan.problem.training:
+        raise CommonError("snapshots are of a training; this plan is for inference")
+    snapshots = Snapshots(settings.snapshots, plan, settings.seed, world)
+    newest = snapshots.newest()
+    if not settings.resume:
+        if newest:
+            raise CommonError(
+                f"{settings.snapshots} holds a snapshot of step {newest}; add --resume or name another folder"
+            )
+        return snapshots, 0
+    if newest >= settings.steps:
+        raise CommonError(
+            f"the snapshot in {settings.snapshots} is of step {newest}; to go on give more --steps"
+        )
+    if newest:
+        snapshots.load(newest, training)
+        console.print(f"resumed after step {newest}", highlight=False)
+    else:
+        console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
+    return snapshots, newest
 
 
-def _step(model: MaskedMSAModel, batch: dict, training: bool) -> float:
-    if not training:
-        with torch.no_grad():
-            return float(model(batch))
-    for parameter in model.parameters():
-        parameter.grad.zero_()
-    loss = model(batch)
-    loss.backward()
-    return float(loss.detach())
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "no file"  # whoever reads it says so
+
+
+def _dropout_seed(seed: int, number: int) -> int:
+    """Of a batch: the same on all ranks of a replica, and on a resumed run."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _checked_loss(part: float, training: Training, index: int, replicas: int, world: World) -> float:
+    """The loss of the whole world from this process's part; RunError where ranks went different ways."""
+    loss = torch.tensor([part], dtype=torch.float64).view(torch.int64)
+    rows = world.gathered(torch.cat([loss, torch.tensor([training.checksum()])]))
+    losses = rows[:, 0].contiguous().view(torch.float64)
+    bad = [rank for rank in range(world.size) if not losses[rank].isfinite()]
+    if bad:
+        who = "" if len(bad) == world.size else ", ".join(map(world.name, bad)) + ": "
+        where = " there alone" if who else ""
+        raise RunError(
+            f"{who}the loss of step {index + 1} is {float(losses[bad[0]])}{where}; "
+            "try a smaller --learning-rate"
+        )
+    odd = odd_ones(dict(enumerate(rows[:, 1].tolist())))
+    if odd:
+        who = ", ".join(map(world.name, odd))
+        raise RunError(f"{who}: parameters differ from the other ranks' at step {index + 1}; start again")
+    return float(losses.sum()) / replicas

@@ -1,0 +1,139 @@
+"""Snapshots of a training: parameters, optimizer states and the step, by torch.distributed.checkpoint.
+
+A snapshot is a folder `step-N`. It is written under another name and renamed when all of it is on disk, so
+that a run can be killed at any moment and the last complete one is there; the last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from planner.plan import Plan, write_json
+from planner.training import Training
+from planner.world import World
+
+KEPT = 2
+_ABOUT = "snapshot.json"
+_PREFIX, _UNFINISHED = "step-", ".unfinished-"
+
+
+class Snapshots:
+    """The snapshots of one training, in a folder that all ranks see; all ranks call every method.
+
+    Args:
+        seed: of the training; with the plan it says what a snapshot is of.
+    """
+
+    def __init__(self, folder: str | Path, plan: Plan, seed: int, world: World) -> None:
+        self.folder, self.world = Path(folder), world
+        problem = plan.problem
+        self.about: dict[str, Any] = {
+            "model": problem.model_dump(mode="json")["config"],
+            "dtype": problem.dtype,
+            "optimizer": problem.optimizer,
+            "seed": seed,
+        }
+        if world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(path)
+        world.barrier()
+
+    def newest(self) -> int:
+        """Steps that the newest complete snapshot has seen; 0 where there is none."""
+        steps = self._steps() if self.world.first else []
+        return self.world.gathered_objects(max(steps, default=0))[0]
+
+    def save(self, step: int, training: Training) -> None:
+        """Write a snapshot after `step` steps."""
+        unfinished = self.folder / f"{_UNFINISHED}{step}"
+        _on_disk(
+            unfinished, lambda: dcp.save(_tensors(training), checkpoint_id=unfinished, no_dist=self._alone)
+        )
+        if not self.world.first:
+            return
+        write_json(unfinished / _ABOUT, {**self.about, "step": step})
+        _sync(unfinished / _ABOUT)
+        _sync(unfinished)
+        unfinished.rename(self._path(step))
+        _sync(self.folder)
+        for old in self._steps()[:-KEPT]:
+            shutil.rmtree(self._path(old))
+
+    def load(self, step: int, training: Training) -> None:
+        """Bring parameters and optimizer back to where they were after `step` steps.
+
+        Raises:
+            ValueError: the snapshot is of another training; the message says what differs.
+        """
+        path = self._path(step)
+        about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
+        for what, ours in self.about.items():
+            if about.get(what) != ours:
+                raise ValueError(
+                    f"{path} is of another {what} than the plan and flags given; name another folder"
+                )
+        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        tensors = _tensors(training)
+        # A fresh optimizer has no states yet.
+        for key, stored in found.items():
+            if key not in tensors:
+                tensors[key] = torch.empty(
+                    stored.size, dtype=stored.properties.dtype, device=self.world.device
+                )
+        _on_disk(path, lambda: dcp.load(tensors, checkpoint_id=path, no_dist=self._alone))
+        if training.optimizer is not None:
+            for name, parameter in training.parameters.items():
+                prefix = f"optimizer/{name}/"
+                states = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                training.optimizer.state[parameter] = states
+
+    @property
+    def _alone(self) -> bool:
+        return self.world.mesh is None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{_PREFIX}{step:08d}"
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*[0-9]"))
+
+
+def _tensors(training: Training) -> dict[str, Tensor]:
+    """Everything that a snapshot holds, by name; the tensors themselves."""
+    tensors = {f"parameters/{name}": p.detach() for name, p in training.parameters.items()}
+    if training.optimizer is not None:
+        for name, parameter in training.parameters.items():
+            for key, state in training.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = state
+    return tensors
+
+
+def _on_disk(path: Path, work: Callable[[], object]) -> None:
+    """Read or write a snapshot; torch's own errors are many lines long, and it wonders at being alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            work()
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"{path}: snapshot of rank {rank} failed ({str(reason).splitlines()[0]})") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,142 @@
+"""A masked-MSA model under a plan, its optimizer, and one step of either on this process's share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cost_model.static import OPTIMIZER_STATES
+from model.evoformer import EvoformerStack
+from model.masked_msa import Batch, MaskedMSAModel
+from planner.plan import Plan
+from planner.verify import apply_plan
+from planner.world import World
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Program(nn.Module):
+    """The model's loss, its dropout by a seed that is given: the same on a resumed run."""
+
+    def __init__(self, model: MaskedMSAModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, dropout_seed: int) -> Tensor:
+        m, z = self.model.embed(batch)
+        m, z = self.model.stack(m, z, batch["msa_mask"], batch["pair_mask"], dropout_seed=dropout_seed)
+        return self.model.loss(m, z, batch)
+
+
+class Training:
+    """What a run trains, or infers with.
+
+    All ranks start with the parameters that `seed` gives. Gradients are summed over the ranks of a replica,
+    whose losses are parts of a sum, and averaged over replicas.
+
+    Attributes:
+        parameters: by the names that they have without a plan, so that snapshots fit any world.
+        around_bytes: of parameters that are not the stack's.
+        copies: tensors of each parameter's size: itself, its gradient, the optimizer's states.
+    """
+
+    def __init__(self, plan: Plan, world: World, seed: int, learning_rate: float) -> None:
+        problem = plan.problem
+        self.plan, self.training = plan, problem.training
+        torch.manual_seed(seed)
+        stack = EvoformerStack(problem.config)
+        model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
+        self.parameters = dict(model.named_parameters())
+        self.around_bytes = self.parameter_bytes - sum(p.nbytes for p in stack.parameters())
+        model.stack = apply_plan(stack, plan)
+        model.train(self.training)
+        self.program: nn.Module = _Program(model)
+        self.copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
+        self.optimizer: torch.optim.Optimizer | None = None
+        if not self.training:
+            return
+        if world.mesh is None:
+            self._allocate_gradients()
+        else:
+            self.program = _data_parallel(self.program, world)
+        self.optimizer = self._optimizer(problem.optimizer, learning_rate)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(p.nbytes for p in self.parameters.values())
+
+    def step(self, batch: Batch, dropout_seed: int) -> float:
+        """This process's part of the loss; when training, gradients are those of the whole world then."""
+        if not self.training:
+            with torch.no_grad():
+                return float(self.program(batch, dropout_seed))
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        loss = self.program(batch, dropout_seed)
+        loss.backward()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        """Let the optimizer move the parameters."""
+        if self.training:
+            self._allocate_gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def checksum(self) -> int:
+        """Of the parameters' bits: equal on ranks that are in step."""
+        total = 0
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters.values(), start=1):
+                bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
+                total += index * int(bits.sum(dtype=torch.int64))
+        return total % 2**62
+
+    def finite(self) -> bool:
+        """Whether all parameters are."""
+        return all(bool(p.isfinite().all()) for p in self.parameters.values())
+
+    def _allocate_gradients(self) -> None:
+        """Zeros where no gradient came: nothing depends on the last pair steps (see MaskedMSAModel.loss).
+
+        On several ranks only after the first backward, which makes the others parts of the buckets; were they
+        there before, both would be for a while.
+        """
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _optimizer(self, name: str, learning_rate: float) -> torch.optim.Optimizer | None:
+        parameters = list(self.parameters.values())
+        makers: dict[str, Callable[[], torch.optim.Optimizer | None]] = {
+            "none": lambda: None,
+            "sgd": lambda: torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9),
+            # Fused: no temporaries of the parameters' size.
+            "adamw": lambda: torch.optim.AdamW(parameters, lr=learning_rate, fused=True),
+        }
+        return makers[name]()
+
+
+def _data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
+    parallel = DistributedDataParallel(
+        program,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Nothing depends on the last pair steps. It also keeps the buckets as they are made first; rebuilt
+        # ones would be there beside them for a while.
+        find_unused_parameters=True,
+    )
+    parallel.register_comm_hook(world.replicas, _sum_of_ranks_mean_of_replicas)
+    return parallel
+
+
+# Not annotated: DDP reads annotations, and those of this file are texts.
+def _sum_of_ranks_mean_of_replicas(replicas, bucket):
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].div_(replicas))
