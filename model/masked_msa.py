@@ -7,7 +7,7 @@ Legend: b = 1 alignment, s = n_seq, r = n_res.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from model.alignment import AMINO_ACIDS, GAP, MASK, N_TOKENS, Alignment
 from model.config import EvoformerConfig, InputShape
 
 Batch = dict[str, Tensor]
-Stack = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Stack = Callable[..., tuple[Tensor, Tensor]]
+# For some tensors of the state, by name: rows and columns (the last dimensions but the channels).
+Part = Mapping[str, tuple[slice, slice]]
+
+WHOLE = slice(None), slice(None)
 
 N_AMINO_ACIDS = len(AMINO_ACIDS)
 MAX_OFFSET = 32  # sequence distance from which all pairs count as equally far (Suppl. Alg. 4)
@@ -67,44 +71,72 @@ class MaskedMSAModel(nn.Module):
             if isinstance(embedding, nn.Linear):
                 nn.init.zeros_(embedding.bias)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch, own: Part | None = None) -> tuple[Tensor, Tensor]:
         """m [b, s, r, c_m] and z [b, r, r, c_z] for the stack (Suppl. Alg. 3 and 4).
 
         The query enters unmasked through its own embedding, as AlphaFold 2's target features do.
+
+        Args:
+            batch: whole, also where only a part is embedded.
+            own: for "m" and "z" the rows and columns to embed, and no others; all where not named.
         """
+        own = own or {}
         query = batch["targets"][..., 0, :]  # [b, r]
+        rows, columns = own.get("m", WHOLE)
         # Sums are taken in place: no layer keeps its output for the backward pass.
-        m = self.msa_embedding(batch["tokens_in"])
-        m += self.deletion_embedding(_deletion_features(batch["deletions"], m.dtype))
-        m += self.query_embedding(query).unsqueeze(-3)
-        z = self.left_embedding(query).unsqueeze(-2) + self.right_embedding(query).unsqueeze(-3)
-        z += self.offset_embedding(_clipped_offsets(query.shape[-1], query.device))
+        m = self.msa_embedding(batch["tokens_in"][..., rows, columns])
+        m += self.deletion_embedding(_deletion_features(batch["deletions"][..., rows, columns], m.dtype))
+        m += self.query_embedding(query[..., columns]).unsqueeze(-3)
+        rows, columns = own.get("z", WHOLE)
+        left, right = self.left_embedding(query[..., rows]), self.right_embedding(query[..., columns])
+        z = left.unsqueeze(-2) + right.unsqueeze(-3)
+        position = torch.arange(query.shape[-1], device=query.device)
+        z += self.offset_embedding(_clipped_offsets(position[rows], position[columns]))
         return m, z
 
     def head(self, m: Tensor) -> Tensor:
         """Logits of the tokens, [*, s, r, 23], from m [*, s, r, c_m] (Suppl. 1.9.9)."""
         return self.head_linear(m)
 
-    def loss(self, m: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    def loss(self, m: Tensor, z: Tensor, batch: Batch, own: Part | None = None) -> Tensor:
         """Cross entropy averaged over the masked positions; a scalar, 0 where none is masked (Suppl. 1.9.9).
 
         It depends on m alone: z's own losses (AlphaFold 2's distogram head and structure module) are not
         here. So nothing that only changes the last z is trained: in the last block, the outer product mean,
         the triangle submodules and the pair transition get no gradient. The blocks before reach the loss
         through the pair bias of the next block's row attention.
+
+        Args:
+            m, z: the stack's outputs, or the part of them that `own` names.
+            batch: whole.
+            own: as in `embed`. The losses of parts that make up the whole add up to the whole's.
         """
+        rows, columns = (own or {}).get("m", WHOLE)
         logits = self.head(m).flatten(0, -2)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()  # a log-softmax of 23 classes needs more than 8 or 11 bits
-        is_masked = batch["is_masked"].flatten()
-        each = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-        return (each * is_masked).sum() / is_masked.sum().clamp(min=1)
+        is_masked = batch["is_masked"][..., rows, columns].flatten()
+        targets = batch["targets"][..., rows, columns].flatten()
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return (each * is_masked).sum() / batch["is_masked"].sum().clamp(min=1)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of one batch of `mask_msa`; a scalar."""
-        m, z = self.embed(batch)
-        m, z = self.stack(m, z, batch["msa_mask"], batch["pair_mask"])
-        return self.loss(m, z, batch)
+    def forward(
+        self,
+        batch: Batch,
+        own: Part | None = None,
+        own_outputs: Part | None = None,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """The loss of one batch of `mask_msa`; a scalar.
+
+        Args:
+            own: the part of the state that the stack takes, as in `embed`; its masks are whole all the same.
+            own_outputs: the part of m and z that it returns.
+            dropout_seed: for the stack, which draws one when None.
+        """
+        m, z = self.embed(batch, own)
+        m, z = self.stack(m, z, batch["msa_mask"], batch["pair_mask"], dropout_seed=dropout_seed)
+        return self.loss(m, z, batch, own_outputs)
 
 
 def _deletion_features(deletions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,10 +145,9 @@ def _deletion_features(deletions: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack((counts.clamp(max=1.0), torch.atan(counts / 3.0) * (2.0 / math.pi)), dim=-1).to(dtype)
 
 
-def _clipped_offsets(n_res: int, device: torch.device) -> Tensor:
-    """Index of the class of the sequence offset i - j, [r, r] (Suppl. Alg. 4)."""
-    position = torch.arange(n_res, device=device)
-    return (position[:, None] - position[None, :]).clamp(-MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET
+def _clipped_offsets(left: Tensor, right: Tensor) -> Tensor:
+    """Index of the class of the sequence offset i - j, [rows, columns] (Suppl. Alg. 4)."""
+    return (left[:, None] - right[None, :]).clamp(-MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET
 
 
 def mask_msa(tokens: np.ndarray | Tensor, deletions: np.ndarray | Tensor, seed: int) -> Batch:

@@ -128,7 +128,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     training = Training(plan, world, settings.seed, settings.learning_rate)
     snapshots, first = _snapshots(plan, settings, training, console, world)
     around = training.copies * training.around_bytes
-    predicted = plan.predicted.peak_bytes + around
+    predicted = (plan.rank_peak_bytes or (plan.predicted.peak_bytes,))[world.part] + around
 
     losses: list[float] = []
     times: list[float] = []

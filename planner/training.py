@@ -6,30 +6,18 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cost_model.static import OPTIMIZER_STATES
 from model.evoformer import EvoformerStack
-from model.masked_msa import Batch, MaskedMSAModel
+from model.masked_msa import Batch, MaskedMSAModel, Part
+from model.parallel import ParallelEvoformer
 from planner.plan import Plan
 from planner.verify import apply_plan
 from planner.world import World
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Program(nn.Module):
-    """The model's loss, its dropout by a seed that is given: the same on a resumed run."""
-
-    def __init__(self, model: MaskedMSAModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, dropout_seed: int) -> Tensor:
-        m, z = self.model.embed(batch)
-        m, z = self.model.stack(m, z, batch["msa_mask"], batch["pair_mask"], dropout_seed=dropout_seed)
-        return self.model.loss(m, z, batch)
 
 
 class Training:
@@ -52,9 +40,14 @@ class Training:
         model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
         self.parameters = dict(model.named_parameters())
         self.around_bytes = self.parameter_bytes - sum(p.nbytes for p in stack.parameters())
-        model.stack = apply_plan(stack, plan)
-        model.train(self.training)
-        self.program: nn.Module = _Program(model)
+        planned = apply_plan(stack, plan, world.group if problem.ranks > 1 else None)
+        # What this rank is given of the state, and what it makes of the results.
+        self.own: tuple[Part | None, Part | None] = None, None
+        if isinstance(planned.stack, ParallelEvoformer):
+            shared = planned.stack
+            self.own = shared.spans(shared.input_cuts), shared.spans(shared.output_cuts)
+        model.stack = planned
+        self.program: nn.Module = model.train(self.training)
         self.copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
         self.optimizer: torch.optim.Optimizer | None = None
         if not self.training:
@@ -74,11 +67,11 @@ class Training:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
         if not self.training:
             with torch.no_grad():
-                return float(self.program(batch, dropout_seed))
+                return float(self.program(batch, *self.own, dropout_seed))
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        loss = self.program(batch, dropout_seed)
+        loss = self.program(batch, *self.own, dropout_seed)
         loss.backward()
         return float(loss.detach())
 
