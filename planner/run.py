@@ -146,7 +146,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
             part.append(training.step(batch, _dropout_seed(settings.seed, number)))
 
         if index == measured_at:
-            live = training.copies * training.parameter_bytes + plan.static["workspace"]
+            live = training.live_bytes + plan.static["workspace"]
             peak = live + measure.peak_bytes(step, kind)
         else:
             times.append(measure.seconds(step, kind))

@@ -63,6 +63,18 @@ class Training:
         """Bytes of all parameters."""
         return sum(p.nbytes for p in self.parameters.values())
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer states, as they will be after the first update."""
+        tensors = [
+            *self.parameters.values(),
+            *(p.grad for p in self.parameters.values() if p.grad is not None),
+        ]
+        for states in self.optimizer.state.values() if self.optimizer else ():
+            tensors += [state for state in states.values() if state.numel() > 1]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return max(sum(storages.values()), self.copies * self.parameter_bytes)
+
     def step(self, batch: Batch, dropout_seed: int) -> float:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
         if not self.training:
