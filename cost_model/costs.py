@@ -72,6 +72,7 @@ class CostTable:
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
         training: False where nothing is preserved.
         outputs: state tensors that are wanted at the end; None for all.
+        units: steps that people take for one: a submodule and what leads in to it; empty: each for itself.
         input_bytes: what forward is given and the constants made from it, live throughout.
     """
 
@@ -82,6 +83,7 @@ class CostTable:
     loss_bytes: int
     training: bool
     outputs: tuple[str, ...] | None = None
+    units: tuple[range, ...] = ()
     input_bytes: int = 0
 
     @cached_property
@@ -235,6 +237,7 @@ def build_cost_table(
         + LOSS_NUMBERS * _rounded(NUMBER_BYTES, device),
         training=training,
         outputs=chain.outputs,
+        units=chain.units,
         input_bytes=input_bytes,
     )
 

@@ -136,3 +136,9 @@ class Chain:
         """The steps of each group."""
         firsts = [s.index for s in self.steps if s.index == 0 or self.steps[s.index - 1].group != s.group]
         return tuple(range(a, b) for a, b in zip(firsts, [*firsts[1:], len(self.steps)], strict=True))
+
+    @cached_property
+    def units(self) -> tuple[range, ...]:
+        """The steps of each submodule: its own, and those before it that lead in to it."""
+        ends = [step.index + 1 for step in self.steps if not step.submodule.leads_in]
+        return tuple(range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True))

@@ -9,20 +9,26 @@ from torch import Tensor
 
 
 class _MeanSquare(torch.autograd.Function):
-    """sum(x^2) / sqrt(numel), with no temporary of the size of x."""
+    """sum(x^2) / sqrt(count), with no temporary of the size of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.count = count
         # Over the root of the count, so that half-precision gradients do not vanish.
-        return torch.dot(x.flatten(), x.flatten()) / x.numel() ** 0.5
+        return torch.dot(x.flatten(), x.flatten()) / count**0.5
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return x * (grad * (2 / x.numel() ** 0.5))
+        return x * (grad * (2 / ctx.count**0.5)), None
 
 
-def mean_square(m: Tensor, z: Tensor) -> Tensor:
-    """A loss whose gradient depends on every entry of both streams. m [*, s, r, c_m], z [*, r, r, c_z]."""
-    return _MeanSquare.apply(m) + _MeanSquare.apply(z)
+def mean_square(m: Tensor, z: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
+    """A loss whose gradient depends on every entry of both streams. m [*, s, r, c_m], z [*, r, r, c_z].
+
+    Args:
+        counts: entries of the whole m and z where these are parts: the loss of the whole is the parts' sum.
+    """
+    of_m, of_z = counts or (m.numel(), z.numel())
+    return _MeanSquare.apply(m, of_m) + _MeanSquare.apply(z, of_z)

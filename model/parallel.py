@@ -73,6 +73,7 @@ class Reshard(Submodule):
     """
 
     axes = ()
+    leads_in = True
 
     def __init__(self, target: str, ranks: Ranks, cut: int, new_cut: int, size: int) -> None:
         super().__init__()
@@ -242,6 +243,10 @@ class ParallelEvoformer(Plannable):
     def stacks(self) -> list[tuple[str, list[_Block], Mapping[str, str]]]:
         """This rank's share of the stack's blocks, reshards included."""
         return self._share()[1]
+
+    def own(self, state: Mapping[str, Tensor]) -> State:
+        """This rank's shards of the state that the chain starts from, from the whole one."""
+        return {name: self.ranks.own(state[name].detach(), cut) for name, cut in self.input_cuts.items()}
 
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
         """This rank's shards of the state and of the constants."""

@@ -90,6 +90,9 @@ class Submodule(nn.Module):
     # True where every position needs only itself, so that ranks may cut the target anywhere.
     positionwise: bool = False
 
+    # True for a step that only brings the state into the layout that the next one wants.
+    leads_in: bool = False
+
     # Set on a rank's copy of the submodule: how the work is shared, and what its own masks are called.
     sharding: Sharding | None = None
     names: Mapping[str, str] = {}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
-from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cost_model import measure
@@ -16,14 +14,13 @@ from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.chain import Plannable
 from model.config import ModelConfig, TrunkConfig
-from model.loss import mean_square
 from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.ranks import Ranks
-from model.trunk import build_model
 from planner.apply import PlannedModule
 from planner.plan import Plan
 from planner.planning import device_named, input_shapes, planned_model
+from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -108,7 +105,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
         shapes = input_shapes(problem, model)
-        step = _Step(PlannedModule(model, plan.sequence()), plan, shapes, dtype, "cpu")
+        step = Trial(PlannedModule(model, plan.sequence()), problem, random_inputs(problem, shapes))
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
@@ -128,11 +125,12 @@ def _for_rank(plan: Plan, rank: int) -> Plan:
 
 
 def verify_plan(
-    stack: nn.Module | None,
+    stack: Plannable | None,
     plan: Plan,
     repeats: int = 3,
     unplanned: bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    ranks: Ranks | None = None,
 ) -> Verification:
     """Run the plan for real on this machine and compare it with the model without a plan.
 
@@ -140,16 +138,22 @@ def verify_plan(
         stack: the model; a random one is made when None.
         repeats: timed runs of each, interleaved; medians are reported.
         unplanned: also run the model without the plan, where it fits.
+        ranks: that the plan's several ranks are; each gets what it has found itself.
 
     Raises:
-        ValueError: the plan needs more memory than this machine has, or several ranks.
+        ValueError: the plan needs more memory than this machine has, or other ranks.
     """
     problem = plan.problem
-    if problem.ranks > 1:
-        raise ValueError(f"the plan is for {problem.ranks} ranks; use --simulate, or `run` it under torchrun")
+    if problem.ranks > 1 and ranks is None:
+        raise ValueError(
+            f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "
+            f"`torchrun --nproc_per_node={problem.ranks} -m planner verify`"
+        )
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, problem.dtype)
     available = available_bytes(kind)
+    if ranks is not None:  # all decide alike, and may share one machine
+        available = ranks.agree(available // ranks.size, torch.device(kind))
+        plan = _for_rank(plan, ranks.rank)
     if plan.predicted.peak_bytes > available:
         raise ValueError(
             f"the plan needs {plan.predicted.peak_bytes} bytes, this machine has {available} free; "
@@ -157,8 +161,13 @@ def verify_plan(
         )
     if stack is None:
         progress("making the model")
-        stack = random_stack(plan, dtype, kind)
-    step = _Step(apply_plan(stack, plan), plan, input_shapes(problem, stack), dtype, kind)
+        stack = random_stack(problem, kind)
+    torch.manual_seed(1)  # ranks make the same inputs
+    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), kind)
+    planned = apply_plan(stack, plan, ranks)
+    share = planned.stack if isinstance(planned.stack, ParallelEvoformer) else None
+    own = inputs if share is None else inputs | share.own(inputs)
+    step = Trial(planned, problem, own, share)
     progress("running the plan")
     step.run()
     live_before = step.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
@@ -166,12 +175,14 @@ def verify_plan(
     peak = live_before + measure.peak_bytes(step.run, kind)
 
     plain, plain_peak, loss_error, gradient_error = None, None, None, None
-    if unplanned and plan.baselines["none"].peak_bytes <= available:
+    if unplanned and plan.baselines["none"].peak_bytes * problem.ranks <= available:
         progress("running without the plan")
-        plain = _Step(stack, plan, {}, dtype, kind, inputs=step.inputs)
-        loss_error, gradient_error = _errors(plain, step)
+        plain = Trial(stack, problem, inputs)
+        loss_error, gradient_error = errors(plain, step)
         progress("measuring its memory")
-        plain_peak = live_before + measure.peak_bytes(plain.run, kind)
+        plain_peak = (
+            plain.live_bytes() + live_before - step.live_bytes() + measure.peak_bytes(plain.run, kind)
+        )
     times: dict[str, list[float]] = {"planned": [], "plain": []}
     for index in range(repeats):  # interleaved: the machine's speed drifts
         progress(f"timing {index + 1}/{repeats}")
@@ -189,103 +200,6 @@ def verify_plan(
         loss_error,
         gradient_error,
     )
-
-
-def random_stack(plan: Plan, dtype: torch.dtype, kind: str) -> nn.Module:
-    """A model with no weight zero, as after some training: zeros would hide errors."""
-    torch.manual_seed(0)
-    stack = build_model(plan.problem.config).train(plan.problem.training)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3 * max(parameter.shape) ** -0.5)
-    return stack.to(kind, dtype)
-
-
-def available_bytes(kind: str) -> int:
-    """Memory that a run here may take."""
-    if kind == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class _Step:
-    """One training (or inference) step of a stack on inputs with random masks."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        plan: Plan,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        kind: str,
-        inputs: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.module, self.training = module, plan.problem.training
-        if inputs is None:
-            inputs = {name: torch.randn(shape, dtype=dtype, device=kind) for name, shape in shapes.items()}
-            for name in plan.problem.config.masks:
-                inputs[name] = inputs[name].gt_(-1.3).to(dtype)  # a tenth is missing
-        self.inputs = inputs
-        self.state = [inputs[name] for name in plan.problem.state_shapes()]
-        if self.training:
-            for tensor in self.state:
-                tensor.requires_grad_()
-            for parameter in module.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-
-    def run(self) -> None:
-        if not self.training:
-            with torch.no_grad():
-                self.module(**self.inputs)
-            return
-        self.drop_gradients()
-        m, z = self.module(**self.inputs, dropout_seed=0)  # the same masks every time
-        mean_square(m, z).backward()
-        self.drop_gradients()
-
-    def drop_gradients(self) -> None:
-        """Those of the inputs; the model's stay allocated."""
-        for tensor in self.state:
-            tensor.grad = None
-
-    def results(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(loss or outputs, gradients of inputs and parameters) of a step, gradients started at zero."""
-        if not self.training:
-            with torch.no_grad():
-                return [x.double() for x in self.module(**self.inputs)], []
-        parameters = list(self.module.parameters())
-        loss = mean_square(*self.module(**self.inputs, dropout_seed=0))
-        leaves = [*self.state, *parameters]
-        return [loss.detach().double()], list(torch.autograd.grad(loss, leaves))
-
-    def live_bytes(self) -> int:
-        """Bytes of parameters, gradients and inputs."""
-        tensors = [*self.module.parameters(), *self.inputs.values()]
-        if self.training:
-            tensors += [parameter.grad for parameter in self.module.parameters()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _errors(plain: _Step, planned: _Step) -> tuple[float, float | None]:
-    expected, gradients = plain.results()
-    got, planned_gradients = planned.results()
-    loss_error = max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-300))
-        for a, b in zip(expected, got, strict=True)
-    )
-    if not gradients:
-        return loss_error, None
-    largest = max(float(g.abs().max()) for g in gradients)
-    differences = (
-        float((a.double() - b.double()).abs().max())
-        for a, b in zip(gradients, planned_gradients, strict=True)
-    )
-    return loss_error, max(differences) / largest
 
 
 def _judged(

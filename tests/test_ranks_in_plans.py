@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from torch.distributed import group
 
 from cost_model.devices import Link, device
 from cost_model.roofline import reduction_seconds, seconds
@@ -13,11 +14,13 @@ from cost_model.trace import Work
 from model import EvoformerStack, InputShape
 from model.config import TrunkConfig
 from model.ranks import Ranks
-from planner import NoPlanError, apply_plan, simulate_plan
+from planner import NoPlanError, apply_plan, simulate_plan, verify_plan
 from planner.plan import load_plan
 from planner.planning import cost_problem, solve, solve_for_fewest_ranks
 from planner.problem import Problem
 from tests.conftest import TINY, TINY_EXTRA
+from tests.ranks import on_ranks
+from tests.test_verify import CONFIG
 
 TRUNK = TrunkConfig(replace(TINY_EXTRA, n_block=1, c_m=6), replace(TINY, n_block=1))
 
@@ -105,3 +108,36 @@ def test_a_plan_for_ranks_needs_them() -> None:
         apply_plan(EvoformerStack(TINY), plan)
     with pytest.raises(ValueError, match="for 2 ranks, not 3"):
         apply_plan(EvoformerStack(TINY), plan, Ranks(None, 0, 3))
+
+
+def verified(document: dict) -> list[dict]:
+    """A plan run for real on this rank, training and inference."""
+    ranks = Ranks(group.WORLD)
+    found = []
+    for mode in ("training", "inference"):
+        plan = solve(cost_problem(Problem.model_validate(document | {"mode": mode})))
+        least = Problem.model_validate(document | {"mode": mode, "budget_bytes": 1})
+        try:
+            solve(cost_problem(least))
+        except NoPlanError as error:
+            tight = (error.least_feasible_bytes * 2 + plan.predicted.peak_bytes) // 3
+        plan = solve(cost_problem(least.model_copy(update={"budget_bytes": tight})))
+        found.append(verify_plan(None, plan, repeats=1, ranks=ranks).to_json())
+    return found
+
+
+@pytest.mark.parametrize("config", [CONFIG, TRUNK], ids=["stack", "trunk"])
+def test_ranks_keep_a_plans_promise(config) -> None:
+    """Measured on 2 processes, against one without a plan; the sizes do not divide."""
+    shape = InputShape(11, 19, n_extra=17 if config is TRUNK else None)
+    asked = Problem(model="custom", config=config, shape=shape, dtype="float64", ranks=2)
+    for rank, by_mode in enumerate(on_ranks(2, verified, asked.model_dump(mode="json"))):
+        for found in by_mode:
+            print(rank, found)
+            assert found["ok"]
+            assert found["max_loss_error"] < 1e-11
+            assert (found["max_gradient_error"] or 0) < 1e-11
+            activations = found["predicted_peak_bytes"] - found["static_bytes"]
+            assert found["measured_peak_bytes"] == pytest.approx(
+                found["predicted_peak_bytes"], abs=0.03 * activations
+            )

@@ -25,7 +25,8 @@ def keep_everything(table: CostTable) -> Sequence:
 
 def every_submodule(table: CostTable) -> Sequence:
     """`small`: every submodule recomputed on its own."""
-    return Sequence(tuple(_checkpoint(_whole(range(step, step + 1))) for step in range(len(table.options))))
+    units = table.units or [range(step, step + 1) for step in range(len(table.options))]
+    return Sequence(tuple(_checkpoint(_whole(unit)) for unit in units))
 
 
 def every_block(table: CostTable) -> Sequence:

@@ -1,0 +1,144 @@
+"""One training (or inference) step of a model on random data, to measure and to compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from model.chain import Plannable
+from model.loss import mean_square
+from model.parallel import ParallelEvoformer
+from model.trunk import build_model
+from planner.problem import Problem
+
+
+def random_stack(problem: Problem, kind: str) -> Plannable:
+    """A model with no weight zero, as after some training: zeros would hide errors."""
+    torch.manual_seed(0)
+    stack = build_model(problem.config).train(problem.training)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3 * max(parameter.shape) ** -0.5)
+    return stack.to(kind, getattr(torch, problem.dtype))
+
+
+def random_inputs(
+    problem: Problem, shapes: Mapping[str, tuple[int, ...]], kind: str = "cpu"
+) -> dict[str, Tensor]:
+    """Forward's arguments by name: a normal state, and masks in which a tenth is missing."""
+    dtype = getattr(torch, problem.dtype)
+    inputs = {name: torch.randn(shape, dtype=dtype, device=kind) for name, shape in shapes.items()}
+    for name in problem.config.masks:
+        inputs[name] = inputs[name].gt_(-1.3).to(dtype)
+    return inputs
+
+
+def available_bytes(kind: str) -> int:
+    """Memory that a run here may take."""
+    if kind == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Trial:
+    """A step that can be run again and again; gradients of parameters stay allocated between.
+
+    Args:
+        module: the model, planned or not.
+        inputs: forward's arguments by name; those of the state get gradients.
+        share: the rank's share that `module` runs, where ranks share the model.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        problem: Problem,
+        inputs: dict[str, Tensor],
+        share: ParallelEvoformer | None = None,
+    ) -> None:
+        self.module, self.training, self.share, self.inputs = module, problem.training, share, inputs
+        whole = problem.state_shapes()
+        self.state = {name: inputs[name] for name in whole}
+        self.counts = tuple(torch.Size(whole[name]).numel() for name in ("m", "z"))
+        if self.training:
+            for tensor in self.state.values():
+                tensor.requires_grad_()
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+    def loss(self) -> Tensor:
+        """A loss of every entry of the results; of several ranks, this one's part of their sum."""
+        m, z = self.module(**self.inputs, dropout_seed=0)  # the same masks every time
+        return mean_square(m, z, self.counts)
+
+    def run(self) -> None:
+        """The step."""
+        if not self.training:
+            with torch.no_grad():
+                self.module(**self.inputs)
+            return
+        self._drop_gradients()
+        self.loss().backward()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        """Those of the inputs; the model's stay allocated."""
+        for tensor in self.state.values():
+            tensor.grad = None
+
+    def results(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(the loss, or the outputs; gradients of the state and of the parameters) of a step.
+
+        Of several ranks the loss and the parameters' gradients are the sums.
+        """
+        if not self.training:
+            with torch.no_grad():
+                return list(self.module(**self.inputs)), []
+        leaves = [*self.state.values(), *self.module.parameters()]
+        loss = self.loss()
+        gradients = list(torch.autograd.grad(loss, leaves))
+        loss = loss.detach()
+        for total in (loss, *gradients[len(self.state) :]) if self.share is not None else ():
+            self.share.ranks.sum_(total)
+        return [loss], gradients
+
+    def live_bytes(self) -> int:
+        """Bytes of parameters, gradients and inputs."""
+        tensors = [*self.module.parameters(), *self.inputs.values()]
+        if self.training:
+            tensors += [parameter.grad for parameter in self.module.parameters()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def errors(plain: Trial, planned: Trial) -> tuple[float, float | None]:
+    """How far a planned step is from the plain one: of the loss or outputs (relative), of the gradients.
+
+    The latter over the largest entry of any gradient; None in inference. Of several ranks, this one's share.
+    """
+    expected, gradients = plain.results()
+    got, planned_gradients = planned.results()
+    share = planned.share
+    if share is not None:
+        parts, cuts = (gradients, share.input_cuts) if gradients else (expected, share.output_cuts)
+        for index, name in enumerate(planned.state if gradients else share.outputs):
+            parts[index] = share.ranks.own(parts[index], cuts[name])
+    loss_error = max(
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-300))
+        for a, b in zip(expected, got, strict=True)
+    )
+    if not gradients:
+        return loss_error, None
+    largest = max(float(g.abs().max()) for g in gradients)
+    differences = (
+        float((a.double() - b.double()).abs().max())
+        for a, b in zip(gradients, planned_gradients, strict=True)
+    )
+    return loss_error, max(differences) / largest
