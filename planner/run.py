@@ -5,47 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from cost_model import measure
-from model.alignment import Alignment, read_alignment
-from model.config import EvoformerConfig
-from model.evoformer import EvoformerStack
-from model.masked_msa import MaskedMSAModel, mask_msa, random_alignment
+from model.masked_msa import MaskedMSAModel
+from model.trunk import build_model
+from planner.data import alignment_for, batch_for
 from planner.plan import Plan
+from planner.program import run_step, simulated_peak_bytes
 from planner.report import describe_problem
 from planner.sizes import format_seconds, format_size
 from planner.verify import PEAK_TOLERANCE, apply_plan, available_bytes
-
-# What the embedding and the masked-MSA head may add to the stack's own peak, as a part of it.
-PROGRAM_TOLERANCE = 2 * PEAK_TOLERANCE
-
-
-def alignment_for(plan: Plan, msa: str | None, seed: int) -> Alignment:
-    """The alignment to run on, of the plan's r and at least its s.
-
-    Raises:
-        ValueError: its shape is not the plan's; both are named.
-    """
-    shape = plan.problem.shape
-    if msa is None:
-        return random_alignment(shape.n_seq, shape.n_res, seed)
-    alignment = read_alignment(msa)
-    if alignment.n_res != shape.n_res or alignment.n_seq < shape.n_seq:
-        raise ValueError(
-            f"{msa}: {alignment.n_seq} sequences of {alignment.n_res} residues, the plan is for "
-            f"{shape.n_seq} of {shape.n_res}; plan for it with `evoplan plan --msa {msa}`"
-        )
-    return alignment
-
-
-def sample(alignment: Alignment, n_seq: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and deletions [n_seq, r] of the query and a random choice of the others."""
-    others = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))[: n_seq - 1]
-    rows = np.concatenate([[0], np.sort(others)])
-    return torch.from_numpy(alignment.tokens[rows]), torch.from_numpy(alignment.deletions[rows])
 
 
 def run_plan(
@@ -58,11 +29,9 @@ def run_plan(
         learning_rate: of the plan's optimizer (none: the parameters stay).
     """
     problem = plan.problem
-    if not isinstance(problem.config, EvoformerConfig):
-        raise ValueError("run takes plans of one stack; check a trunk's plan with `evoplan verify`")
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
-    alignment = alignment_for(plan, msa, seed)
+    alignment = alignment_for(problem, msa, seed)
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
     if plan.predicted.peak_bytes > available_bytes(kind):
         raise ValueError(
@@ -71,28 +40,29 @@ def run_plan(
         )
     console.print(describe_problem(problem), highlight=False)
     torch.manual_seed(seed)
-    stack = EvoformerStack(problem.config)
+    stack = build_model(problem.config)
     model = MaskedMSAModel(problem.config, stack).to(kind, getattr(torch, problem.dtype))
     model.stack = apply_plan(stack, plan)
     model.train(problem.training)
-    around = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in stack.parameters())
     optimizer = _optimizer(problem.optimizer, model, learning_rate) if problem.training else None
     states = plan.static["optimizer"] // max(1, plan.static["parameters"])
     copies = 2 + states if problem.training else 1
-    predicted = plan.predicted.peak_bytes + copies * around
+    first = batch_for(problem, alignment, seed)
+    live = copies * sum(p.nbytes for p in model.parameters()) + plan.static["workspace"]
+    live += sum(tensor.nbytes for tensor in first.values())
+    predicted = live + simulated_peak_bytes(plan, first)
+    around = max(0, predicted - plan.predicted.peak_bytes)
 
     losses: list[float] = []
     times: list[float] = []
     peak: int | None = None
     for index in range(steps):
-        tokens, deletions = sample(alignment, problem.shape.n_seq, seed + index)
-        batch = {name: t.to(kind) for name, t in mask_msa(tokens, deletions, seed + index).items()}
+        batch = {name: t.to(kind) for name, t in batch_for(problem, alignment, seed + index).items()}
 
         def step(batch: dict = batch) -> None:
-            losses.append(_step(model, batch, optimizer is not None or problem.training))
+            losses.append(float(run_step(model, batch, problem.training)))
 
         if index == min(1, steps - 1):  # once the optimizer has its states
-            live = copies * sum(p.nbytes for p in model.parameters()) + plan.static["workspace"]
             peak = live + measure.peak_bytes(step, kind)
         else:
             times.append(measure.seconds(step, kind))
@@ -102,9 +72,7 @@ def run_plan(
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
     assert peak is not None
     budget = problem.budget_bytes
-    ok = abs(peak - predicted) <= PROGRAM_TOLERANCE * predicted and (
-        budget is None or peak <= budget + copies * around
-    )
+    ok = abs(peak - predicted) <= PEAK_TOLERANCE * predicted and (budget is None or peak <= budget + around)
     seconds = median(times) if times else None
     console.print(
         f"peak: predicted {format_size(predicted)}, measured {format_size(peak)} ({kind}-allocator)"
@@ -138,14 +106,3 @@ def _optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return makers[name]()
-
-
-def _step(model: MaskedMSAModel, batch: dict, training: bool) -> float:
-    if not training:
-        with torch.no_grad():
-            return float(model(batch))
-    for parameter in model.parameters():
-        parameter.grad.zero_()
-    loss = model(batch)
-    loss.backward()
-    return float(loss.detach())
