@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cost_model.static import OPTIMIZER_STATES
-from model.evoformer import EvoformerStack
-from model.masked_msa import Batch, MaskedMSAModel, Part
-from model.parallel import ParallelEvoformer
+from model.batch import Batch
+from model.masked_msa import MaskedMSAModel
+from model.trunk import build_model
 from planner.plan import Plan
+from planner.program import run_step, share_of
 from planner.verify import apply_plan
 from planner.world import World
 
@@ -28,27 +30,22 @@ class Training:
 
     Attributes:
         parameters: by the names that they have without a plan, so that snapshots fit any world.
-        around_bytes: of parameters that are not the stack's.
-        copies: tensors of each parameter's size: itself, its gradient, the optimizer's states.
+        static_bytes: of parameters, their gradients and the optimizer's states.
     """
 
     def __init__(self, plan: Plan, world: World, seed: int, learning_rate: float) -> None:
         problem = plan.problem
         self.plan, self.training = plan, problem.training
         torch.manual_seed(seed)
-        stack = EvoformerStack(problem.config)
+        stack = build_model(problem.config)
         model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
         self.parameters = dict(model.named_parameters())
-        self.around_bytes = self.parameter_bytes - sum(p.nbytes for p in stack.parameters())
         planned = apply_plan(stack, plan, world.group if problem.ranks > 1 else None)
-        # What this rank is given of the state, and what it makes of the results.
-        self.own: tuple[Part | None, Part | None] = None, None
-        if isinstance(planned.stack, ParallelEvoformer):
-            shared = planned.stack
-            self.own = shared.spans(shared.input_cuts), shared.spans(shared.output_cuts)
+        self.share = share_of(planned)
         model.stack = planned
         self.program: nn.Module = model.train(self.training)
-        self.copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
+        copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
+        self.static_bytes = copies * sum(p.nbytes for p in self.parameters.values())
         self.optimizer: torch.optim.Optimizer | None = None
         if not self.training:
             return
@@ -57,11 +54,6 @@ class Training:
         else:
             self.program = _data_parallel(self.program, world)
         self.optimizer = self._optimizer(problem.optimizer, learning_rate)
-
-    @property
-    def parameter_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(p.nbytes for p in self.parameters.values())
 
     @property
     def live_bytes(self) -> int:
@@ -73,19 +65,11 @@ class Training:
         for states in self.optimizer.state.values() if self.optimizer else ():
             tensors += [state for state in states.values() if state.numel() > 1]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return max(sum(storages.values()), self.copies * self.parameter_bytes)
+        return max(sum(storages.values()), self.static_bytes)
 
     def step(self, batch: Batch, dropout_seed: int) -> float:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
-        if not self.training:
-            with torch.no_grad():
-                return float(self.program(batch, *self.own, dropout_seed))
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        loss = self.program(batch, *self.own, dropout_seed)
-        loss.backward()
-        return float(loss.detach())
+        return float(run_step(self.program, batch, self.training, dropout_seed, self.share))
 
     def update(self) -> None:
         """Let the optimizer move the parameters."""
@@ -139,6 +123,11 @@ def _data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
     )
     parallel.register_comm_hook(world.replicas, _sum_of_ranks_mean_of_replicas)
     return parallel
+
+
+def dropout_seed(seed: int, number: int) -> int:
+    """Of a batch: the same on all ranks of a replica, and on a resumed run."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 2)
 
 
 # Not annotated: DDP reads annotations, and those of this file are texts.

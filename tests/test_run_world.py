@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from model.config import InputShape
-from model.masked_msa import mask_msa
+from planner.data import alignment_for, batch_for
 from planner.plan import Plan, load_plan
 from planner.planning import cost_problem, solve
 from planner.problem import Problem
-from planner.run import Settings, _dropout_seed, alignment_for, run_plan, sample
+from planner.run import Settings, run_plan
 from planner.solvers import BASELINES
-from planner.training import Training
+from planner.training import Training, dropout_seed
 from planner.watch import Failure, Member, verdict
 from planner.world import World, odd_ones
 from tests.conftest import TINY
@@ -62,14 +62,14 @@ def other_plan(plan: Callable[[int], str], tmp_path_factory: pytest.TempPathFact
 def replicas_by_hand(plan: Plan, replicas: int) -> list[float]:
     """Losses of one process that averages the gradients of all replicas' batches."""
     training = Training(plan, World(), seed=0, learning_rate=1e-2)
-    alignment = alignment_for(plan, None, 0)
+    alignment = alignment_for(plan.problem, None, 0)
     losses = []
     for index in range(STEPS):
         totals = [torch.zeros_like(p) for p in training.parameters.values()]
         loss = 0.0
         for number in range(index * replicas, (index + 1) * replicas):
-            tokens, deletions = sample(alignment, plan.problem.shape.n_seq, number)
-            loss += training.step(mask_msa(tokens, deletions, number), _dropout_seed(0, number)) / replicas
+            batch = batch_for(plan.problem, alignment, number)
+            loss += training.step(batch, dropout_seed(0, number)) / replicas
             for total, parameter in zip(totals, training.parameters.values(), strict=True):
                 total += parameter.grad / replicas
         for total, parameter in zip(totals, training.parameters.values(), strict=True):
