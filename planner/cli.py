@@ -80,7 +80,7 @@ _PROBLEM_OPTIONS = [
     click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
     click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
-    click.option("--msa", type=click.Path(), help="Take s and r from this A3M or FASTA alignment."),
+    click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
     click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
     click.option("--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True),
     click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; else the preset's own."),
@@ -337,13 +337,13 @@ def _problem(
     if dropout is not None:
         config = config.with_dropout(dropout)
     shape: InputShape = chosen.shape
-    if msa is not None:
-        from model.alignment import read_alignment
-
-        alignment = read_alignment(msa)
-        shape = replace(shape, n_seq=alignment.n_seq, n_res=alignment.n_res)
     if n_extra is not None and shape.n_extra is None:
         raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
+    if msa is not None:
+        from planner.problem import shape_for_alignment
+
+        shape = shape_for_alignment(shape, msa, n_seq, n_extra)
+        n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
     if device not in (*DEVICES, "cuda"):
         raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cost_model.devices import DTYPES, Device, Link, link_of
+from model.alignment import alignment_shape
 from model.config import EvoformerConfig, InputShape, TrunkConfig
 
 Mode = Literal["training", "inference"]
@@ -78,3 +80,32 @@ class Problem(BaseModel):
         """Shapes of the masks, which every rank is given whole."""
         whole = self.state_shapes()
         return {name: whole[of][:-1] for name, of in self.config.masks.items()}
+
+
+def shape_for_alignment(
+    preset_shape: InputShape, msa: str, n_seq: int | None, n_extra: int | None
+) -> InputShape:
+    """The shape to plan for so that a file can be run: all its rows, or at most as many as asked for.
+
+    In a trunk the main stack gets as many clusters as its preset, and the extra stack what they leave.
+
+    Args:
+        preset_shape: with n_extra where the model is a trunk.
+        msa: an A3M or FASTA file; read once, in a stream.
+
+    Raises:
+        ValueError: it is no alignment, or the clusters leave nothing for a trunk's extra stack.
+    """
+    found = alignment_shape(msa)
+    if preset_shape.n_extra is None:
+        return replace(preset_shape, n_seq=min(n_seq or found.n_seq, found.n_seq), n_res=found.n_res)
+    clusters = min(n_seq or preset_shape.n_seq, found.n_seq)
+    left = found.n_seq - clusters
+    if left == 0:
+        do = f"give --n-seq below {found.n_seq}" if found.n_seq > 1 else "plan for a model without one"
+        raise ValueError(
+            f"{msa}: all {found.n_seq} sequences are cluster centres, none is left for the extra stack; {do}"
+        )
+    return replace(
+        preset_shape, n_seq=clusters, n_res=found.n_res, n_extra=min(n_extra or preset_shape.n_extra, left)
+    )

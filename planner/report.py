@@ -273,8 +273,8 @@ def print_ranks(ranks: list[dict], plan: Plan, kind: str, console: Console) -> N
                 highlight=False,
             )
         return
-    title = f"each rank, by the {kind} allocator; predicted step time {seconds}"
-    table = _table(title, "rank", "peak predicted", "measured", "measured / predicted", "step time")
+    console.print(f"step time: predicted {seconds}; peaks by the {kind} allocator", highlight=False)
+    table = _table("each rank", "rank", "peak predicted", "measured", "measured / predicted", "step time")
     for row in ranks:
         predicted, measured = row["predicted_peak_bytes"], row["measured_peak_bytes"]
         table.add_row(

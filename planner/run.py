@@ -1,4 +1,4 @@
-"""Training or inference under a plan, on a real alignment or on random data."""
+"""Training or inference under a plan, on a real alignment or on random data, alone or on many processes."""
 
 from __future__ import annotations
 
@@ -6,54 +6,22 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from cost_model import measure
-from model.alignment import Alignment, read_alignment
-from model.config import EvoformerConfig
-from model.masked_msa import mask_msa, random_alignment
+from planner.data import alignment_for, batch_for
 from planner.errors import CommonError, RunError
 from planner.plan import Plan
+from planner.program import simulated_peak_bytes
 from planner.report import describe_problem, print_ranks
 from planner.sizes import format_seconds, format_size
-from planner.training import Training
-from planner.verify import PEAK_TOLERANCE, available_bytes
+from planner.snapshots import Snapshots
+from planner.training import Training, dropout_seed
+from planner.trial import available_bytes
+from planner.verify import PEAK_TOLERANCE
 from planner.world import World, odd_ones
-
-if TYPE_CHECKING:
-    from planner.snapshots import Snapshots
-
-# What the embedding and the masked-MSA head may add to the stack's own peak, as a part of it.
-PROGRAM_TOLERANCE = 2 * PEAK_TOLERANCE
-
-
-def alignment_for(plan: Plan, msa: str | None, seed: int) -> Alignment:
-    """The alignment to run on, of the plan's r and at least its s.
-
-    Raises:
-        ValueError: its shape is not the plan's; both are named.
-    """
-    shape = plan.problem.shape
-    if msa is None:
-        return random_alignment(shape.n_seq, shape.n_res, seed)
-    alignment = read_alignment(msa)
-    if alignment.n_res != shape.n_res or alignment.n_seq < shape.n_seq:
-        raise ValueError(
-            f"{msa}: {alignment.n_seq} sequences of {alignment.n_res} residues, the plan is for "
-            f"{shape.n_seq} of {shape.n_res}; plan for it with `evoplan plan --msa {msa}`"
-        )
-    return alignment
-
-
-def sample(alignment: Alignment, n_seq: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and deletions [n_seq, r] of the query and a random choice of the others."""
-    others = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))[: n_seq - 1]
-    rows = np.concatenate([[0], np.sort(others)])
-    return torch.from_numpy(alignment.tokens[rows]), torch.from_numpy(alignment.deletions[rows])
 
 
 @dataclass(frozen=True)
@@ -111,11 +79,9 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     world = World() if world is None else world
     console = console if world.first else Console(quiet=True)
     problem = plan.problem
-    if not isinstance(problem.config, EvoformerConfig):
-        raise ValueError("run takes plans of one stack; check a trunk's plan with `evoplan verify`")
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
-    alignment = alignment_for(plan, settings.msa, settings.seed)
+    alignment = alignment_for(problem, settings.msa, settings.seed)
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
     world.connect(kind, settings.replicas)
     sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
@@ -127,8 +93,11 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     console.print(describe_problem(problem), highlight=False)
     training = Training(plan, world, settings.seed, settings.learning_rate)
     snapshots, first = _snapshots(plan, settings, training, console, world)
-    around = training.copies * training.around_bytes
-    predicted = plan.predicted.peak_bytes + around
+    batch = batch_for(problem, alignment, settings.seed)
+    beside = plan.static["workspace"] + sum(tensor.nbytes for tensor in batch.values())
+    own_plan = (plan.rank_peak_bytes or (plan.predicted.peak_bytes,))[world.part]
+    predicted = training.static_bytes + beside + simulated_peak_bytes(plan, batch, world.part)
+    around = max(0, predicted - own_plan)  # the plan answers for its model alone
 
     losses: list[float] = []
     times: list[float] = []
@@ -136,35 +105,33 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     measured_at = first + min(1, settings.steps - first - 1)  # once the optimizer has its states
     for index in range(first, settings.steps):
         number = index * settings.replicas + world.replica  # replicas go through the batches together
-        tokens, deletions = sample(alignment, problem.shape.n_seq, settings.seed + number)
-        batch = {
-            n: t.to(world.device) for n, t in mask_msa(tokens, deletions, settings.seed + number).items()
-        }
-        part: list[float] = []
+        batch = batch_for(problem, alignment, settings.seed + number)
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        parts: list[float] = []
 
-        def step(batch: dict = batch, number: int = number, part: list[float] = part) -> None:
-            part.append(training.step(batch, _dropout_seed(settings.seed, number)))
+        def step(batch: dict = batch, number: int = number, parts: list[float] = parts) -> None:
+            parts.append(training.step(batch, dropout_seed(settings.seed, number)))
 
         if index == measured_at:
-            live = training.copies * training.parameter_bytes + plan.static["workspace"]
-            peak = live + measure.peak_bytes(step, kind)
+            peak = training.live_bytes + beside + measure.peak_bytes(step, kind)
         else:
             times.append(measure.seconds(step, kind))
-        losses.append(_checked_loss(part[0], training, index, settings.replicas, world))
+        losses.append(_checked_loss(parts[0], training, index, settings.replicas, world))
         training.update()
         clock = f"  {format_seconds(times[-1])}" if index != measured_at else ""
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
         every = settings.save_every
         if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):
             snapshots.save(index + 1, training)
-    budget = problem.budget_bytes
     mine = {
         "rank": world.rank,
         "predicted_peak_bytes": predicted,
         "measured_peak_bytes": peak,
         "step_seconds": median(times) if times else None,
     }
-    ranks = world.gathered_objects(mine)
+    budget = problem.budget_bytes
+    ok = abs(peak - predicted) <= PEAK_TOLERANCE * predicted and (budget is None or peak <= budget + around)
+    ranks, oks = zip(*world.gathered_objects((mine, ok)), strict=True)
     print_ranks(ranks, plan, kind, console)
     return {
         "losses": losses,
@@ -174,13 +141,8 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         "measured_peak_bytes": peak,
         "predicted_step_seconds": plan.predicted.step_seconds,
         "measured_step_seconds": mine["step_seconds"],
-        "ranks": ranks,
-        "ok": all(
-            abs(row["measured_peak_bytes"] - row["predicted_peak_bytes"])
-            <= PROGRAM_TOLERANCE * row["predicted_peak_bytes"]
-            and (budget is None or row["measured_peak_bytes"] <= budget + around)
-            for row in ranks
-        ),
+        "ranks": list(ranks),
+        "ok": all(oks),
     }
 
 
@@ -190,8 +152,6 @@ def _snapshots(
     """Where snapshots go, and how many steps the training has behind it."""
     if settings.snapshots is None:
         return None, 0
-    from planner.snapshots import Snapshots
-
     if not plan.problem.training:
         raise CommonError("snapshots are of a training; this plan is for inference")
     snapshots = Snapshots(settings.snapshots, plan, settings.seed, world)
@@ -219,11 +179,6 @@ def _digest(path: str) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     except OSError:
         return "no file"  # whoever reads it says so
-
-
-def _dropout_seed(seed: int, number: int) -> int:
-    """Of a batch: the same on all ranks of a replica, and on a resumed run."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _checked_loss(part: float, training: Training, index: int, replicas: int, world: World) -> float:

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cost_model.static import OPTIMIZER_STATES
-from model.evoformer import EvoformerStack
-from model.masked_msa import Batch, MaskedMSAModel
+from model.batch import Batch
+from model.masked_msa import MaskedMSAModel
+from model.trunk import build_model
 from planner.plan import Plan
+from planner.program import run_step, share_of
 from planner.verify import apply_plan
 from planner.world import World
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Program(nn.Module):
-    """The model's loss, its dropout by a seed that is given: the same on a resumed run."""
-
-    def __init__(self, model: MaskedMSAModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, dropout_seed: int) -> Tensor:
-        m, z = self.model.embed(batch)
-        m, z = self.model.stack(m, z, batch["msa_mask"], batch["pair_mask"], dropout_seed=dropout_seed)
-        return self.model.loss(m, z, batch)
 
 
 class Training:
@@ -40,22 +30,22 @@ class Training:
 
     Attributes:
         parameters: by the names that they have without a plan, so that snapshots fit any world.
-        around_bytes: of parameters that are not the stack's.
-        copies: tensors of each parameter's size: itself, its gradient, the optimizer's states.
+        static_bytes: of parameters, their gradients and the optimizer's states.
     """
 
     def __init__(self, plan: Plan, world: World, seed: int, learning_rate: float) -> None:
         problem = plan.problem
         self.plan, self.training = plan, problem.training
         torch.manual_seed(seed)
-        stack = EvoformerStack(problem.config)
+        stack = build_model(problem.config)
         model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
         self.parameters = dict(model.named_parameters())
-        self.around_bytes = self.parameter_bytes - sum(p.nbytes for p in stack.parameters())
-        model.stack = apply_plan(stack, plan)
-        model.train(self.training)
-        self.program: nn.Module = _Program(model)
-        self.copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
+        planned = apply_plan(stack, plan, world.group if problem.ranks > 1 else None)
+        self.share = share_of(planned)
+        model.stack = planned
+        self.program: nn.Module = model.train(self.training)
+        copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
+        self.static_bytes = copies * sum(p.nbytes for p in self.parameters.values())
         self.optimizer: torch.optim.Optimizer | None = None
         if not self.training:
             return
@@ -66,21 +56,20 @@ class Training:
         self.optimizer = self._optimizer(problem.optimizer, learning_rate)
 
     @property
-    def parameter_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(p.nbytes for p in self.parameters.values())
+    def live_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer states, as they will be after the first update."""
+        tensors = [
+            *self.parameters.values(),
+            *(p.grad for p in self.parameters.values() if p.grad is not None),
+        ]
+        for states in self.optimizer.state.values() if self.optimizer else ():
+            tensors += [state for state in states.values() if state.numel() > 1]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return max(sum(storages.values()), self.static_bytes)
 
     def step(self, batch: Batch, dropout_seed: int) -> float:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
-        if not self.training:
-            with torch.no_grad():
-                return float(self.program(batch, dropout_seed))
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        loss = self.program(batch, dropout_seed)
-        loss.backward()
-        return float(loss.detach())
+        return float(run_step(self.program, batch, self.training, dropout_seed, self.share))
 
     def update(self) -> None:
         """Let the optimizer move the parameters."""
@@ -134,6 +123,11 @@ def _data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
     )
     parallel.register_comm_hook(world.replicas, _sum_of_ranks_mean_of_replicas)
     return parallel
+
+
+def dropout_seed(seed: int, number: int) -> int:
+    """Of a batch: the same on all ranks of a replica, and on a resumed run."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 2)
 
 
 # Not annotated: DDP reads annotations, and those of this file are texts.

@@ -65,6 +65,16 @@ class World:
         """How many there are."""
         return 1 if self.mesh is None else self.mesh["data"].size()
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks of this process's replica."""
+        return None if self.mesh is None else self.mesh.get_group("dap")
+
+    @property
+    def part(self) -> int:
+        """This process's number among them."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("dap")
+
     def join(self) -> None:
         """Meet the other processes at the store; keep watch from here on."""
         client = _store(self.timeout)

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from planner import training
+from planner import snapshots, training
 from planner.cli import main
 
 
@@ -22,6 +22,7 @@ def breaking(fault: str, at: int):
         calls += 1
         if calls != at:
             return whole(self, batch, dropout_seed)
+        print(f"fault at {time.time()}", flush=True)
         match fault:
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -45,8 +46,25 @@ def breaking(fault: str, at: int):
     return step
 
 
+def saving(at: int):
+    """The last write of a snapshot before it is complete; the `at`-th one kills."""
+    whole, calls = snapshots.write_json, 0
+
+    def write_json(path, document):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(path, document)
+
+    return write_json
+
+
 if __name__ == "__main__":
     fault, rank, at, *arguments = sys.argv[1:]
     if os.environ.get("RANK", "0") == rank:
-        training.Training.step = breaking(fault, int(at))
+        if fault == "killed-saving":
+            snapshots.write_json = saving(int(at))
+        else:
+            training.Training.step = breaking(fault, int(at))
     main(arguments)

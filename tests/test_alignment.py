@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import subprocess
 import sys
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,19 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from model.alignment import GAP, MASK, N_TOKENS, TOKENS, Alignment, AlignmentError, read_alignment
+from model.alignment import (
+    GAP,
+    MASK,
+    N_TOKENS,
+    POSITION_BYTES,
+    TOKENS,
+    Alignment,
+    AlignmentError,
+    alignment_shape,
+    read_alignment,
+    sample_alignment,
+)
+from model.config import InputShape
 
 ROOT = Path(__file__).parents[1]
 UBIQUITIN = ROOT / "experiments/data/ubiquitin.a3m"
@@ -37,6 +52,11 @@ def message(path: Path | str, **options) -> str:
     with pytest.raises(AlignmentError) as caught:
         read_alignment(path, **options)
     text = str(caught.value)
+    if not options:  # what is only counted or sampled is checked as well
+        for read in (alignment_shape, partial(sample_alignment, n_seq=1, seed=0)):
+            with pytest.raises(AlignmentError) as also:
+                read(path)
+            assert str(also.value) == text
     assert len(text.splitlines()) == 1
     assert text.startswith(f"{path}: ")
     return text
@@ -146,7 +166,7 @@ def test_shipped_file() -> None:
         (b">q\0\nACDE\n", "line 1: holds binary data"),
         (">q\nACDE\n".encode("utf-16"), "binary data"),
         (b">q\nACDE\n>caf\xe9\nACDE\n", "line 3: the header is not UTF-8"),
-        (gzip.compress(b">q\nACDE\n"), "gunzip"),
+        (gzip.compress(gzip.compress(b">q\nACDE\n")), "gunzip"),
         (b"BZh91AY&SY", "bunzip2"),
         (b"\xfd7zXZ\x00", "unxz"),
         (b"\x28\xb5\x2f\xfd\x04", "unzstd"),
@@ -160,8 +180,9 @@ def test_broken_files(file, content: str | bytes, says: str) -> None:
 
 
 def test_line_without_end(file, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.alignment._MAX_LINE", 100)
+    monkeypatch.setattr("model.a3m._MAX_LINE", 100)
     assert "line 2 is over 100 characters" in message(file(">q\n" + "A" * 101))
+    assert "line 4: sequence 'q' is over 100 characters" in message(file(">q\n" + ("A" * 40 + "\n") * 9))
 
 
 def test_unusable_paths(tmp_path: Path) -> None:
@@ -190,18 +211,101 @@ def test_files_that_do_not_open(monkeypatch: pytest.MonkeyPatch, error: OSError,
 
 
 def test_reading_can_fail_midway(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing:
-        def __enter__(self) -> Failing:
-            return self
+    class Failing(io.RawIOBase):
+        chunks = iter([b">q\nAC\n>b\nA"])
 
-        def __exit__(self, *_: object) -> None:
-            pass
+        def readable(self) -> bool:
+            return True
 
-        def readline(self, _: int) -> bytes:
+        def readinto(self, buffer: memoryview) -> int:
+            for chunk in self.chunks:
+                buffer[: len(chunk)] = chunk
+                return len(chunk)
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("builtins.open", lambda *_: Failing())
-    assert "cannot be read (Input/output error)" in message("family.a3m")
+    monkeypatch.setattr("builtins.open", lambda *_: io.BufferedReader(Failing()))
+    with pytest.raises(AlignmentError, match=r"^family.a3m: cannot be read \(Input/output error\)"):
+        read_alignment("family.a3m")
+
+
+def test_compressed_files_are_read(file) -> None:
+    text = b">q\nACDE\n>two\nkA-rrDEgg\n"
+    assert_same(read_alignment(file(gzip.compress(text))), read_alignment(file(text)))
+    for broken in (gzip.compress(text)[:-9], gzip.compress(text)[:15] + b"\0" * 30, b"\x1f\x8b"):
+        assert "gzip data is cut off or damaged" in message(file(broken))
+    assert "line 3: header 'b' has no sequence" in message(file(gzip.compress(b">q\nACDE\n>b\n")))
+
+
+def assert_same(a: Alignment, b: Alignment) -> None:
+    assert a.names == b.names
+    assert (a.tokens == b.tokens).all()
+    assert (a.deletions == b.deletions).all()
+
+
+def test_a_sample_has_the_query_first_and_keeps_the_order(file) -> None:
+    path = file(">q\nACD\n" + "".join(f">{i}\nA{'k' * i}{'CD'[i % 2]}-\n" for i in range(40)))
+    whole = read_alignment(path)
+    drawn = sample_alignment(path, 7, seed=3)
+    assert drawn.n_seq == 7
+    assert drawn.names[0] == "q"
+    chosen = [whole.names.index(name) for name in drawn.names]
+    assert chosen == sorted(set(chosen))
+    assert (drawn.tokens == whole.tokens[chosen]).all()
+    assert (drawn.deletions == whole.deletions[chosen]).all()
+    assert_same(drawn, sample_alignment(path, 7, seed=3))
+    assert drawn.names != sample_alignment(path, 7, seed=4).names
+    assert sample_alignment(path, 1, seed=0).names == ("q",)
+    for n_seq, pool_bytes, kept in ((41, 0, 41), (999, 0, 41), (2, 999, 41), (2, 150, 10), (30, 150, 30)):
+        assert sample_alignment(path, n_seq, 0, pool_bytes).n_seq == kept
+    assert_same(whole, sample_alignment(path, 41, seed=5))
+    with pytest.raises(ValueError, match="n_seq must be at least 1"):
+        sample_alignment(path, 0, seed=0)
+
+
+def test_every_row_is_as_likely_to_be_sampled(file) -> None:
+    path = file(">q\nA\n" + "".join(f">{i}\nA\n" for i in range(10)))
+    draws = 2000
+    counts = np.zeros(10)
+    for seed in range(draws):
+        counts[[int(name) for name in sample_alignment(path, 4, seed).names[1:]]] += 1
+    assert counts.sum() == 3 * draws
+    deviation = (draws * 0.3 * 0.7) ** 0.5
+    assert abs(counts - 0.3 * draws).max() < 4 * deviation
+
+
+def test_shape_of_a_file(file) -> None:
+    assert alignment_shape(UBIQUITIN) == InputShape(20, 76)
+    assert alignment_shape(file(">q\n-AC-\n>b\nAA-A\n")) == InputShape(2, 2)
+
+
+def test_deep_alignments_are_read_in_a_stream(tmp_path: Path) -> None:
+    """5,000 sequences of 500 residues would take 12.5 MB; 100 of them are kept."""
+    n_seq, n_res, n_kept = 5000, 500, 100
+    letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY-", dtype=np.uint8)
+    path = tmp_path / "deep.a3m"
+    with path.open("wb") as out:
+        for i, row in enumerate(letters[np.random.default_rng(0).integers(0, 21, (n_seq, n_res))]):
+            out.write(b">%d\n%s\n" % (i, bytes(row).replace(b"-", b"A") if i == 0 else bytes(row)))
+    kept_bytes = n_kept * n_res * POSITION_BYTES
+    most = {}
+    tracemalloc.start()
+    try:
+        for name, read in (
+            ("shape", alignment_shape),
+            ("sample", partial(sample_alignment, n_seq=n_kept, seed=0)),
+        ):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            found = read(path)
+            assert found.n_res == n_res
+            assert found.n_seq == (n_seq if name == "shape" else n_kept)
+            most[name] = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    a_few_rows = 200_000
+    assert most["shape"] < a_few_rows
+    # The rows, and the same once more while they are put together.
+    assert kept_bytes < most["sample"] < 2 * kept_bytes + a_few_rows
 
 
 def check_error_or_alignment(path: Path, content: bytes) -> None:
@@ -212,6 +316,8 @@ def check_error_or_alignment(path: Path, content: bytes) -> None:
         text = str(error)
     else:
         check_alignment(a)
+        assert alignment_shape(path) == InputShape(a.n_seq, a.n_res)
+        assert_same(a, sample_alignment(path, a.n_seq, seed=0))
         return
     assert text.startswith(f"{path}: ")
     assert text.isprintable()  # so it is one line

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from model.alignment import TOKENS
+from model.batch import random_alignment
 from planner.cli import main
 from planner.sizes import parse_size
 
@@ -130,6 +132,61 @@ def test_run_refuses_another_alignment(capsys: pytest.CaptureFixture, plan_file:
     assert "of 7;" in error
 
 
+TINY_FLAGS = {
+    "alphafold2-narrow": ["--n-blocks", "1", "--c-m", "16", "--c-z", "12"],
+    "alphafold2-extra": ["--n-blocks", "1", "--c-m", "16", "--c-z", "12"],
+    "alphafold2-trunk": ["--n-blocks", "1", "--c-m", "16", "--c-z", "12", "--n-extra", "6"],
+}
+
+
+@pytest.fixture
+def alignment_file(tmp_path: Path) -> str:
+    """12 sequences of 9 residues."""
+    a = random_alignment(12, 9, 0)
+    path = tmp_path / "family.a3m"
+    path.write_text(
+        "".join(
+            f">{name}\n{''.join(TOKENS[token] for token in row)}\n"
+            for name, row in zip(a.names, a.tokens, strict=True)
+        )
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        ("alphafold2-narrow", "inference"),
+        ("alphafold2-extra", "training"),
+        ("alphafold2-trunk", "training"),
+        ("alphafold2-trunk", "inference"),
+    ],
+)
+def test_every_model_runs_on_an_alignment(
+    capsys: pytest.CaptureFixture, tmp_path: Path, alignment_file: str, model: str, mode: str
+) -> None:
+    plan, result = str(tmp_path / "plan.json"), tmp_path / "run.json"
+    flags = ["--model", model, *TINY_FLAGS[model], "--mode", mode, "--n-seq", "5"]
+    assert call(capsys, "plan", *flags, "--msa", alignment_file, "--out", plan)[0] == 0
+    shape = json.loads(Path(plan).read_text())["problem"]["shape"]
+    extra = 6 if model == "alphafold2-trunk" else None
+    assert (shape["n_seq"], shape["n_res"], shape["n_extra"]) == (5, 9, extra)
+    for data in ([], ["--msa", alignment_file]):
+        code, _, error = call(capsys, "run", plan, *data, "--steps", "2", "--json", str(result))
+        assert (code, error) == (0, "")
+        found = json.loads(result.read_text())
+        assert found["ok"]
+        assert found["measured_peak_bytes"] == pytest.approx(found["predicted_peak_bytes"], rel=0.01)
+        assert found["losses"][0] != found["losses"][1]  # other rows, other masks
+
+
+def test_a_trunk_needs_rows_beside_its_clusters(capsys: pytest.CaptureFixture, alignment_file: str) -> None:
+    code, _, error = call(capsys, "plan", "--model", "alphafold2-trunk", "--msa", alignment_file)
+    assert code == 2
+    assert error.startswith(f"evoplan: {alignment_file}: all 12 sequences are cluster centres")
+    assert "--n-seq below 12" in error
+
+
 def test_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     out, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
     assert call(capsys, "sweep", *SMALL, "--points", "5", "--out", str(out), "--plot", str(picture))[0] == 0
@@ -197,9 +254,6 @@ def test_a_trunk_is_planned(capsys: pytest.CaptureFixture, tmp_path: Path) -> No
     assert "extra.row_attention" in out
     assert "main.pair_transition" in out
     assert call(capsys, "verify", path, "--simulate")[0] == 0
-    code, _, err = call(capsys, "run", path)
-    assert code == 2
-    assert "evoplan verify" in err
     code, _, err = call(capsys, "plan", *SMALL, "--n-extra", "9")
     assert code == 2
     assert "alphafold2-trunk" in err

@@ -1,0 +1,79 @@
+"""The program that `run` runs, the masked-MSA model around a plan's stack: its step, and what that needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cost_model.scratch import CpuScratch
+from cost_model.trace import Trace, fake_copy, fake_tensors
+from model.batch import Batch
+from model.masked_msa import MaskedMSAModel, Part
+from model.parallel import ParallelEvoformer
+from model.pieces import sampled_pieces
+from model.trunk import build_model
+from planner.apply import PlannedModule
+from planner.plan import Plan
+from planner.planning import device_named, planned_model
+
+# What a rank is given of the state, and what it makes of the results.
+Share = tuple[Part | None, Part | None]
+
+
+def share_of(planned: PlannedModule) -> Share:
+    """The share that a planned model runs: all, unless ranks share it."""
+    model = planned.stack
+    if not isinstance(model, ParallelEvoformer):
+        return None, None
+    return model.spans(model.input_cuts), model.spans(model.output_cuts)
+
+
+def run_step(
+    program: nn.Module,
+    batch: Batch,
+    training: bool,
+    dropout_seed: int | None = None,
+    share: Share = (None, None),
+) -> Tensor:
+    """The loss of one step; in training, gradients are left in the parameters' own.
+
+    Args:
+        program: a `MaskedMSAModel`, or what calls it.
+        share: of the model around which it is; the loss is a part of a sum then.
+    """
+    if not training:
+        with torch.no_grad():
+            return program(batch, *share)
+    for parameter in program.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    loss = program(batch, *share, dropout_seed)
+    loss.backward()
+    return loss.detach()
+
+
+def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
+    """Most bytes that a step takes above the parameters, their training state and the batch.
+
+    The program runs on fake tensors. The plan's own prediction is of its model alone, with a loss that reads
+    both outputs: here there are the features and the logits besides, and no gradient of the last z.
+
+    Args:
+        batch: only shapes and dtypes count.
+        rank: of those that share the model.
+    """
+    problem = plan.problem
+    where, dtype = device_named(problem.device), getattr(torch, problem.dtype)
+    scratch = CpuScratch() if where.name == "cpu" else None
+    with torch.device("meta"):
+        plain = MaskedMSAModel(problem.config, build_model(problem.config))
+    with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
+        model = fake_copy(plain, dtype).train(problem.training)
+        model.stack = PlannedModule(planned_model(problem, rank, model.stack), plan.sequence())
+        batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
+        for parameter in model.parameters() if problem.training else ():
+            parameter.grad = torch.zeros_like(parameter)
+        before = trace.live_bytes
+        trace.reset()
+        run_step(model, batch, problem.training, 0, share_of(model.stack))
+        return trace.peak_bytes - before
