@@ -31,6 +31,10 @@ from planner.watch import Kind, Watch
 NCCL_SECONDS = 8  # more than the watch waits: NCCL ends a process without a word when a collective is late
 
 
+# Backends raise plain errors where a partner is gone or late; these words are in them, not in others.
+_OF_COLLECTIVES = ("gloo", "nccl", "tcpstore", "pair closure", "connection", "timed out", "broken pipe")
+
+
 class World:
     """This process among the others; alone where there are none.
 
@@ -211,7 +215,7 @@ def _described(error: BaseException) -> tuple[Kind, str, int]:
     if isinstance(error, RunError):
         return "common", text, 1
     if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text.lower() for word in ("gloo", "nccl", "tcpstore"))
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_COLLECTIVES)
     ):
         return "collective", text, 1
     if isinstance(error, KeyboardInterrupt):

@@ -196,8 +196,8 @@ def uninterrupted(
 @pytest.mark.parametrize(
     ("fault", "size", "resumed_size", "kept"),
     [
-        ("killed", 1, 1, 4),
         ("killed-saving", 1, 1, 2),
+        pytest.param("killed", 1, 1, 4, marks=pytest.mark.slow),
         pytest.param("killed", 2, 2, 4, marks=pytest.mark.slow),
         pytest.param("killed", 2, 1, 4, marks=pytest.mark.slow),
     ],
