@@ -196,27 +196,41 @@ def show(plan_file: str, json_path: str | None) -> None:
 )
 @_JSON
 def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, json_path: str | None) -> None:
-    """Apply a plan, measure it here, and compare it with the model without a plan."""
-    _check_writable(json_path)
-    from planner.plan import load_plan, write_json
-    from planner.planning import shorten_plan
-    from planner.report import describe_problem, print_verification
-    from planner.verify import simulate_plan, verify_plan
+    """Apply a plan, measure it here, and compare it with the model without a plan.
 
-    found = load_plan(plan_file)
-    with _progress("preparing") as update:
-        if blocks is not None and blocks < found.problem.config.n_block:
-            found = shorten_plan(found, blocks, progress=update)
-        elif blocks is not None and blocks > found.problem.config.n_block:
-            raise ValueError(f"--blocks {blocks}: the plan has {found.problem.config.n_block} blocks")
-        update("simulating" if simulate else "running")
-        result = simulate_plan(found) if simulate else verify_plan(None, found, repeats, progress=update)
-    console = _console()
-    console.print(describe_problem(found.problem), highlight=False)
-    print_verification(result, console)
-    if json_path:
-        write_json(json_path, result.to_json())
-    sys.exit(0 if result.ok else CHECK_FAILED)
+    A plan for several ranks: torchrun --nproc_per_node=N -m planner verify ...
+    """
+    from planner.world import joined
+
+    with joined(timeout=60) as world:
+        _check_writable(json_path)
+        from planner.plan import load_plan, write_json
+        from planner.planning import shorten_plan
+        from planner.report import describe_problem, print_rank_verifications, print_verification
+        from planner.verify import simulate_plan, verify_on, verify_plan
+
+        found = load_plan(plan_file)
+        with _progress("preparing") as update:
+            if blocks is not None and blocks < found.problem.config.n_block:
+                found = shorten_plan(found, blocks, progress=update)
+            elif blocks is not None and blocks > found.problem.config.n_block:
+                raise ValueError(f"--blocks {blocks}: the plan has {found.problem.config.n_block} blocks")
+            update("simulating" if simulate else "running")
+            if simulate:
+                results = [simulate_plan(found, rank) for rank in range(found.problem.ranks)]
+            elif found.problem.ranks * world.size == 1:
+                results = [verify_plan(None, found, repeats, progress=update)]
+            else:
+                results = verify_on(world, found, repeats, f"verify {plan_file}", update)
+        if world.first:
+            console = _console()
+            console.print(describe_problem(found.problem), highlight=False)
+            print_verification(results[0], console)
+            print_rank_verifications(results, console)
+            if json_path:
+                ranks = [{"rank": rank, **result.to_json()} for rank, result in enumerate(results)]
+                write_json(json_path, results[0].to_json() | ({"ranks": ranks} if len(ranks) > 1 else {}))
+    sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
 
 
 @cli.command()

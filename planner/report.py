@@ -223,6 +223,26 @@ def print_verification(found: Verification, console: Console) -> None:
     console.print("ok" if found.ok else "FAILED", style="green" if found.ok else "red")
 
 
+def print_rank_verifications(results: list[Verification], console: Console) -> None:
+    """Of several ranks, what each has found."""
+    if len(results) == 1:
+        return
+    table = _table(
+        "ranks", "rank", "predicted peak", "measured", "measured / predicted", "gradient error", ""
+    )
+    for rank, found in enumerate(results):
+        error = found.max_gradient_error
+        table.add_row(
+            str(rank),
+            format_size(found.predicted_peak_bytes),
+            format_size(found.measured_peak_bytes),
+            f"{found.measured_peak_bytes / found.predicted_peak_bytes:.4f}",
+            "-" if error is None else f"{error:.2g}",
+            "ok" if found.ok else "FAILED",
+        )
+    console.print(table)
+
+
 def print_sweep(document: dict, console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
     table = _table("frontier", "", "peak", "step time")

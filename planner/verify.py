@@ -21,6 +21,7 @@ from planner.apply import PlannedModule
 from planner.plan import Plan
 from planner.planning import device_named, input_shapes, planned_model
 from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
+from planner.world import World
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -200,6 +201,23 @@ def verify_plan(
         loss_error,
         gradient_error,
     )
+
+
+def verify_on(
+    world: World, plan: Plan, repeats: int, command: str, progress: Callable[[str], None] = lambda _: None
+) -> list[Verification]:
+    """Verify a plan on its ranks, of which this process is one; what each has found.
+
+    Raises:
+        CommonError: the world is not the plan's; `command` is what the message says to start.
+    """
+    from planner.run import Settings, check_world
+
+    check_world(plan, Settings(), world, command)
+    kind = "cuda" if plan.problem.device != "cpu" and torch.cuda.is_available() else "cpu"
+    world.connect(kind, replicas=1)
+    assert world.group is not None
+    return world.gathered_objects(verify_plan(None, plan, repeats, True, progress, Ranks(world.group)))
 
 
 def _judged(
