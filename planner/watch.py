@@ -187,7 +187,9 @@ class Watch(threading.Thread):
                     self._conclude(alarm)
         except Exception as error:
             if not self._stopped:
-                self._leave(f"rank {self.rank}: the launcher's store does not answer ({_line(error)})", 1)
+                self._leave(
+                    f"rank {self.rank}: the launcher's store does not answer ({first_line(error)})", 1
+                )
 
     def _alarm(self) -> str | None:
         """Wait a moment; why to end the run, if there is a reason."""
@@ -256,5 +258,6 @@ def _ended(handle: int) -> bool:
     return bool(select.select([handle], [], [], 0)[0])
 
 
-def _line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]
+def first_line(error: BaseException) -> str:
+    """Of what an error says: torch's own say more than people can use."""
+    return str(error).strip().split("\n", 1)[0]
