@@ -231,7 +231,7 @@ class Watch(threading.Thread):
                 break
             time.sleep(0.05)
         for rank, handle in self._handles.items():
-            if rank not in answered:  # it hangs: the launcher would wait 30 s for it
+            if final and rank not in answered:  # it hangs: the launcher would wait 30 s for it
                 with suppress(OSError):
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
         # One rank speaks; the others leave when it has, since torchrun ends all as soon as one has left.
