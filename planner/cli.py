@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -31,7 +31,7 @@ _MODES = ["training", "inference"]
 AUTO = 0  # --ranks auto
 
 
-class _Size(click.ParamType):
+class Size(click.ParamType):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -89,12 +89,12 @@ _PROBLEM_OPTIONS = [
         help="Its states count.",
     ),
     click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
-    click.option("--memory", type=_Size(), help="Budget, like 16GiB; else the device's memory."),
+    click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
         "--ranks", type=_Ranks(), default=1, show_default=True,
         help="Devices that share each input; auto: as few as the budget needs.",
     ),
-    click.option("--link", type=_Size(), help="Between ranks, each way, per second; else the device's."),
+    click.option("--link", type=Size(), help="Between ranks, each way, per second; else the device's."),
 ]  # fmt: skip
 _JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
 
@@ -148,7 +148,7 @@ def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None
             least = {"least_feasible_bytes": error.least_feasible_bytes, "budget_bytes": problem.budget_bytes}
             write_json(json_path, least)
         raise
-    print_plan(found, _console())
+    print_plan(found, console_for_output())
     for path in filter(None, (out, json_path)):
         found.save(path)
     if out:
@@ -169,7 +169,7 @@ def show(plan_file: str, json_path: str | None) -> None:
     found = load_plan(plan_file)
     with _progress("tracing") as update:
         costed = cost_problem(found.problem, progress=update)
-    console = _console()
+    console = console_for_output()
     print_plan(found, console)
     console.print()
     print_schedule(found, console)
@@ -223,7 +223,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
             else:
                 results = verify_on(world, found, repeats, f"verify {plan_file}", update)
         if world.first:
-            console = _console()
+            console = console_for_output()
             console.print(describe_problem(found.problem), highlight=False)
             print_verification(results[0], console)
             print_rank_verifications(results, console)
@@ -254,7 +254,7 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
     costed = _costed(problem.model_copy(update={"budget_bytes": None}))
     with _progress("solving") as update:
         document = sweep_frontier(costed, points, update)
-    print_sweep(document, _console())
+    print_sweep(document, console_for_output())
     for path in filter(None, (out, json_path)):
         write_json(path, document)
     if plot:
@@ -308,7 +308,7 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
 
         found, settings = load_plan(plan_file), Settings(**flags)
         check_world(found, settings, world, f"run {plan_file} --replicas {settings.replicas}")
-        document = run_plan(found, settings, _console(), world)
+        document = run_plan(found, settings, console_for_output(), world)
         if json_path and world.first:
             write_json(json_path, document)
     sys.exit(0 if document["ok"] else CHECK_FAILED)
@@ -384,7 +384,8 @@ def _progress(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def _console() -> Console:
+def console_for_output() -> Console:
+    """As wide as the terminal, or wide enough for every table."""
     from rich.console import Console
 
     console = Console()
@@ -405,36 +406,36 @@ def _check_writable(*paths: str | None) -> None:
             raise ValueError(f"{path}: folder {parent} is not writable; name another")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
+def main(arguments: list[str] | None = None, command: click.Command = cli, name: str = "evoplan") -> None:
+    """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
+
+    def fail(message: str, code: int) -> NoReturn:
+        click.echo(f"{name}: {' '.join(message.split())}", err=True)
+        sys.exit(code)
+
     try:
-        cli.main(args=arguments, prog_name="evoplan", standalone_mode=False)
+        command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
     except click.ClickException as error:
-        _fail(f"{error.format_message()} (see evoplan --help)", BAD_INPUT)
+        fail(f"{error.format_message()} (see {name} --help)", BAD_INPUT)
     except click.exceptions.Abort:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     except MemoryError:
-        _fail(
+        fail(
             "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
             CHECK_FAILED,
         )
     except RunError as error:
-        _fail(str(error), CHECK_FAILED)
+        fail(str(error), CHECK_FAILED)
     except (ValueError, OSError) as error:
         from pydantic import ValidationError
 
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = "".join(f"{part}: " for part in first["loc"])
-            _fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
+            fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
         least = getattr(error, "least_feasible_bytes", None)
         if least is not None:
-            _fail(f"{error} = {format_size(least)}", INFEASIBLE)
-        _fail(str(error), BAD_INPUT)
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(f"evoplan: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+            fail(f"{error} = {format_size(least)}", INFEASIBLE)
+        fail(str(error), BAD_INPUT)

@@ -201,11 +201,16 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
             "use --solver dp or a larger budget",
             predicted.peak_bytes,
         )
+    return plan_of(costed, schedule, SolverReport(name=solver_name, seconds=seconds))
+
+
+def plan_of(costed: Costed, schedule: Sequence, report: SolverReport) -> Plan:
+    """The plan that a schedule makes."""
     return Plan(
         problem=costed.problem,
         costs=COST_SOURCES,
-        solver=SolverReport(name=solver_name, seconds=seconds),
-        predicted=predicted,
+        solver=report,
+        predicted=costed.predict(schedule),
         rank_peak_bytes=peaks_of_ranks(costed, schedule),
         static=costed.static,
         baselines=predict_baselines(costed, costed.chain_budget()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import isqrt
 
-from cost_model.costs import CostTable
-from model.strategy import WHOLE
+from cost_model.costs import CostTable, StepCost
+from model.strategy import WHOLE, Strategy
 from planner.schedule import Checkpoint, Run, Sequence
 
 
@@ -46,3 +46,22 @@ def square_root(table: CostTable) -> Sequence:
     length = max(1, isqrt(len(blocks)))
     segments = [tuple(blocks[i : i + length]) for i in range(0, len(blocks), length)]
     return Sequence(tuple(_checkpoint(segment) for segment in segments))
+
+
+def evenly_chunked(table: CostTable, pieces: int) -> Sequence:
+    """Every submodule cut alike, into at most so many chunks; in training every block recomputed.
+
+    Source: one chunk size for all modules, as in OpenFold (Ahdritz et al. 2022).
+    """
+
+    def strategy(costs: tuple[StepCost, ...]) -> Strategy:
+        chunks = [cost.strategy for cost in costs if cost.strategy.kind == "chunk"]
+        first = [chunk for chunk in chunks if chunk.axis == chunks[0].axis and chunk.n <= pieces]
+        return max(first, key=lambda chunk: chunk.n, default=WHOLE)
+
+    strategies = tuple(strategy(costs) for costs in table.options)
+    runs = tuple(map(Run, range(len(strategies)), strategies))
+    if not table.training:
+        return Sequence(runs)
+    bodies = [Sequence(runs[group.start : group.stop]) for group in table.groups]
+    return Sequence(tuple(Checkpoint(body, strategies[body.span.start : body.span.stop]) for body in bodies))
