@@ -127,7 +127,7 @@ class Ranks:
         if self.group is None:
             note_sent((sum(sent_sizes) - sent_sizes[self.rank]) * sent.element_size(), self.size - 1)
         else:
-            buffers = map(_lent, (received, sent)) if self.backend == "gloo" else (received, sent)
+            buffers = map(lend, (received, sent)) if self.backend == "gloo" else (received, sent)
             dist.all_to_all_single(*buffers, received_sizes, sent_sizes, group=self.group)
         parts = received.split(received_sizes)
         return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -146,7 +146,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
 
 
-def _lent(tensor: Tensor) -> Tensor:
+def lend(tensor: Tensor) -> Tensor:
     """The same memory, not owned; the tensor has to outlive the use of it.
 
     gloo's threads let go of tensors when they come to it. What they are given must not be freed by that: the

@@ -132,7 +132,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     budget = problem.budget_bytes
     ok = abs(peak - predicted) <= PEAK_TOLERANCE * predicted and (budget is None or peak <= budget + around)
     ranks, oks = zip(*world.gathered_objects((mine, ok)), strict=True)
-    print_ranks(ranks, plan, kind, console)
+    print_ranks(list(ranks), plan, kind, console)
     return {
         "losses": losses,
         "first_step": first + 1,

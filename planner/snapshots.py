@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from planner.errors import RunError
 from planner.plan import Plan, write_json
 from planner.training import Training
 from planner.world import World
@@ -56,7 +57,9 @@ class Snapshots:
         return self.world.gathered_objects(max(steps, default=0))[0]
 
     def save(self, step: int, training: Training) -> None:
-        """Write a snapshot after `step` steps."""
+        """Write a snapshot after `step` steps; RunError where they led nowhere."""
+        if not training.finite():
+            raise RunError(f"parameters are not finite after step {step}; try a smaller --learning-rate")
         unfinished = self.folder / f"{_UNFINISHED}{step}"
         _on_disk(
             unfinished, lambda: dcp.save(_tensors(training), checkpoint_id=unfinished, no_dist=self._alone)

@@ -50,7 +50,8 @@ class Training:
         if not self.training:
             return
         if world.mesh is None:
-            self._allocate_gradients()
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
         else:
             self.program = _data_parallel(self.program, world)
         self.optimizer = self._optimizer(problem.optimizer, learning_rate)
@@ -73,8 +74,6 @@ class Training:
 
     def update(self) -> None:
         """Let the optimizer move the parameters."""
-        if self.training:
-            self._allocate_gradients()
         if self.optimizer is not None:
             self.optimizer.step()
 
@@ -90,16 +89,6 @@ class Training:
     def finite(self) -> bool:
         """Whether all parameters are."""
         return all(bool(p.isfinite().all()) for p in self.parameters.values())
-
-    def _allocate_gradients(self) -> None:
-        """Zeros where no gradient came: nothing depends on the last pair steps (see MaskedMSAModel.loss).
-
-        On several ranks only after the first backward, which makes the others parts of the buckets; were they
-        there before, both would be for a while.
-        """
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     def _optimizer(self, name: str, learning_rate: float) -> torch.optim.Optimizer | None:
         parameters = list(self.parameters.values())
@@ -132,5 +121,9 @@ def dropout_seed(seed: int, number: int) -> int:
 
 # Not annotated: DDP reads annotations, and those of this file are texts.
 def _sum_of_ranks_mean_of_replicas(replicas, bucket):
+    # Where no gradient came, DDP would leave none; the optimizer is to see zeros, as it does in one process.
+    for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        if parameter.grad is None:
+            parameter.grad = grad
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0].div_(replicas))

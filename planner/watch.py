@@ -187,7 +187,9 @@ class Watch(threading.Thread):
                     self._conclude(alarm)
         except Exception as error:
             if not self._stopped:
-                self._leave(f"rank {self.rank}: the launcher's store does not answer ({_line(error)})", 1)
+                self._leave(
+                    f"rank {self.rank}: the launcher's store does not answer ({first_line(error)})", 1
+                )
 
     def _alarm(self) -> str | None:
         """Wait a moment; why to end the run, if there is a reason."""
@@ -229,7 +231,7 @@ class Watch(threading.Thread):
                 break
             time.sleep(0.05)
         for rank, handle in self._handles.items():
-            if rank not in answered:  # it hangs: the launcher would wait 30 s for it
+            if final and rank not in answered:  # it hangs: the launcher would wait 30 s for it
                 with suppress(OSError):
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
         # One rank speaks; the others leave when it has, since torchrun ends all as soon as one has left.
@@ -256,5 +258,6 @@ def _ended(handle: int) -> bool:
     return bool(select.select([handle], [], [], 0)[0])
 
 
-def _line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]
+def first_line(error: BaseException) -> str:
+    """Of what an error says: torch's own say more than people can use."""
+    return str(error).strip().split("\n", 1)[0]

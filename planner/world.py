@@ -26,9 +26,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import CommonError, RunError
-from planner.watch import Kind, Watch
+from planner.watch import Kind, Watch, first_line
 
 NCCL_SECONDS = 8  # more than the watch waits: NCCL ends a process without a word when a collective is late
+
+
+# Backends raise plain errors where a partner is gone or late; these words are in them, not in others.
+_OF_COLLECTIVES = ("gloo", "nccl", "tcpstore", "pair closure", "connection", "timed out", "broken pipe")
 
 
 class World:
@@ -76,13 +80,16 @@ class World:
         return 0 if self.mesh is None else self.mesh.get_local_rank("dap")
 
     def join(self) -> None:
-        """Meet the other processes at the store; keep watch from here on."""
-        client = _store(self.timeout)
-        self.holds_store = client[1]
+        """Meet the other processes at the store; keep watch from here on. ValueError where there is none."""
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.holds_store = not agents and self.first
         # A restart by torchrun meets the keys of the run before.
         prefix = f"evoplan {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self.store = dist.PrefixStore(prefix, client[0])
-        watched = dist.PrefixStore(prefix, _client(self.timeout))
+        try:
+            self.store = dist.PrefixStore(prefix, _client(self.timeout, self.holds_store))
+            watched = dist.PrefixStore(prefix, _client(self.timeout))
+        except dist.DistError as error:
+            raise ValueError(f"{first_line(error)}; start all ranks with torchrun") from None
         self.watch = Watch(watched, self.rank, self.size, self.timeout)
         self.watch.start()
 
@@ -205,13 +212,13 @@ def joined(timeout: float) -> Iterator[World]:
 
 def _described(error: BaseException) -> tuple[Kind, str, int]:
     """How a rank ends, what it says, and its exit code; prints the traceback of what nobody expects."""
-    text = str(error).strip().split("\n", 1)[0]
+    text = first_line(error)
     if isinstance(error, CommonError):
         return "common", text, 2
     if isinstance(error, RunError):
         return "common", text, 1
     if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text.lower() for word in ("gloo", "nccl", "tcpstore"))
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_COLLECTIVES)
     ):
         return "collective", text, 1
     if isinstance(error, KeyboardInterrupt):
@@ -228,14 +235,8 @@ def _number(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _store(timeout: float) -> tuple[dist.Store, bool]:
-    """The launcher's store, or one that rank 0 holds; and whether this process holds it."""
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    holds = not agents and _number("RANK", 0) == 0
-    return _client(timeout, holds), holds
-
-
 def _client(timeout: float, holds: bool = False) -> dist.Store:
+    """A connection to the launcher's store, or the store itself."""
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", 29500)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

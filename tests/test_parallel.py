@@ -15,10 +15,11 @@ from torch.distributed import group
 from cost_model import measure
 from cost_model.costs import build_cost_table
 from cost_model.devices import device
+from cost_model.trace import fake_tensors
 from model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
 from model.loss import mean_square
 from model.parallel import ParallelEvoformer, Reshard
-from model.ranks import Ranks
+from model.ranks import Ranks, lend
 from model.strategy import WHOLE
 from planner.apply import PlannedModule
 from planner.replay import replay
@@ -198,6 +199,22 @@ def test_other_sizes_are_refused() -> None:
         imagined(size=6)
     with pytest.raises(ValueError, match=r"built for m of shape \(1, 5, 7, 12\), not \(6, 7, 12\)"):
         imagined()(**random_inputs(TINY, s=6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_gloo_is_lent_is_the_tensors_own_memory(dtype: torch.dtype) -> None:
+    tensor = torch.arange(6, dtype=dtype)
+    lent = lend(tensor)
+    lent[2] = -1
+    assert lent.dtype == dtype
+    assert tensor.tolist() == lent.tolist() == [0, 1, -1, 3, 4, 5]
+    del lent  # frees nothing
+    assert tensor[2] == -1
+    none = tensor[:0]
+    assert lend(none) is none
+    with fake_tensors():
+        fake = torch.empty(3)
+        assert lend(fake) is fake
 
 
 MEASURED, MEASURED_SHAPE = EvoformerConfig(n_block=2, c_m=64, c_z=64), InputShape(32, 64)

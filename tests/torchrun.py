@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,28 +31,40 @@ class Done:
         return [line for line in self.err.splitlines() if line.startswith("evoplan: ")]
 
 
-def torchrun(size: int, *arguments: str, seconds: float = 90) -> Done:
-    """`arguments` (a script or `-m planner`, and what follows) on `size` processes."""
+def torchrun_command(size: int, *arguments: str) -> list[str]:
+    """What starts `arguments` (a script or `-m planner`, and what follows) on `size` processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-    return run([sys.executable, *launcher, *arguments], seconds)
+    return [sys.executable, *launcher, *arguments]
 
 
-def alone(*arguments: str, seconds: float = 60) -> Done:
-    """`arguments` as above on one process, without torchrun."""
+def torchrun(size: int, *arguments: str, seconds: float = 120) -> Done:
+    """Run `arguments` as above."""
+    return run(torchrun_command(size, *arguments), seconds)
+
+
+def alone(*arguments: str, seconds: float = 120) -> Done:
+    """Run `arguments` as above on one process, without torchrun."""
     return run([sys.executable, *arguments], seconds)
 
 
 def run(command: Sequence[str], seconds: float) -> Done:
-    """A command in a session of its own, killed with all that it started when the time is up."""
+    """Run a command to its end, which it has to come to in time."""
+    with started(command) as process:
+        out, err = process.communicate(timeout=seconds)
+        return Done(process.returncode, out, err, time.time())
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, killed at the end with all that it started."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         start_new_session=True,
     )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return Done(process.returncode, out, err, time.time())
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
