@@ -24,6 +24,9 @@ def run_plan(
 ) -> dict:
     """Run `steps` steps; prints each and returns what was predicted and measured.
 
+    The peak predicted is that of the whole program, embedding, head and batch included; it may pass the plan's
+    budget by what they add to the plan's own prediction.
+
     Args:
         msa: an A3M or FASTA file; None for random related sequences.
         learning_rate: of the plan's optimizer (none: the parameters stay).
@@ -50,7 +53,8 @@ def run_plan(
     first = batch_for(problem, alignment, seed)
     live = copies * sum(p.nbytes for p in model.parameters()) + plan.static["workspace"]
     live += sum(tensor.nbytes for tensor in first.values())
-    predicted = live + simulated_peak_bytes(plan, first)
+    with console.status("simulating the step"):
+        predicted = live + simulated_peak_bytes(plan, first)
     around = max(0, predicted - plan.predicted.peak_bytes)
 
     losses: list[float] = []
