@@ -24,8 +24,8 @@ def run_plan(
 ) -> dict:
     """Run `steps` steps; prints each and returns what was predicted and measured.
 
-    The peak predicted is that of the whole program, embedding, head and batch included; it may pass the plan's
-    budget by what they add to the plan's own prediction.
+    The peak predicted is that of the whole program, embedding, head and batch included; it may pass the
+    plan's budget by what they add to the plan's own prediction.
 
     Args:
         msa: an A3M or FASTA file; None for random related sequences.
