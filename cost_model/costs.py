@@ -20,8 +20,9 @@ from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
 
-# Piece counts offered, where the axis is that long.
+# Piece counts offered, where the axis is that long; the last ones where a piece is then still so long.
 PIECES = (2, 4, 8, 16, 32, 64)
+MORE_PIECES, LEAST_LENGTH = (128, 256, 512), 8
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128
@@ -31,12 +32,15 @@ LOSS_NUMBERS, NUMBER_BYTES = 4, 128
 class StepCost:
     """One step under one strategy. Bytes are above the state it enters with.
 
+    In inference only the discarding run is traced; nothing else has a cost then.
+
     Attributes:
         forward_bytes: peak of a forward that is recorded for backward, its new target included.
         preserved_bytes: held from the end of that forward to its backward, without the new target.
         backward_bytes: peak of its backward: what is preserved, the gradients that are live there
             (of all state that later steps read) and the workspace.
-        discard_bytes: peak of a forward that keeps nothing, its new target included.
+        discard_bytes: peak of a forward that keeps nothing, its new target included where that is a new
+            tensor: in inference pieces write over a target that the chain made itself.
         forward_seconds, backward_seconds: time of either; backward includes what it recomputes.
     """
 
@@ -72,6 +76,8 @@ class CostTable:
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
         training: False where nothing is preserved.
         outputs: state tensors that are wanted at the end; None for all.
+        host_bandwidth: bytes per second between the device and the host, either way; None where the state
+            cannot wait there.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -81,6 +87,7 @@ class CostTable:
     loss_bytes: int
     training: bool
     outputs: tuple[str, ...] | None = None
+    host_bandwidth: float | None = None
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -114,7 +121,8 @@ def offered_strategies(submodule: Submodule, shape: Sequence[int]) -> list[Strat
             kind, size = "chunk", shape[axis.cuts[submodule.target]]
         else:
             kind, size = "coshard", axis.size
-        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
+        counts = [n for n in PIECES if n <= size] + [n for n in MORE_PIECES if n * LEAST_LENGTH <= size]
+        strategies += [Strategy(kind, axis.name, n) for n in counts]
     return strategies
 
 
@@ -125,22 +133,28 @@ def trace_step(
     constants: Mapping[str, Tensor],
     trace: Trace,
     live: Iterable[str] | None = None,
+    training: bool = True,
+    in_place: bool = False,
 ) -> StepCost:
     """Cost of one step under one strategy; call on fake tensors, inside `trace`.
 
     Args:
         live: tensors of the state that have a gradient when the step's backward begins; None for all.
+        training: False for the discarding run alone.
+        in_place: whether that run may write over its target.
     """
     base = trace.live_bytes
-    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS)]
+    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
     loss_bytes = trace.live_bytes - base
     seed = 0 if step.submodule.training else None
 
     trace.reset()
     with torch.no_grad():
-        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed))
+        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed), in_place)
     discard_bytes, forward_work = trace.peak_bytes - base, trace.work()
     del output
+    if not training:
+        return StepCost(strategy, discard_bytes, 0, 0, discard_bytes, forward_work, Work())
 
     trace.reset()
     run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
@@ -203,13 +217,15 @@ def build_cost_table(
             live = tuple(version.tensor for version in liveness.alive(step.index + 1))
             # What is live is so in the layout of the moment: ranks may share the state one way or another.
             shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
-            key = step.submodule.signature(), step.reads, live, shapes_now
+            in_place = not training and liveness.owns_target(step.index)
+            key = step.submodule.signature(), step.reads, live, shapes_now, in_place
             if key not in traced:
                 progress(step.name)
-                traced[key] = tuple(
-                    timed(trace_step(step, strategy, state, constants, trace, live), device, dtype)
+                costs = (
+                    trace_step(step, strategy, state, constants, trace, live, training, in_place)
                     for strategy in offered_strategies(step.submodule, state[step.target].shape)
                 )
+                traced[key] = tuple(timed(cost, device, dtype) for cost in costs)
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
             if new_shape != state[step.target].shape:
@@ -226,6 +242,7 @@ def build_cost_table(
         + LOSS_NUMBERS * _rounded(NUMBER_BYTES, device),
         training=training,
         outputs=chain.outputs,
+        host_bandwidth=device.host_bandwidth,
     )
 
 

@@ -129,10 +129,12 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
             "use --solver dp or a larger budget",
             predicted.peak_bytes,
         )
+    # In inference all solvers but the baselines find the shortest path, which is exact.
+    exact = not costed.problem.training and solver_name not in BASELINES
     return Plan(
         problem=costed.problem,
         costs=COST_SOURCES,
-        solver=SolverReport(name=solver_name, seconds=seconds),
+        solver=SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None),
         predicted=predicted,
         static=costed.static,
         baselines=predict_baselines(costed, costed.chain_budget()),

@@ -18,6 +18,7 @@ from model.loss import mean_square
 from model.pieces import sampled_pieces
 from model.trunk import build_model
 from planner.apply import PlannedModule
+from planner.host import FakeHost
 from planner.plan import Plan
 from planner.planning import device_named, empty_stack
 
@@ -91,7 +92,7 @@ def simulate_plan(plan: Plan) -> Verification:
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         stack = fake_copy(empty_stack(problem.config), dtype).train(problem.training)
         before = trace.live_bytes
-        step = _Step(PlannedModule(stack, plan.sequence()), plan, dtype, "cpu")
+        step = _Step(PlannedModule(stack, plan.sequence(), host=FakeHost), plan, dtype, "cpu")
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
