@@ -20,9 +20,10 @@ from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
 
-# Piece counts offered, where the axis is that long; the last ones where a piece is then still so long.
+# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to pieces so long:
+# one attention map of 2,048 residues takes 16 MiB per head in float32.
 PIECES = (2, 4, 8, 16, 32, 64)
-MORE_PIECES, LEAST_LENGTH = (128, 256, 512), 8
+MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128
@@ -121,8 +122,9 @@ def offered_strategies(submodule: Submodule, shape: Sequence[int]) -> list[Strat
             kind, size = "chunk", shape[axis.cuts[submodule.target]]
         else:
             kind, size = "coshard", axis.size
-        counts = [n for n in PIECES if n <= size] + [n for n in MORE_PIECES if n * LEAST_LENGTH <= size]
-        strategies += [Strategy(kind, axis.name, n) for n in counts]
+        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
+        if kind == "chunk":
+            strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
     return strategies
 
 

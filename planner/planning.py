@@ -115,7 +115,8 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         schedule = solver(solver_name)(costed.table, costed.chain_budget())
     except InfeasibleError as error:
         least = costed.fixed_bytes + error.least_bytes
-        step = "the loss" if error.step is None else costed_step_name(costed, error.step)
+        end = "the loss" if error.phase == "loss" else "the end"
+        step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
             f"no plan fits a budget of {budget} bytes; the least that does is {least} bytes "
             f"(what stands in the way: {error.phase} of {step})",
