@@ -20,7 +20,7 @@ from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis, Submodule
 
-# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to pieces so long:
+# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.
 PIECES = (2, 4, 8, 16, 32, 64)
 MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
