@@ -179,6 +179,24 @@ def test_peaks_are_as_predicted(costed: Costed, host: bool, more: float) -> None
     assert predicted - 64 <= found.measured_peak_bytes <= predicted
 
 
+@pytest.mark.parametrize("more", [1.0, 100.0])
+def test_half_precision_peaks_are_as_predicted(more: float) -> None:
+    """Products pack their factors then: outer products, the largest of them, at the second."""
+    problem = Problem(
+        model="custom",
+        config=replace(CONFIG, c_tri=16),
+        shape=InputShape(9, 17),
+        dtype="bfloat16",
+        mode="inference",
+    )
+    costed = cost_problem(problem)
+    plan = solve(asked(costed, int(more * least(costed, False)), False))
+    predicted = plan.predicted.peak_bytes
+    assert simulate_plan(plan).measured_peak_bytes == predicted
+    measured = verify_plan(None, plan, repeats=1).measured_peak_bytes
+    assert predicted - 64 <= measured <= predicted
+
+
 def test_the_host_lowers_the_least_budget(costed: Costed) -> None:
     """And at the least budget a plan exists, at one byte less none."""
     with_host, without = least(costed, True), least(costed, False)
