@@ -74,10 +74,13 @@ class Trial:
             for parameter in module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
-    def loss(self) -> Tensor:
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The results, with the same dropout every time."""
+        return self.module(**self.inputs, dropout_seed=0)
+
+    def loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """A loss of every entry of the results; of several ranks, this one's part of their sum."""
-        m, z = self.module(**self.inputs, dropout_seed=0)  # the same masks every time
-        return mean_square(m, z, self.counts)
+        return mean_square(*outputs, self.counts)
 
     def run(self) -> None:
         """The step."""
@@ -86,7 +89,8 @@ class Trial:
                 self.module(**self.inputs)
             return
         self._drop_gradients()
-        self.loss().backward()
+        outputs = self.outputs()  # held to the end, as a caller may
+        self.loss(outputs).backward()
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
@@ -103,7 +107,7 @@ class Trial:
             with torch.no_grad():
                 return list(self.module(**self.inputs)), []
         leaves = [*self.state.values(), *self.module.parameters()]
-        loss = self.loss()
+        loss = self.loss(self.outputs())
         gradients = list(torch.autograd.grad(loss, leaves))
         loss = loss.detach()
         for total in (loss, *gradients[len(self.state) :]) if self.share is not None else ():
