@@ -249,7 +249,7 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
     from planner.report import print_sweep
 
     if not problem.training:
-        raise ValueError("sweep is for training: in inference only chunks trade time for memory; use plan")
+        raise ValueError("sweep is for training; for inference ask plan for one budget after another")
 
     costed = _costed(problem.model_copy(update={"budget_bytes": None}))
     with _progress("solving") as update:

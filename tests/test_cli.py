@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -283,6 +284,31 @@ def test_inference_plans_simulate_with_dropout_in_the_model(
     path = str(tmp_path / "plan.json")
     assert call(capsys, "plan", *SMALL, "--mode", "inference", "--out", path)[0] == 0
     assert call(capsys, "verify", path, "--simulate")[0] == 0
+
+
+def test_inference_says_what_waits_on_the_host(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """At the least budget of a device, not of the CPU; the whole run agrees, and a shorter one."""
+    path = tmp_path / "plan.json"
+    flags = ["plan", *SMALL, "--n-res", "25", "--mode", "inference", "--memory"]
+    least = {}
+    for device in ("a100-40gb", "cpu"):
+        assert call(capsys, *flags, "1kB", "--device", device, "--json", str(path))[0] == 3
+        least[device] = json.loads(path.read_text())["least_feasible_bytes"]
+        code, out, _ = call(
+            capsys, *flags, str(least[device]), "--device", device, "--json", str(tmp_path / device),
+            "--out", str(path),
+        )  # fmt: skip
+        assert code == 0
+        assert ("on the host" in out) == (device != "cpu")
+        assert json.loads(path.read_text())["solver"]["gap"] == 0
+    plan = str(tmp_path / "a100-40gb")
+    code, out, _ = call(capsys, "show", plan)
+    assert code == 0
+    assert re.search(r"blocks\.1\.triangle_outgoing: .*\[on the host: m\]", out)
+    assert "copies between the device and the host" in out
+    assert call(capsys, "verify", plan, "--simulate")[0] == 0
+    assert call(capsys, "verify", plan, "--simulate", "--blocks", "1")[0] == 0
+    assert call(capsys, "verify", plan, "--repeats", "1")[0] == 0
 
 
 def test_device_plans_keep_the_least_budget(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -74,3 +74,15 @@ def test_full_size(tmp_path, budget: str, least_depth: int) -> None:
     ratio = found["measured_peak_bytes"] / found["predicted_peak_bytes"]
     print(f"simulated in {seconds:.0f} s, peak {ratio:.4f} of predicted")
     assert abs(ratio - 1) <= 0.02
+
+
+def test_long_protein(tmp_path) -> None:
+    """48 blocks at s=128, r=2048 in float32 infer within 9 GiB, inputs and outputs included."""
+    plan, out = tmp_path / "plan.json", tmp_path / "verify.json"
+    flags = ["--model", "alphafold2-t1044", "--mode", "inference", "--device", "a100-40gb"]
+    seconds, memory = evoplan("plan", *flags, "--memory", "9GiB", "--out", str(plan))
+    predicted = load_plan(plan).predicted
+    print(f"\nplanned in {seconds:.1f} s, {memory / 2**20:.0f} MiB: {predicted.peak_bytes / 2**30:.3f} GiB")
+    assert predicted.peak_bytes <= 9 * 2**30
+    evoplan("verify", str(plan), "--simulate", "--json", str(out))
+    assert json.loads(out.read_text())["measured_peak_bytes"] == predicted.peak_bytes
