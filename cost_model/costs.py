@@ -20,8 +20,10 @@ from model.pieces import sampled_pieces
 from model.strategy import WHOLE, Strategy
 from model.submodule import IndependentAxis
 
-# Piece counts offered, where the axis is that long.
+# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
+# one attention map of 2,048 residues takes 16 MiB per head in float32.
 PIECES = (2, 4, 8, 16, 32, 64)
+MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128
@@ -31,12 +33,15 @@ LOSS_NUMBERS, NUMBER_BYTES = 4, 128
 class StepCost:
     """One step under one strategy. Bytes are above the state it enters with.
 
+    In inference only the discarding run is traced; nothing else has a cost then.
+
     Attributes:
         forward_bytes: peak of a forward that is recorded for backward, its new target included.
         preserved_bytes: held from the end of that forward to its backward, without the new target.
         backward_bytes: peak of its backward: what is preserved, the gradients that are live there
             (of all state that later steps read) and the workspace.
-        discard_bytes: peak of a forward that keeps nothing, its new target included.
+        discard_bytes: peak of a forward that keeps nothing, its new target included where that is a new
+            tensor: in inference pieces write over a target that the chain made itself.
         forward_seconds, backward_seconds: time of either; backward includes what it recomputes.
     """
 
@@ -74,6 +79,8 @@ class CostTable:
         outputs: state tensors that are wanted at the end; None for all.
         units: steps that people take for one: a submodule and what leads in to it; empty: each for itself.
         input_bytes: what forward is given and the constants made from it, live throughout.
+        host_bandwidth: bytes per second between the device and the host, either way; None where the state
+            cannot wait there.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -85,6 +92,7 @@ class CostTable:
     outputs: tuple[str, ...] | None = None
     units: tuple[range, ...] = ()
     input_bytes: int = 0
+    host_bandwidth: float | None = None
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -119,6 +127,8 @@ def offered_strategies(step: Step, shape: Sequence[int]) -> list[Strategy]:
         else:
             kind, size = "coshard", axis.size
         strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
+        if kind == "chunk":
+            strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
     return strategies
 
 
@@ -129,22 +139,28 @@ def trace_step(
     constants: Mapping[str, Tensor],
     trace: Trace,
     live: Iterable[str] | None = None,
+    training: bool = True,
+    in_place: bool = False,
 ) -> StepCost:
     """Cost of one step under one strategy; call on fake tensors, inside `trace`.
 
     Args:
         live: tensors of the state that have a gradient when the step's backward begins; None for all.
+        training: False for the discarding run alone.
+        in_place: whether that run may write over its target.
     """
     base = trace.live_bytes
-    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS)]
+    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
     loss_bytes = trace.live_bytes - base
     seed = 0 if step.submodule.training else None
 
     trace.reset()
     with torch.no_grad():
-        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed))
+        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed), in_place)
     discard_bytes, forward_work = trace.peak_bytes - base, trace.work()
     del output
+    if not training:
+        return StepCost(strategy, discard_bytes, 0, 0, discard_bytes, forward_work, Work())
 
     trace.reset()
     run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
@@ -214,13 +230,15 @@ def build_cost_table(
             # What is live is so in the layout of the moment: ranks may share the state one way or another.
             shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
             offered = tuple(strategies(step, state[step.target].shape))
-            key = step.submodule.signature(), step.reads, live, shapes_now, offered
+            in_place = not training and liveness.owns_target(step.index)
+            key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:
                 progress(step.name)
-                traced[key] = tuple(
-                    timed(trace_step(step, strategy, state, constants, trace, live), device, dtype, link)
+                costs = (
+                    trace_step(step, strategy, state, constants, trace, live, training, in_place)
                     for strategy in offered
                 )
+                traced[key] = tuple(timed(cost, device, dtype, link) for cost in costs)
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
             if new_shape != state[step.target].shape:
@@ -239,6 +257,7 @@ def build_cost_table(
         outputs=chain.outputs,
         units=chain.units,
         input_bytes=input_bytes,
+        host_bandwidth=device.host_bandwidth,
     )
 
 

@@ -52,6 +52,7 @@ class Device:
         workspace_bytes: what its libraries take once (cuBLAS).
         source: where the figures come from.
         link: to other devices of its node.
+        host_bandwidth: bytes per second between its memory and the host's, each way; None where they are one.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Device:
     workspace_bytes: int
     source: str
     link: Link
+    host_bandwidth: float | None = None
+
+
+# Bytes per second over 16 lanes of PCI Express, by generation: about three quarters of what the lanes carry
+# (PCI-SIG: 15.8, 31.5 and 63 GB/s), for copies of pinned memory.
+_PCIE = {3: 12e9, 4: 24e9, 5: 50e9}
 
 
 def _cuda(
@@ -75,6 +82,7 @@ def _cuda(
     source: str,
     link: float,
     bf16: float = 0,
+    pcie: int = 4,
 ) -> Device:
     flops = {"float16": half, "bfloat16": bf16 or half, "float32": single, "float64": double}
     return Device(
@@ -88,6 +96,7 @@ def _cuda(
         workspace_bytes=(32 if name.startswith("h") else 9) * 2**20,
         source=source,
         link=Link(link * 1e9, 2e-6),
+        host_bandwidth=_PCIE[pcie],
     )
 
 
@@ -106,14 +115,14 @@ _TABLE = (
         source="measured on two cores, torch 2.13; indicative only",
         link=Link(1e9, 1e-4),  # gloo between processes
     ),
-    _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7),
-    _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7),
+    _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7, pcie=3),
+    _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7, pcie=3),
     _cuda("a100-40gb", 40, 312, 19.5, 9.7, 1555, "NVIDIA A100 data sheet (SXM4)", 300),
     _cuda("a100-80gb", 80, 312, 19.5, 9.7, 2039, "NVIDIA A100 data sheet (SXM4)", 300),
-    _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)", 450),
-    _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)", 450),
+    _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)", 450, pcie=5),
+    _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)", 450, pcie=5),
     _cuda("l4-24gb", 24, 121, 30.3, 0.49, 300, "NVIDIA L4 data sheet, dense", 32),
-    _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", 16, bf16=8.1),
+    _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", 16, bf16=8.1, pcie=3),
     _cuda(
         "rtx4090-24gb", 24, 165, 82.6, 1.29, 1008, "NVIDIA Ada architecture white paper, fp32 accumulate", 32
     ),

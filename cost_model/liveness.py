@@ -89,6 +89,10 @@ class Liveness:
         """Versions alive at a position that the steps from `start` on made."""
         return tuple(version for version in self._alive[position] if version.maker >= start)
 
+    def owns_target(self, step: int) -> bool:
+        """Whether the version that the step replaces is the chain's own, not the caller's input."""
+        return self._reads[step][0].maker != INPUT
+
     @cached_property
     def _last_reads(self) -> list[tuple[str, ...]]:
         gone: list[tuple[str, ...]] = []

@@ -111,6 +111,8 @@ class Trace(TorchDispatchMode, PieceSample):
             return args[0].fake_device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is _VIEW and 1 in out.shape:
+            out = _strided_as_viewed(out)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
         if made or func._schema.is_mutable:
@@ -145,11 +147,25 @@ class Trace(TorchDispatchMode, PieceSample):
 
 
 _DEVICE = torch.ops.prim.device.default
+_VIEW = torch.ops.aten.view.default
 _FREE = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,
 }
+
+
+def _strided_as_viewed(tensor: Tensor) -> Tensor:
+    """A view with the strides that real tensors get: a dimension of one element has a new one.
+
+    Fake tensors keep the old one. It addresses nothing, but half-precision products on the CPU choose by it
+    how to pack their factors.
+    """
+    stride = list(tensor.stride())
+    for dim in reversed(range(tensor.ndim - 1)):
+        if tensor.shape[dim] == 1:
+            stride[dim] = stride[dim + 1] * tensor.shape[dim + 1]
+    return tensor if tuple(stride) == tensor.stride() else tensor.as_strided(tensor.shape, stride)
 
 
 def _moved_bytes(tensor: Tensor) -> int:

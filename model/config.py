@@ -155,6 +155,11 @@ PRESETS: dict[str, Preset] = {
     "alphafold2-finetune": Preset(
         EvoformerConfig(), InputShape(512, 384), "main stack, fine-tuning crop (Suppl. 1.11)"
     ),
+    "alphafold2-t1044": Preset(
+        EvoformerConfig(),
+        InputShape(128, 2048),
+        "main stack, inference on a protein as long as CASP14's T1044",
+    ),
     "alphafold2-extra": Preset(
         _EXTRA, InputShape(1024, 256), "extra MSA stack, initial training crop (Suppl. Alg. 18, 1.11)"
     ),

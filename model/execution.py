@@ -26,13 +26,19 @@ Gradients = dict[str, Tensor]
 ParameterGradients = dict[str, Tensor]
 
 
-def run_discarded(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> Tensor:
-    """The new target, keeping nothing for backward. Call without autograd."""
+def run_discarded(
+    submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool = False
+) -> Tensor:
+    """The new target, keeping nothing for backward. Call without autograd.
+
+    Args:
+        in_place: pieces may write into the old target: nobody else has it, and nobody reads it again. A whole
+            run makes its update as large as the target anyway and adds it up there.
+    """
     if strategy.kind == "whole":
         return submodule.new_target(tensors)
-    if strategy.kind == "chunk":
-        return _chunked(submodule, strategy, tensors)
-    return _cosharded(submodule, strategy, tensors)
+    run = _chunked if strategy.kind == "chunk" else _cosharded
+    return run(submodule, strategy, tensors, in_place)
 
 
 class WholeRun:
@@ -116,6 +122,11 @@ def _pick(tensors: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names if name in tensors}
 
 
+def _buffer(target: Tensor, in_place: bool) -> Tensor:
+    """Where pieces put the new target: over the old one, of which a piece reads its own slice only."""
+    return target if in_place else torch.empty_like(target, memory_format=torch.contiguous_format)
+
+
 def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     """The running sum of gradients; the first term becomes the buffer."""
     if total is None or term is None:
@@ -191,11 +202,11 @@ def _context_in_slices(submodule: Submodule, n: int, tensors: Tensors) -> Tensor
     return submodule.gathered(context)
 
 
-def _chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> Tensor:
+def _chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
     axis = submodule.axis(strategy.axis)
     target, cuts = submodule.target, _cuts(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
-    new = torch.empty_like(tensors[target], memory_format=torch.contiguous_format)
+    new = _buffer(tensors[target], in_place)
     for span in _piece_spans(submodule, strategy, new.shape[cuts[target]]):
         piece = _cut(tensors, cuts, span)
         torch.add(piece[target], submodule.update(piece, context), out=_view(new, cuts[target], span))
@@ -286,12 +297,12 @@ def _finished(submodule: Submodule, update: Tensor, tensors: Tensors) -> Tensor:
     return dropped(submodule.finish(update, *(x[name] for name in submodule.finish_inputs)), tensors)
 
 
-def _cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> Tensor:
+def _cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
     axis = submodule.axis(strategy.axis)
     cuts = _cuts(submodule, _ROWS)
     target = tensors[submodule.target]
     update = _reduced(submodule, axis, strategy.n, _normalised_inputs(submodule, tensors))
-    new = torch.empty_like(target, memory_format=torch.contiguous_format)
+    new = _buffer(target, in_place)
     inputs = _pick(tensors, (*submodule.finish_inputs, "dropout"))
     for span in _row_spans(target, strategy.n):
         rows = _finished(submodule, _view(update, -3, span).clone(), _cut(inputs, cuts, span))

@@ -9,7 +9,7 @@ from the state it kept, and leaves the records of its parts instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from cost_model.liveness import Liveness
 from model.chain import Chain, Plannable, State, Step
 from model.execution import Gradients, ParameterGradients, PiecewiseRun, WholeRun, record, run_discarded
 from model.strategy import Strategy
+from planner.host import Host, check_away, moves
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
 
 
@@ -138,19 +139,25 @@ class PlannedModule(nn.Module):
         stack: the model, or one rank's share of it.
         schedule: covers all its steps.
         shapes: the state's shapes that the schedule was made for; others are refused. None: any.
+        host: makes where state waits that is off the device, for each forward.
     """
 
     def __init__(
-        self, stack: Plannable, schedule: Sequence, shapes: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        stack: Plannable,
+        schedule: Sequence,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        host: Callable[[], Host] = Host,
     ) -> None:
         super().__init__()
-        self.stack, self.schedule, self.shapes = stack, schedule, shapes
+        self.stack, self.schedule, self.shapes, self.host = stack, schedule, shapes, host
         self.chain = Chain.of(stack)
         self.liveness = Liveness([step.reads for step in self.chain.steps], self.chain.outputs)
         if schedule.span != range(len(self.chain.steps)):
             raise ValueError(
                 f"the plan covers {len(schedule.span)} steps, the model has {len(self.chain.steps)}"
             )
+        check_away(schedule, self.liveness)
 
     def forward(
         self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
@@ -161,17 +168,38 @@ class PlannedModule(nn.Module):
         for name, shape in (self.shapes or {}).items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
-        tape = Tape(self.chain, self.liveness, constants, self.stack.draw_seed(dropout_seed))
-        recording = torch.is_grad_enabled()
+        seed = self.stack.draw_seed(dropout_seed)
+        if torch.is_grad_enabled():
+            self._record(Tape(self.chain, self.liveness, constants, seed), state)
+        else:
+            self._infer(state, constants, seed)
+        return self.stack.results(state)
+
+    def _infer(self, state: State, constants: Mapping[str, Tensor], seed: int | None) -> None:
+        """Every step once. What the chain itself has made is written over and may leave the device."""
+        host = self.host()
+        for run, put, take in moves(self.schedule):
+            host.move(state, put, take)
+            if run is None:
+                break
+            step = self.chain.steps[run.step]
+            tensors, in_place = step.tensors(state, constants, seed), self.liveness.owns_target(run.step)
+            state[step.target] = run_discarded(step.submodule, run.strategy, tensors, in_place)
+            del tensors
+            for name in self.liveness.last_reads(run.step):
+                del state[name]
+
+    def _record(self, tape: Tape, state: State) -> None:
+        """A forward for one backward."""
         for part in self.schedule.parts:
             if isinstance(part, Run):
-                self._advance(part, recording, tape, state)
+                if part.away:
+                    raise ValueError("the plan is for inference: call the model under torch.no_grad()")
+                self._advance(part, True, tape, state)
                 continue
-            if recording:
-                tape.keep_entry(part, state)
+            tape.keep_entry(part, state)
             for run in part.first_pass():
                 self._advance(run, False, tape, state)
-        return self.stack.results(state)
 
     def _advance(self, run: Run, recorded: bool, tape: Tape, state: State) -> None:
         step = self.chain.steps[run.step]

@@ -21,11 +21,11 @@ def certify(costed: Costed, plan: Plan, progress: Callable[[str], None] = lambda
     """The plan with what can be proven of it.
 
     Raises:
-        ValueError: the plan is for inference, where no step depends on another's choice.
+        ValueError: the plan is for inference, where the solver is exact.
     """
     if not costed.problem.training:
         raise ValueError(
-            "--certify is for training: in inference every step just takes the fastest that fits"
+            "--certify is for training: an inference plan is the fastest on offer as it is (solver.gap is 0)"
         )
     table, budget = costed.table, costed.chain_budget()
     if budget is None:

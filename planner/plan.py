@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model.strategy import Strategy
 from planner.problem import Problem
-from planner.schedule import Checkpoint, Run, Sequence
+from planner.schedule import Checkpoint, Run, Sequence, all_runs
 
 SCHEMA = 1
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
@@ -65,7 +65,8 @@ class SolverReport(BaseModel):
 
     Attributes:
         gap: the step is at most so much slower than the fastest persistent schedule, checkpoints nested
-            to any depth, memory as the dynamic program charges it; None: not proven.
+            to any depth, memory as the dynamic program charges it; None: not proven. In inference: than any
+            schedule of the strategies and waits on offer.
         certificates: what is proven, class by class.
     """
 
@@ -159,6 +160,8 @@ def load_plan(path: str | Path) -> Plan:
         plan = Plan.model_validate(document)
         if plan.sequence().span.start != 0:
             raise ValueError("it does not start at the first step")
+        if plan.problem.training and any(run.away for run in all_runs(plan.sequence())):
+            raise ValueError("it has state in host memory, which training cannot; make it again")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -195,9 +198,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def schedule_to_json(schedule: Sequence) -> list[Any]:
-    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}."""
+    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}.
+
+    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]].
+    """
     return [
-        [part.step, str(part.strategy)]
+        [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
         if isinstance(part, Run)
         else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
         for part in schedule.parts
@@ -211,6 +217,8 @@ def schedule_from_json(parts: list[Any]) -> Sequence:
         match part:
             case [int(step), str(strategy)]:
                 built.append(Run(step, Strategy.parse(strategy)))
+            case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
+                built.append(Run(step, Strategy.parse(strategy), tuple(away)))
             case {"checkpoint": list(body), "discard": list(discard)}:
                 strategies = tuple(Strategy.parse(str(text)) for text in discard)
                 built.append(Checkpoint(schedule_from_json(body), strategies))

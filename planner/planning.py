@@ -187,7 +187,8 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         schedule = solver(solver_name)(costed.table, costed.chain_budget())
     except InfeasibleError as error:
         least = costed.fixed_bytes + error.least_bytes
-        step = "the loss" if error.step is None else costed_step_name(costed, error.step)
+        end = "the loss" if error.phase == "loss" else "the end"
+        step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
             f"no plan fits a budget of {budget} bytes; the least that does is {least} bytes "
             f"(what stands in the way: {error.phase} of {step})",
@@ -201,7 +202,10 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
             "use --solver dp or a larger budget",
             predicted.peak_bytes,
         )
-    return plan_of(costed, schedule, SolverReport(name=solver_name, seconds=seconds))
+    # In inference all solvers but the baselines find the shortest path, which is exact.
+    exact = not costed.problem.training and solver_name not in BASELINES
+    report = SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None)
+    return plan_of(costed, schedule, report)
 
 
 def plan_of(costed: Costed, schedule: Sequence, report: SolverReport) -> Plan:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import matplotlib.ticker
+from matplotlib.figure import Figure
 
 from planner.plan import write_atomically
 
@@ -28,12 +29,7 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
     Raises:
         ValueError: a suffix that is no picture format.
     """
-    path = Path(path)
-    picture = path.suffix.lstrip(".").lower() or "png"
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    if picture not in figure.canvas.get_supported_filetypes():
-        plt.close(figure)
-        raise ValueError(f"{path}: pictures are written as png, svg or pdf, not {picture!r}")
     points = document["points"]
     unit, name = (GIB, "GiB") if points[-1]["peak_bytes"] > 4 * GIB else (2**20, "MiB")
     axes.step(
@@ -80,7 +76,17 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
     axes.set_ylim(0, min(1.05 * points[0]["step_seconds"], 2.5 * slowest))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a picture, all of it or nothing, and close it; ValueError where the suffix is no format."""
+    picture = Path(path).suffix.lstrip(".").lower() or "png"
     content = io.BytesIO()
-    figure.savefig(content, format=picture, dpi=150)
-    plt.close(figure)
+    try:
+        if picture not in figure.canvas.get_supported_filetypes():
+            raise ValueError(f"{path}: pictures are written as png, svg or pdf, not {picture!r}")
+        figure.savefig(content, format=picture, dpi=150)
+    finally:
+        plt.close(figure)
     write_atomically(path, content.getvalue())

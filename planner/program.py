@@ -13,6 +13,7 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.trunk import build_model
 from planner.apply import PlannedModule
+from planner.host import FakeHost
 from planner.plan import Plan
 from planner.planning import device_named, planned_model
 
@@ -69,7 +70,8 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
         plain = MaskedMSAModel(problem.config, build_model(problem.config))
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(plain, dtype).train(problem.training)
-        model.stack = PlannedModule(planned_model(problem, rank, model.stack), plan.sequence())
+        share = planned_model(problem, rank, model.stack)
+        model.stack = PlannedModule(share, plan.sequence(), host=FakeHost)
         batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         for parameter in model.parameters() if problem.training else ():
             parameter.grad = torch.zeros_like(parameter)

@@ -15,17 +15,18 @@ from typing import Literal
 from cost_model.costs import CostTable, StepCost
 from cost_model.liveness import INPUT, Version
 from model.strategy import Strategy
-from planner.schedule import Checkpoint, Run, Sequence, needs_forward
+from planner.host import check_away, moves
+from planner.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
 
-Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward"]
+Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One run of one step (or of the loss).
+    """One run of one step (or of the loss), or a copy between the device and the host before it.
 
     Attributes:
-        phase, step: what runs; step is None for the loss.
+        phase, step: what runs; step is None for the loss, and for copies after the last step.
         held_bytes: live before it starts, inputs excluded.
         peak_bytes: most that is live during it.
         seconds: its predicted time.
@@ -70,11 +71,18 @@ def replay(schedule: Sequence, table: CostTable) -> Replay:
     """Run a schedule on the cost table.
 
     Raises:
-        ValueError: the schedule covers other steps than the table, or uses a strategy that it lacks.
+        ValueError: the schedule covers other steps than the table, uses a strategy that it lacks, or has
+            state in host memory where that cannot be.
     """
     steps = range(len(table.options))
     if schedule.span != steps:
         raise ValueError(f"the schedule covers steps {schedule.span}, the chain has {steps}")
+    if any(run.away for run in all_runs(schedule)):
+        if table.training or table.host_bandwidth is None:
+            raise ValueError(
+                "state may wait in host memory in inference only, on a device apart from the host"
+            )
+        check_away(schedule, table.liveness)
     return _Machine(table).run(schedule)
 
 
@@ -110,7 +118,7 @@ class _Machine:
         state = {version.tensor: version for version in table.liveness.alive(0)}
         self.keep(state.values())
         if not table.training:
-            self.discard(all_runs(schedule), state, "discard")
+            self.infer(schedule, state)
             return Replay(tuple(self.moments), table.bytes_of(state.values()))
         records: list[_Record] = []
         self.forward(schedule, state, records, redo=False)
@@ -148,6 +156,17 @@ class _Machine:
         self.release([state[target]])
         state[target] = fresh
         self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
+
+    def infer(self, schedule: Sequence, state: dict[str, Version]) -> None:
+        for run, put, take in moves(schedule):
+            step = None if run is None else run.step
+            for phase, names, sign in (("to host", put, -1), ("from host", take, 1)):
+                if names:
+                    moved = sum(self.table.state_bytes[name] for name in names)
+                    seconds = moved / self.table.host_bandwidth
+                    self.moment(phase, step, max(0, sign * moved), seconds)
+                    self.held_bytes += sign * moved
+            self.discard([run] if run else [], state, "discard")
 
     def discard(self, runs: Iterable[Run], state: dict[str, Version], phase: Phase) -> None:
         for run in runs:
@@ -194,11 +213,3 @@ class _Machine:
         self.held_bytes -= record.bytes  # backward_bytes counts it
         self.moment("backward", record.part.step, cost.backward_bytes, cost.backward_seconds)
         self.release(record.entry)
-
-
-def all_runs(schedule: Sequence) -> list[Run]:
-    """Every step once, as its first pass runs it."""
-    runs: list[Run] = []
-    for part in schedule.parts:
-        runs += part.first_pass() if isinstance(part, Checkpoint) else [part]
-    return runs

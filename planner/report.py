@@ -14,8 +14,8 @@ from model.chain import Chain
 from planner.plan import Certificate, Plan, Prediction
 from planner.planning import kind_of, planned_model
 from planner.problem import Problem
-from planner.replay import Replay
-from planner.schedule import Checkpoint, Sequence, depth, final_strategies, forward_runs
+from planner.replay import Moment, Replay
+from planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs
 from planner.sizes import format_seconds, format_size
 from planner.verify import Verification
 
@@ -92,12 +92,17 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
         if problem.training
         else "decision per submodule"
     )
-    table = _table(title, "submodule", "strategy (blocks)", "forward runs")
+    waits = {run.step: run.away for run in all_runs(schedule) if run.away}
+    host = ("on the host (blocks)",) if waits else ()
+    table = _table(title, "submodule", "strategy (blocks)", "forward runs", *host)
     for name, steps in kinds.items():
         counts = Counter(str(final[step]) for step in steps)
         text = ", ".join(f"{strategy} ({count})" for strategy, count in counts.most_common())
         most = [runs[step] for step in steps]
-        table.add_row(name, text, f"{min(most)}" if min(most) == max(most) else f"{min(most)}-{max(most)}")
+        away = Counter(", ".join(waits.get(step, ())) for step in steps)
+        waiting = ", ".join(f"{names} ({count})" for names, count in away.most_common() if names)
+        forward = f"{min(most)}" if min(most) == max(most) else f"{min(most)}-{max(most)}"
+        table.add_row(name, text, forward, *([waiting] if waits else []))
     return table
 
 
@@ -146,7 +151,8 @@ def schedule_lines(schedule: Sequence, names: list[str], indent: str = "") -> It
             yield f"{indent}checkpoint {names[first]} .. {names[last]}  [first pass: {discard}{more}]"
             yield from schedule_lines(part.body, names, indent + "  ")
         else:
-            yield f"{indent}{names[part.step]}: {part.strategy}"
+            away = f"  [on the host: {', '.join(part.away)}]" if part.away else ""
+            yield f"{indent}{names[part.step]}: {part.strategy}{away}"
 
 
 def fold(lines: list[str], limit: int = 60) -> list[str]:
@@ -170,19 +176,33 @@ def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: 
     peak = result.peak
     for start in range(0, len(moments), size):
         moment = max(moments[start : start + size], key=lambda m: m.peak_bytes)
-        where = "-" if moment.step is None else names[moment.step]
+        where = _where(moment, names)
         table.add_row(
             moment.phase, where, format_size(fixed_bytes + moment.held_bytes),
             format_size(fixed_bytes + moment.peak_bytes), style="bold" if moment is peak else None,
         )  # fmt: skip
     console.print(table)
-    where = "the loss" if peak.step is None else names[peak.step]
+    copies = [moment.seconds for moment in moments if moment.phase.endswith("host")]
+    if copies:
+        console.print(
+            f"{len(copies)} copies between the device and the host, {format_seconds(sum(copies))} of "
+            f"{format_seconds(result.seconds)}",
+            highlight=False,
+        )
+    gradients = ", gradients included" if any(moment.phase == "backward" for moment in moments) else ""
     console.print(
-        f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {where}: "
+        f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {_where(peak, names)}: "
         f"{format_size(fixed_bytes)} static, {format_size(peak.held_bytes)} kept by earlier steps, "
-        f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself, gradients included",
+        f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself{gradients}",
         highlight=False,
     )
+
+
+def _where(moment: Moment, names: list[str]) -> str:
+    """The step of a moment, by name."""
+    if moment.step is not None:
+        return names[moment.step]
+    return "the loss" if moment.phase == "loss" else "the end"
 
 
 def print_verification(found: Verification, console: Console) -> None:

@@ -18,10 +18,15 @@ from model.strategy import Strategy
 
 @dataclass(frozen=True)
 class Run:
-    """One step, kept for backward as its strategy keeps it."""
+    """One step, kept for backward as its strategy keeps it.
+
+    Attributes:
+        away: state tensors that lie in host memory while it runs; only in inference (`planner.host`).
+    """
 
     step: int
     strategy: Strategy
+    away: tuple[str, ...] = ()
 
     @property
     def span(self) -> range:
@@ -46,6 +51,8 @@ class Checkpoint:
             raise ValueError(
                 f"a checkpoint of {len(self.body.span)} steps has {len(self.discard)} strategies"
             )
+        if any(isinstance(part, Run) and part.away for part in self.body.parts):
+            raise ValueError("state may wait in host memory in inference only, not in a checkpoint")
 
     @property
     def span(self) -> range:
@@ -87,6 +94,14 @@ def allow_depth(groups: int) -> None:
 def depth(schedule: Sequence) -> int:
     """How many checkpoints lie within one another at most."""
     return max((1 + depth(part.body) if isinstance(part, Checkpoint) else 0) for part in schedule.parts)
+
+
+def all_runs(schedule: Sequence) -> list[Run]:
+    """Every step once, as its first pass runs it."""
+    runs: list[Run] = []
+    for part in schedule.parts:
+        runs += part.first_pass() if isinstance(part, Checkpoint) else [part]
+    return runs
 
 
 def final_strategies(schedule: Sequence) -> dict[int, Strategy]:

@@ -18,6 +18,7 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.ranks import Ranks
 from planner.apply import PlannedModule
+from planner.host import FakeHost
 from planner.plan import Plan
 from planner.planning import device_named, input_shapes, planned_model
 from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
@@ -105,8 +106,8 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        shapes = input_shapes(problem, model)
-        step = Trial(PlannedModule(model, plan.sequence()), problem, random_inputs(problem, shapes))
+        planned = PlannedModule(model, plan.sequence(), host=FakeHost)
+        step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()

@@ -108,3 +108,21 @@ def test_devices_without_scratch_are_traced_without():
         plain.reset()
         a @ a
     assert plain.peak_bytes == 2 * a.nbytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "seen"),
+    [
+        ((1, 6, 3), (18, 1, 6), (1, 6, 3)),
+        ((1, 1, 6, 3), (18, 18, 1, 6), (1, 1, 6, 3)),
+        ((4, 1, 3), (1, 12, 4), (4, 1, 3)),
+        ((1, 6, 3), (18, 3, 1), (1, 18)),
+        ((3, 1), (1, 3), (3, 1)),
+    ],
+)
+def test_views_have_the_strides_of_real_ones(shape, stride, seen):
+    """Packing depends on them, also on those of dimensions of one element."""
+    real = torch.zeros(18).as_strided(shape, stride).view(seen)
+    with fake_tensors(), Trace(scratch=CpuScratch()):
+        traced = torch.zeros(18).as_strided(shape, stride).view(seen)
+    assert traced.stride() == real.stride()

@@ -9,7 +9,8 @@ from cost_model.costs import CostTable
 from planner.replay import replay
 from planner.schedule import Sequence
 from planner.solvers import baselines
-from planner.solvers.frontier import Frontier, InfeasibleError, inference_schedule
+from planner.solvers.frontier import Frontier, InfeasibleError
+from planner.solvers.inference import inference_schedule
 from planner.solvers.seed_dp import SeedProgram
 
 Solver = Callable[[CostTable, int | None], Sequence]

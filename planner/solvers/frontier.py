@@ -162,23 +162,3 @@ class Frontier:
         return sorted(
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )
-
-
-def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:
-    """Without backward every step is on its own: the fastest strategy that fits beside the state.
-
-    Raises:
-        InfeasibleError: some step fits under no strategy.
-    """
-    runs, least = [], []
-    for step, options in enumerate(table.options):
-        held = table.bytes_of(table.liveness.alive(step))
-        least.append(Run(step, min(options, key=lambda cost: cost.discard_bytes).strategy))
-        fitting = [
-            cost for cost in options if budget_bytes is None or held + cost.discard_bytes <= budget_bytes
-        ]
-        if fitting:
-            runs.append(Run(step, min(fitting, key=lambda cost: cost.forward_seconds).strategy))
-    if len(runs) < len(table.options):
-        raise InfeasibleError(budget_bytes or 0, replay(Sequence(tuple(least)), table))
-    return Sequence(tuple(runs))
