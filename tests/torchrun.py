@@ -56,7 +56,7 @@ def run(command: Sequence[str], seconds: float) -> Done:
 
 @contextmanager
 def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A command in a session of its own, killed at the end; ranks, in sessions of theirs, end with torchrun."""
+    """A command in a session of its own, killed at the end; ranks, in theirs, end with torchrun."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
