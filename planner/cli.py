@@ -304,10 +304,12 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
             raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
         from planner.plan import load_plan, write_json
-        from planner.run import Settings, check_world, run_plan
+        from planner.run import Settings, run_plan
+        from planner.world import check_world
 
         found, settings = load_plan(plan_file), Settings(**flags)
-        check_world(found, settings, world, f"run {plan_file} --replicas {settings.replicas}")
+        command = f"run {plan_file} --replicas {settings.replicas}"
+        check_world(found, world, command, settings.replicas, settings.agreed())
         document = run_plan(found, settings, console_for_output(), world)
         if json_path and world.first:
             write_json(json_path, document)

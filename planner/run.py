@@ -45,28 +45,19 @@ class Settings:
     save_every: int | None = None
     resume: bool = False
 
+    def agreed(self) -> dict[str, str]:
+        """What has to be the same on all ranks, by flag."""
+        flags = vars(self)
+        if self.msa is not None:  # a path may be another file on another machine
+            flags = {**flags, "msa": _digest(self.msa)}
+        return {f"--{name}": str(value) for name, value in flags.items()}
 
-def check_world(plan: Plan, settings: Settings, world: World, command: str) -> None:
-    """Refuse to run on a number of processes that the plan was not made for, and ranks that differ.
 
-    Raises:
-        CommonError: says which number of processes is right, and how to start them.
-    """
-    flags = vars(settings)
-    if settings.msa is not None:  # a path may be another file on another machine
-        flags = {**flags, "msa": _digest(settings.msa)}
-    world.agree(
-        plan=plan.to_json()["digest"][:12], **{f"--{name}": str(value) for name, value in flags.items()}
-    )
-    ranks = plan.problem.ranks
-    wanted = ranks * settings.replicas
-    if world.size != wanted:
-        have = f"torchrun started {world.size} processes" if world.size > 1 else "this is 1 process"
-        start = f"torchrun --nproc_per_node={wanted} -m planner" if wanted > 1 else "evoplan"
-        raise CommonError(
-            f"the plan is for {ranks} rank{'s' * (ranks > 1)} in each of {settings.replicas} "
-            f"replica{'s' * (settings.replicas > 1)}, {wanted} in all; {have}; use `{start} {command}`"
-        )
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "no file"  # whoever reads it says so
 
 
 def run_plan(plan: Plan, settings: Settings, console: Console, world: World | None = None) -> dict:
@@ -172,13 +163,6 @@ def _snapshots(
     else:
         console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
     return snapshots, newest
-
-
-def _digest(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    except OSError:
-        return "no file"  # whoever reads it says so
 
 
 def _checked_loss(part: float, training: Training, index: int, replicas: int, world: World) -> float:

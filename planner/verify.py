@@ -22,7 +22,7 @@ from planner.host import FakeHost
 from planner.plan import Plan
 from planner.planning import device_named, input_shapes, planned_model
 from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
-from planner.world import World
+from planner.world import World, check_world
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -212,9 +212,7 @@ def verify_on(
     Raises:
         CommonError: the world is not the plan's; `command` is what the message says to start.
     """
-    from planner.run import Settings, check_world
-
-    check_world(plan, Settings(), world, command)
+    check_world(plan, world, command)
     kind = "cuda" if plan.problem.device != "cpu" and torch.cuda.is_available() else "cpu"
     world.connect(kind, replicas=1)
     assert world.group is not None

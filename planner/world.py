@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import CommonError, RunError
+from planner.plan import Plan
 from planner.watch import Kind, Watch, first_line
 
 NCCL_SECONDS = 8  # more than the watch waits: NCCL ends a process without a word when a collective is late
@@ -208,6 +209,31 @@ def joined(timeout: float) -> Iterator[World]:
         world.leave()
     except BaseException as error:
         world.watch.fail(*_described(error))
+
+
+def check_world(
+    plan: Plan, world: World, command: str, replicas: int = 1, agreed: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a number of processes that the plan was not made for, and ranks that differ.
+
+    Args:
+        command: what to start instead, after `evoplan` or torchrun.
+        agreed: what else has to be the same on all ranks, by name.
+
+    Raises:
+        CommonError: says which number of processes is right, and how to start them.
+    """
+    world.agree(plan=plan.to_json()["digest"][:12], **(agreed or {}))
+    ranks = plan.problem.ranks
+    wanted = ranks * replicas
+    if world.size == wanted:
+        return
+    have = f"torchrun started {world.size} processes" if world.size > 1 else "this is 1 process"
+    start = f"torchrun --nproc_per_node={wanted} -m planner" if wanted > 1 else "evoplan"
+    raise CommonError(
+        f"the plan is for {ranks} rank{'s' * (ranks > 1)} in each of {replicas} "
+        f"replica{'s' * (replicas > 1)}, {wanted} in all; {have}; use `{start} {command}`"
+    )
 
 
 def _described(error: BaseException) -> tuple[Kind, str, int]:
