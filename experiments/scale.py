@@ -34,6 +34,7 @@ from planner.planning import NoPlanError, cost_problem, solve
 from planner.plot import plt, save_figure
 from planner.problem import Problem
 from planner.sizes import format_seconds, format_size, parse_size
+from planner.solvers import Frontier
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "scale.png"
@@ -74,12 +75,15 @@ class Share:
     """One input on some ranks, planned.
 
     Attributes:
+        least_bytes: what the leanest plan needs; large_bytes: recomputing every block as a whole.
         seconds: of one input's forward and backward.
         gradient_bytes: what is summed once for a batch.
     """
 
     ranks: int
     peak_bytes: int
+    least_bytes: int
+    large_bytes: int
     seconds: float
     gradient_bytes: int
 
@@ -88,11 +92,17 @@ def planned_share(problem: Problem) -> Share | None:
     """The plan for one rank's share; None where nothing fits or the axes are too short."""
     costed = cost_problem(problem)
     try:
-        predicted = solve(costed).predicted
+        plan = solve(costed)
     except NoPlanError:
         return None
-    seconds = predicted.step_seconds - costed.reduction_seconds
-    return Share(problem.ranks, predicted.peak_bytes, seconds, costed.static["gradients"])
+    return Share(
+        problem.ranks,
+        plan.predicted.peak_bytes,
+        costed.fixed_bytes + Frontier(costed.table).least_replay.peak_bytes,
+        plan.baselines["large"].peak_bytes,
+        plan.predicted.step_seconds - costed.reduction_seconds,
+        costed.static["gradients"],
+    )
 
 
 def row(devices: int, share: Share, batch: int, cluster: Cluster) -> dict[str, Any]:
@@ -107,6 +117,8 @@ def row(devices: int, share: Share, batch: int, cluster: Cluster) -> dict[str, A
         "step_seconds": inputs * share.seconds + reduction,
         "reduction_seconds": reduction,
         "peak_bytes": share.peak_bytes,
+        "least_bytes": share.least_bytes,
+        "large_bytes": share.large_bytes,
     }
 
 
@@ -132,16 +144,21 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     devices = [found["devices"] for found in rows]
     seconds = [found["step_seconds"] for found in rows]
-    upper.loglog(devices, seconds, "o-", base=2, label="planned")
-    upper.loglog(devices, [seconds[0] * devices[0] / n for n in devices], ":", base=2, label="linear")
+    upper.loglog(devices, seconds, "o-", label="planned")
+    upper.loglog(devices, [seconds[0] * devices[0] / n for n in devices], ":", label="linear")
     for found in rows:
         text = f"{found['replicas']} x {found['ranks']}"
-        upper.annotate(text, (found["devices"], found["step_seconds"]), xytext=(4, 4), fontsize=7,
+        upper.annotate(text, (found["devices"], found["step_seconds"]), xytext=(4, 5), fontsize=7,
                        textcoords="offset points")  # fmt: skip
     upper.set(title=title, ylabel="seconds per batch")
     upper.legend(title="replicas x ranks")
-    lower.semilogx(devices, [found["peak_bytes"] / 2**30 for found in rows], "s-", base=2)
+    for name, marker in (("large", "^--"), ("peak", "s-"), ("least", "v--")):
+        sizes = [found[f"{name}_bytes"] / 2**30 for found in rows]
+        lower.semilogx(devices, sizes, marker, label="planned" if name == "peak" else name)
     lower.set(xlabel="devices", ylabel="GiB per device", ylim=(0, None))
+    lower.set_xticks(devices, [str(n) for n in devices])
+    lower.minorticks_off()
+    lower.legend()
     save_figure(figure, path)
 
 
