@@ -104,15 +104,15 @@ def plan_under(costed: Costed, schedule: str, budget: int | None) -> Plan:
     return plan_of(costed, schedule_of(schedule, costed), SolverReport(name=schedule, seconds=0.0))
 
 
-def figures(costed: Costed, plan: Plan) -> dict[str, Any]:
-    """What a plan needs: its peak by running it on tensors without data, on the first rank."""
+def figures(costed: Costed, plan: Plan, simulate: bool = True) -> dict[str, Any]:
+    """What a plan needs; its peak by running the first rank on tensors without data, or as predicted."""
     held = None  # by the end of forward
     if costed.table.training:
         moments = replay(plan.sequence(), costed.table).moments
         held = costed.fixed_bytes + next(m.held_bytes for m in moments if m.phase == "loss")
     return {
         "schedule": plan.solver.name,
-        "peak_bytes": simulate_plan(plan).measured_peak_bytes,
+        "peak_bytes": simulate_plan(plan).measured_peak_bytes if simulate else plan.predicted.peak_bytes,
         "predicted_peak_bytes": plan.predicted.peak_bytes,
         "held_bytes": held,
         "step_seconds": plan.predicted.step_seconds,
