@@ -80,11 +80,10 @@ class Training:
     def checksum(self) -> int:
         """Of the parameters' bits: equal on ranks that are in step."""
         total = 0
-        with torch.no_grad():
-            for index, parameter in enumerate(self.parameters.values(), start=1):
-                bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
-                total += index * int(bits.sum(dtype=torch.int64))
-        return total % 2**62
+        for index, parameter in enumerate(self.parameters.values(), start=1):
+            bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
+            total = total + index * bits.sum(dtype=torch.int64)  # stays on the device
+        return int(total) % 2**62
 
     def finite(self) -> bool:
         """Whether all parameters are."""
