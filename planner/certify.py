@@ -32,14 +32,15 @@ def certify(costed: Costed, plan: Plan, progress: Callable[[str], None] = lambda
         budget = cp_sat.most_bytes(table)
     progress("bounding every depth")
     start = time.perf_counter()
-    bound = LowerBound(table).seconds(budget)
+    after = costed.reduction_seconds  # of any schedule
+    bound = LowerBound(table).seconds(budget) + after
     planned = plan.predicted.step_seconds
     found = [_certificate(ROUNDING, None, bound, planned, start)]
     if cp_sat.applies(table):
         progress("CP-SAT")
         start = time.perf_counter()
-        bound = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds
-        best = Frontier(table, max_depth=1).seconds(budget)
+        bound = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds + after
+        best = Frontier(table, max_depth=1).seconds(budget) + after
         if depth(plan.sequence()) <= 1:
             best = min(best, planned)
         found.append(_certificate(CP_SAT, 1, bound, best, start))

@@ -15,6 +15,7 @@ from model import EvoformerStack, InputShape
 from model.config import TrunkConfig
 from model.ranks import Ranks
 from planner import NoPlanError, apply_plan, simulate_plan, verify_plan
+from planner.certify import certify
 from planner.plan import load_plan
 from planner.planning import cost_problem, solve, solve_for_fewest_ranks
 from planner.problem import Problem
@@ -76,6 +77,14 @@ def test_a_slower_link_costs_time_and_not_memory() -> None:
     fast, slow = solve(fast).predicted, solve(slow).predicted
     assert slow.step_seconds > 2 * fast.step_seconds
     assert slow.peak_bytes == fast.peak_bytes
+
+
+def test_a_certificate_counts_what_every_schedule_sends() -> None:
+    """Summing gradients over a slow link takes longest here, and is no gap."""
+    costed = cost_problem(problem(2, link=Link(1e5, 1e-3)))
+    plan = certify(costed, solve(costed))
+    assert costed.reduction_seconds > 0.1 * plan.predicted.step_seconds
+    assert plan.solver.gap == pytest.approx(0, abs=1e-6)
 
 
 def test_times_of_collectives() -> None:
