@@ -112,6 +112,9 @@ class Plan(BaseModel):
             missing = needed - set(getattr(self, name))
             if missing:
                 raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+        ranks, peaks = self.problem.ranks, len(self.rank_peak_bytes)
+        if peaks != ranks and (peaks or ranks > 1):  # plans for one rank once had none
+            raise ValueError(f"rank_peak_bytes has {peaks} entries, problem.ranks is {ranks}")
         return self
 
     def sequence(self) -> Sequence:

@@ -101,3 +101,17 @@ def test_shortened_keeps_the_choices() -> None:
     cut = shortened(schedule, 3)
     assert cut.span == range(3)
     assert cut.parts[1] == Checkpoint(Sequence((Run(1, WHOLE), Run(2, WHOLE))), (WHOLE,) * 2)
+
+
+@pytest.mark.parametrize(("ranks", "peaks"), [(1, 2), (2, 1), (2, 0), (2, 3)])
+def test_every_rank_has_its_peak(ranks: int, peaks: int, plan, tmp_path) -> None:
+    problem = plan.problem.model_copy(update={"ranks": ranks})
+    odd = plan.model_copy(update={"problem": problem, "rank_peak_bytes": (1000,) * peaks})
+    odd.save(tmp_path / "plan.json")
+    with pytest.raises(PlanFileError, match=f"rank_peak_bytes has {peaks} entries, problem.ranks is {ranks}"):
+        load_plan(tmp_path / "plan.json")
+
+
+def test_a_plan_from_before_ranks_is_read(plan, tmp_path) -> None:
+    plan.model_copy(update={"rank_peak_bytes": ()}).save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json").problem.ranks == 1
