@@ -11,6 +11,7 @@ a device. With --measure a reduced size is run here for real.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from cost_model.devices import DEVICES
 from experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
-from planner.cli import Size, console_for_output, main
+from planner.cli import CHECK_FAILED, Size, check_writable, console_for_output, main
 from planner.plan import SolverReport, write_json
 from planner.planning import Costed, NoPlanError, cost_problem
 from planner.report import describe_problem, print_rank_verifications, print_verification
@@ -50,17 +51,25 @@ def command(
     policy: str | None, schedule: str, measure: bool, tables: bool, json_path: str | None, **asked: Any
 ) -> None:
     """Run AlphaFold 2's Evoformer under one of the original benchmark's policies and a schedule."""
+    check_writable(json_path)
     if tables:
+        if policy is not None or json_path is not None:
+            raise ValueError("--tables makes all policies' and writes where it always does; give it alone")
         from experiments.tables import make_tables
 
         make_tables(console_for_output())
     elif policy is None:
         raise ValueError(f"name a --policy ({', '.join(POLICIES)}), or make all --tables")
     elif measure:
+        if asked["ranks"] is not None:
+            raise ValueError(
+                "--measure runs on the ranks that are there; start as many with torchrun, without --ranks"
+            )
         with joined(timeout=60) as world:
             results = measured(policy, schedule, world, asked)
             if world.first and json_path:
                 write_json(json_path, {"rows": [result.to_json() for result in results]})
+        sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
     else:
         rows = simulated(policy, schedule, asked, console_for_output())
         if json_path:

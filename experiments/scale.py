@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich import box
 from rich.table import Table
 
 from cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from cost_model.roofline import reduction_seconds
 from model.config import PRESETS, preset
-from planner.cli import console_for_output, main
+from planner.cli import check_writable, console_for_output, main
 from planner.plan import write_json
 from planner.planning import NoPlanError, cost_problem, solve
 from planner.plot import plt, save_figure
@@ -47,7 +47,7 @@ class LinkDescription(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bandwidth: Size
-    latency: float = Field(ge=0)
+    latency: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Cluster(BaseModel):
@@ -89,7 +89,7 @@ class Share:
 
 
 def planned_share(problem: Problem) -> Share | None:
-    """The plan for one rank's share; None where nothing fits or the axes are too short."""
+    """The plan for one rank's share; None where nothing fits."""
     costed = cost_problem(problem)
     try:
         plan = solve(costed)
@@ -168,9 +168,13 @@ def read_cluster(path: str | None) -> Cluster:
         return Cluster()
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        cluster = Cluster.model_validate(document)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{path}: not JSON; see `python -m experiments.scale --help`") from None
-    cluster = Cluster.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the description"
+        raise ValueError(f"{path}: {where}: {first['msg']}") from None
     if cluster.device not in DEVICES:
         raise ValueError(f"{path}: unknown device {cluster.device!r}; choose one of: {', '.join(DEVICES)}")
     return cluster
@@ -198,12 +202,15 @@ def command(
     most_ranks: int, json_path: str, plot: str,
 ) -> None:  # fmt: skip
     """Plan a training on 1 to 512 devices of a described cluster."""
+    check_writable(json_path, plot)
     cluster, chosen, console = read_cluster(cluster_path), preset(model), console_for_output()
     budget = cluster.memory or DEVICES[cluster.device].memory_bytes
     if budget is None:
         raise ValueError(f"the memory of {cluster.device} is not known; give it in the cluster's description")
     shares = []
-    for ranks in (2**power for power in range(min(most, most_ranks).bit_length())):
+    state = chosen.config.state_shapes(chosen.shape).values()
+    most_ranks = min(most, most_ranks, *(size for whole in state for size in whole[-3:-1]))
+    for ranks in (2**power for power in range(most_ranks.bit_length())):
         problem = Problem(
             model=model, config=chosen.config, shape=chosen.shape, dtype=dtype, device=cluster.device,
             ranks=ranks, link=cluster.link(ranks), budget_bytes=budget,

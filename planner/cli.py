@@ -122,7 +122,7 @@ def cli() -> None:
 @_JSON
 def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None, **flags: Any) -> None:
     """Find the fastest schedule that fits; print it and what it saves."""
-    _check_writable(out, json_path)
+    check_writable(out, json_path)
     auto = flags["ranks"] == AUTO
     problem = _problem(**flags | {"ranks": 1} if auto else flags)
     from planner.plan import write_json
@@ -160,7 +160,7 @@ def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None
 @_JSON
 def show(plan_file: str, json_path: str | None) -> None:
     """Print a plan: its schedule, its memory over time, and where the peak is and why."""
-    _check_writable(json_path)
+    check_writable(json_path)
     from planner.plan import load_plan, write_json
     from planner.planning import cost_problem
     from planner.replay import replay
@@ -203,7 +203,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
     from planner.world import joined
 
     with joined(timeout=60) as world:
-        _check_writable(json_path)
+        check_writable(json_path)
         from planner.plan import load_plan, write_json
         from planner.planning import shorten_plan
         from planner.report import describe_problem, print_rank_verifications, print_verification
@@ -241,7 +241,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
 @_JSON
 def sweep(points: int, out: str | None, plot: str | None, json_path: str | None, **flags: Any) -> None:
     """The frontier of memory and time, baselines marked on it."""
-    _check_writable(out, plot, json_path)
+    check_writable(out, plot, json_path)
     problem = _problem(**flags)
     from planner.plan import write_json
     from planner.planning import sweep as sweep_frontier
@@ -298,7 +298,7 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
     from planner.world import joined
 
     with joined(timeout) as world:
-        _check_writable(json_path)
+        check_writable(json_path)
         if flags["learning_rate"] != flags["learning_rate"]:
             raise ValueError("--learning-rate nan is not a number; give one like 2e-4")
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
@@ -394,7 +394,7 @@ def console_for_output() -> Console:
     return console if console.is_terminal else Console(width=110)
 
 
-def _check_writable(*paths: str | None) -> None:
+def check_writable(*paths: str | None) -> None:
     """Refuse a path that cannot be written before the work is done."""
     for path in filter(None, paths):
         parent = Path(path).absolute().parent

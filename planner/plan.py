@@ -7,9 +7,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.strategy import Strategy
 from planner.problem import Problem
@@ -83,7 +83,7 @@ class Plan(BaseModel):
 
     Attributes:
         costs: where memory and time figures came from.
-        predicted: of the first rank, where there are several: no other needs more.
+        predicted: of the rank that needs the most memory, where there are several; times are the first one's.
         rank_peak_bytes: predicted peak of each rank.
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
@@ -99,7 +99,7 @@ class Plan(BaseModel):
     costs: dict[str, str]
     solver: SolverReport
     predicted: Prediction
-    rank_peak_bytes: tuple[int, ...] = ()
+    rank_peak_bytes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     static: dict[str, int]
     baselines: dict[str, Prediction]
     least_feasible_bytes: int | None

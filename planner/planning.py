@@ -26,7 +26,7 @@ from planner.problem import Problem
 from planner.replay import replay
 from planner.schedule import Sequence, shortened, strategies_used
 from planner.sizes import parse_size
-from planner.solvers import BASELINES, Frontier, InfeasibleError, solver
+from planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
 from planner.solvers.seed_dp import SeedProgram
 
 Progress = Callable[[str], None]
@@ -79,6 +79,12 @@ class Costed:
             activation_bytes=peak - static,
             step_seconds=result.seconds + self.reduction_seconds,
         )
+
+    @property
+    def unlike_ranks(self) -> bool:
+        """Whether the ranks' shards differ in length."""
+        shapes = self.problem.state_shapes().values()
+        return any(size % self.problem.ranks for shape in shapes for size in shape[-3:-1])
 
     @property
     def reduction_seconds(self) -> float:
@@ -182,11 +188,45 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         NoPlanError: nothing fits, or the named baseline does not.
     """
     start = time.perf_counter()
+    schedule, peaks = _fitting(costed, solver(solver_name))
+    seconds = time.perf_counter() - start
     budget = costed.problem.budget_bytes
+    if budget is not None and max(peaks) > budget:
+        raise NoPlanError(
+            f"{solver_name} needs {max(peaks)} bytes, the budget is {budget} bytes; "
+            "use --solver dp or a larger budget",
+            max(peaks),
+        )
+    # In inference all solvers but the baselines find the shortest path, which is exact.
+    exact = not costed.problem.training and solver_name not in BASELINES
+    report = SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None)
+    return plan_of(costed, schedule, report, peaks)
+
+
+def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
+    """A schedule within the budget, and each rank's peak under it.
+
+    The first rank's shards are the longest, but where lengths are unlike another rank may need a little more:
+    it runs fewer pieces, or sends and receives unequal parts. Then the first one leaves room for that.
+    """
+    budget, room = costed.problem.budget_bytes, costed.chain_budget()
     try:
-        schedule = solver(solver_name)(costed.table, costed.chain_budget())
+        schedule = find(costed.table, room)
+        peaks = peaks_of_ranks(costed, schedule)
+        while budget is not None and room is not None and peaks[0] <= budget < max(peaks):
+            room -= max(peaks) - budget
+            before, schedule = schedule, find(costed.table, room)
+            if schedule == before:  # a baseline answers to no budget
+                break
+            peaks = peaks_of_ranks(costed, schedule)
     except InfeasibleError as error:
         least = costed.fixed_bytes + error.least_bytes
+        if costed.unlike_ranks:
+            schedule = find(costed.table, error.least_bytes)
+            peaks = peaks_of_ranks(costed, schedule)
+            least = max(peaks)
+            if budget is not None and least <= budget:
+                return schedule, peaks
         end = "the loss" if error.phase == "loss" else "the end"
         step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
@@ -194,34 +234,33 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
             f"(what stands in the way: {error.phase} of {step})",
             least,
         ) from None
-    seconds = time.perf_counter() - start
-    predicted = costed.predict(schedule)
-    if budget is not None and predicted.peak_bytes > budget:
-        raise NoPlanError(
-            f"{solver_name} needs {predicted.peak_bytes} bytes, the budget is {budget} bytes; "
-            "use --solver dp or a larger budget",
-            predicted.peak_bytes,
-        )
-    # In inference all solvers but the baselines find the shortest path, which is exact.
-    exact = not costed.problem.training and solver_name not in BASELINES
-    report = SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None)
-    return plan_of(costed, schedule, report)
+    return schedule, peaks
 
 
-def plan_of(costed: Costed, schedule: Sequence, report: SolverReport) -> Plan:
-    """The plan that a schedule makes."""
+def plan_of(
+    costed: Costed, schedule: Sequence, report: SolverReport, peaks: tuple[int, ...] | None = None
+) -> Plan:
+    """The plan that a schedule makes; `peaks` are the ranks', if they are known."""
+    peaks = peaks_of_ranks(costed, schedule) if peaks is None else peaks
     return Plan(
         problem=costed.problem,
         costs=COST_SOURCES,
         solver=report,
-        predicted=costed.predict(schedule),
-        rank_peak_bytes=peaks_of_ranks(costed, schedule),
+        predicted=_of_largest(costed.predict(schedule), peaks),
+        rank_peak_bytes=peaks,
         static=costed.static,
         baselines=predict_baselines(costed, costed.chain_budget()),
         least_feasible_bytes=None,
         only_whole=only_whole(costed),
         schedule=schedule_to_json(schedule),
     )
+
+
+def _of_largest(predicted: Prediction, peaks: tuple[int, ...]) -> Prediction:
+    """The prediction of the rank that needs the most."""
+    more = max(peaks) - predicted.peak_bytes
+    activations = predicted.activation_bytes + more
+    return predicted.model_copy(update={"peak_bytes": max(peaks), "activation_bytes": activations})
 
 
 def solve_for_fewest_ranks(
@@ -327,11 +366,12 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
     problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
     costed = cost_problem(problem, progress=progress)
     schedule = shortened(plan.sequence(), len(costed.table.options))
+    peaks = peaks_of_ranks(costed, schedule)
     return plan.model_copy(
         update={
             "problem": problem,
-            "predicted": costed.predict(schedule),
-            "rank_peak_bytes": peaks_of_ranks(costed, schedule),
+            "predicted": _of_largest(costed.predict(schedule), peaks),
+            "rank_peak_bytes": peaks,
             "static": costed.static,
             "baselines": predict_baselines(costed, None),
             "schedule": schedule_to_json(schedule),

@@ -41,7 +41,7 @@ def test_every_ranks_peak_is_predicted(changes: dict, tmp_path) -> None:
     plan = solve(replace(costed, problem=ask))
     plan.save(tmp_path / "plan.json")
     plan = load_plan(tmp_path / "plan.json")
-    assert plan.rank_peak_bytes[0] == plan.predicted.peak_bytes == max(plan.rank_peak_bytes)
+    assert plan.predicted.peak_bytes == max(plan.rank_peak_bytes)
     assert plan.rank_peak_bytes[2] < plan.rank_peak_bytes[0]
     for rank, predicted in enumerate(plan.rank_peak_bytes):
         found = simulate_plan(plan, rank)
@@ -150,3 +150,18 @@ def test_ranks_keep_a_plans_promise(config) -> None:
             assert found["measured_peak_bytes"] == pytest.approx(
                 found["predicted_peak_bytes"], abs=0.03 * activations
             )
+
+
+@pytest.mark.parametrize("ranks", [4, 5])
+def test_the_budget_holds_on_every_rank(ranks: int) -> None:
+    """Here a rank with shorter shards needs a block more than the first one."""
+    asked = problem(ranks, 1, shape=InputShape(8, 7), dtype="float16", mode="inference")
+    costed = cost_problem(asked)
+    with pytest.raises(NoPlanError) as error:
+        solve(costed)
+    least = error.value.least_feasible_bytes
+    plan = solve(replace(costed, problem=asked.model_copy(update={"budget_bytes": least})))
+    assert max(plan.rank_peak_bytes) == plan.predicted.peak_bytes <= least
+    assert all(simulate_plan(plan, rank).ok for rank in range(ranks))
+    with pytest.raises(NoPlanError, match=f"the least that does is {least} bytes"):
+        solve(replace(costed, problem=asked.model_copy(update={"budget_bytes": least - 1})))
