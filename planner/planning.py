@@ -214,7 +214,8 @@ def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
         schedule = find(costed.table, room)
         peaks = peaks_of_ranks(costed, schedule)
         while budget is not None and room is not None and peaks[0] <= budget < max(peaks):
-            room -= max(peaks) - budget
+            # As much less as is missing, and less than this schedule takes: another one.
+            room = min(room - (max(peaks) - budget), peaks[0] - costed.fixed_bytes - 1)
             before, schedule = schedule, find(costed.table, room)
             if schedule == before:  # a baseline answers to no budget
                 break
