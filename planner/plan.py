@@ -167,8 +167,9 @@ def load_plan(path: str | Path) -> Plan:
             raise ValueError("it has state in host memory, which training cannot; make it again")
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise PlanFileError(f"{path}: {where}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"])) + ": " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise PlanFileError(f"{path}: {where}{message}; make it again with `evoplan plan --out`") from None
     except (ValueError, RecursionError) as error:
         raise PlanFileError(f"{path}: schedule: {error}") from None
     return plan

@@ -56,7 +56,8 @@ def other_plan(plan: Callable[[int], str], tmp_path_factory: pytest.TempPathFact
     """The file of a plan that says it is for two ranks; it cannot run."""
     one = load_plan(plan(1))
     path = tmp_path_factory.mktemp("other") / "plan.json"
-    one.model_copy(update={"problem": one.problem.model_copy(update={"ranks": 2})}).save(path)
+    problem = one.problem.model_copy(update={"ranks": 2})
+    one.model_copy(update={"problem": problem, "rank_peak_bytes": one.rank_peak_bytes * 2}).save(path)
     return str(path)
 
 
