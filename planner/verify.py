@@ -153,8 +153,9 @@ def verify_plan(
         )
     kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
     available = available_bytes(kind)
-    if ranks is not None:  # all decide alike, and may share one machine
-        available = ranks.agree(available // ranks.size, torch.device(kind))
+    if ranks is not None:  # all decide alike; processes share a machine's memory, and have a GPU each
+        sharing = ranks.size if kind == "cpu" else 1
+        available = ranks.agree(available // sharing, torch.device(kind))
         plan = _for_rank(plan, ranks.rank)
     if plan.predicted.peak_bytes > available:
         raise ValueError(
