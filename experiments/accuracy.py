@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
+from planner.costing import Costed, cost_problem
 from planner.plan import write_json
-from planner.planning import Costed, cost_problem, solve
+from planner.planning import solve
 from planner.problem import Problem
 from planner.schedule import depth
 from planner.solvers import Frontier

@@ -21,9 +21,11 @@ from rich.table import Table
 
 from cost_model.devices import DEVICES
 from experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
-from planner.cli import CHECK_FAILED, Size, check_writable, console_for_output, main
+from planner.cli import CHECK_FAILED, check_writable, console_for_output, main
+from planner.costing import Costed, cost_problem
+from planner.flags import Size
 from planner.plan import SolverReport, write_json
-from planner.planning import Costed, NoPlanError, cost_problem
+from planner.planning import NoPlanError
 from planner.report import describe_problem, print_rank_verifications, print_verification
 from planner.sizes import format_seconds, format_size
 from planner.verify import Verification, verify_on, verify_plan

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from model.alignment import read_alignment
 from model.config import InputShape, preset
+from planner.costing import cost_problem
 from planner.plan import write_json
-from planner.planning import cost_problem, solve, sweep
+from planner.planning import solve, sweep
 from planner.plot import plot_sweep
 from planner.problem import Problem
 from planner.report import print_plan, print_verification

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from cost_model.costs import CostTable
 from model.config import override, preset
+from planner.costing import cost_problem
 from planner.plan import write_json
-from planner.planning import cost_problem
 from planner.problem import Problem
 from planner.replay import replay
 from planner.solvers import BASELINES, Frontier, cp_sat

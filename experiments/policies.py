@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from model.config import override, preset, with_blocks
+from planner.costing import Costed
 from planner.plan import Plan, SolverReport
-from planner.planning import Costed, plan_of, solve
+from planner.planning import plan_of, solve
 from planner.problem import Mode, Problem
 from planner.replay import replay
 from planner.schedule import Sequence

@@ -29,8 +29,9 @@ from cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from cost_model.roofline import reduction_seconds
 from model.config import PRESETS, preset
 from planner.cli import check_writable, console_for_output, main
+from planner.costing import cost_problem
 from planner.plan import write_json
-from planner.planning import NoPlanError, cost_problem, solve
+from planner.planning import NoPlanError, solve
 from planner.plot import plt, save_figure
 from planner.problem import Problem
 from planner.sizes import format_seconds, format_size, parse_size

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from cost_model.devices import DEVICES
 from experiments.policies import POLICIES, figures, plan_under, seed_rows
+from planner.costing import Costed, cost_problem
 from planner.plan import write_atomically, write_json
-from planner.planning import Costed, NoPlanError, cost_problem
+from planner.planning import NoPlanError
 from planner.sizes import format_seconds, format_size
 
 ROOT = Path(__file__).parents[1]

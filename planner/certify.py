@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from planner.costing import Costed
 from planner.plan import Certificate, Plan
-from planner.planning import Costed
 from planner.schedule import depth
 from planner.solvers import Frontier, cp_sat
 from planner.solvers.bounds import LowerBound

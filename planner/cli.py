@@ -6,103 +6,25 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cost_model.devices import DEVICES, DTYPES
-from cost_model.static import OPTIMIZER_STATES
-from model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
 from planner.errors import RunError
-from planner.sizes import format_size, parse_size
+from planner.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.planning import Costed
+    from planner.costing import Costed
     from planner.problem import Problem
+from planner.flags import AUTO, problem_of, problem_options
 
 BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
 
 
-_MODES = ["training", "inference"]
-AUTO = 0  # --ranks auto
-
-
-class Size(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Dropout(click.ParamType):
-    name = "P|off"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        try:
-            rate = 0.0 if value == "off" else float(value)
-        except ValueError:
-            rate = -1.0
-        if not 0 <= rate < 1:
-            self.fail(f"{value!r} is not a dropout rate; write off or a number from 0 to below 1", param, ctx)
-        return rate
-
-
-class _Ranks(click.ParamType):
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "auto" or isinstance(value, int):
-            return AUTO if value == "auto" else value
-        try:
-            ranks = int(value)
-        except ValueError:
-            ranks = 0
-        if ranks < 1:
-            self.fail(f"{value!r} is no number of ranks; write a whole number from 1, or auto", param, ctx)
-        return ranks
-
-
-_PROBLEM_OPTIONS = [
-    click.option("--model", default="alphafold2", show_default=True, help=f"Preset: {', '.join(PRESETS)}."),
-    click.option("--n-blocks", type=click.IntRange(1), help="Blocks of the stack."),
-    click.option("--n-seq", type=click.IntRange(1), help="Rows s of the alignment."),
-    click.option("--n-res", type=click.IntRange(1), help="Residues r."),
-    click.option("--n-extra", type=click.IntRange(1), help="Rows of the extra alignment, for a trunk."),
-    click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
-    click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
-    click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
-    click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
-    click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
-    click.option("--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True),
-    click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; else the preset's own."),
-    click.option(
-        "--optimizer", type=click.Choice(list(OPTIMIZER_STATES)), default="adamw", show_default=True,
-        help="Its states count.",
-    ),
-    click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
-    click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
-    click.option(
-        "--ranks", type=_Ranks(), default=1, show_default=True,
-        help="Devices that share each input; auto: as few as the budget needs.",
-    ),
-    click.option("--link", type=Size(), help="Between ranks, each way, per second; else the device's."),
-]  # fmt: skip
 _JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
-
-
-def _problem_options(command: Callable) -> Callable:
-    for option in reversed(_PROBLEM_OPTIONS):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -112,7 +34,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_problem_options
+@problem_options
 @click.option(
     "--solver", "solver_name", default="dp", show_default=True,
     help="dp, cp-sat, none, small, large, sqrt or seed-dp.",
@@ -124,9 +46,10 @@ def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None
     """Find the fastest schedule that fits; print it and what it saves."""
     check_writable(out, json_path)
     auto = flags["ranks"] == AUTO
-    problem = _problem(**flags | {"ranks": 1} if auto else flags)
+    problem = problem_of(**flags | {"ranks": 1} if auto else flags)
+    from planner.costing import cost_problem
     from planner.plan import write_json
-    from planner.planning import NoPlanError, cost_problem, solve, solve_for_fewest_ranks
+    from planner.planning import NoPlanError, solve, solve_for_fewest_ranks
     from planner.report import print_plan
     from planner.solvers import solver
 
@@ -161,8 +84,8 @@ def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None
 def show(plan_file: str, json_path: str | None) -> None:
     """Print a plan: its schedule, its memory over time, and where the peak is and why."""
     check_writable(json_path)
+    from planner.costing import cost_problem
     from planner.plan import load_plan, write_json
-    from planner.planning import cost_problem
     from planner.replay import replay
     from planner.report import print_plan, print_schedule, print_timeline, step_names
 
@@ -234,7 +157,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
 
 
 @cli.command()
-@_problem_options
+@problem_options
 @click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
 @click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
 @click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
@@ -242,7 +165,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
 def sweep(points: int, out: str | None, plot: str | None, json_path: str | None, **flags: Any) -> None:
     """The frontier of memory and time, baselines marked on it."""
     check_writable(out, plot, json_path)
-    problem = _problem(**flags)
+    problem = problem_of(**flags)
     from planner.plan import write_json
     from planner.planning import sweep as sweep_frontier
     from planner.plot import plot_sweep
@@ -316,63 +239,9 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
     sys.exit(0 if document["ok"] else CHECK_FAILED)
 
 
-def _problem(
-    model: str,
-    n_blocks: int | None,
-    n_seq: int | None,
-    n_res: int | None,
-    n_extra: int | None,
-    c_m: int | None,
-    c_z: int | None,
-    batch: int | None,
-    msa: str | None,
-    dropout: float | None,
-    device: str,
-    memory: int | None,
-    ranks: int,
-    link: int | None,
-    **rest: Any,
-) -> Problem:
-    """The problem that the flags describe."""
-    chosen = preset(model)
-    config = _resized(chosen.config, n_blocks, c_m, c_z)
-    if dropout is not None:
-        config = config.with_dropout(dropout)
-    shape: InputShape = chosen.shape
-    if n_extra is not None and shape.n_extra is None:
-        raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
-    if msa is not None:
-        from planner.problem import shape_for_alignment
-
-        shape = shape_for_alignment(shape, msa, n_seq, n_extra)
-        n_seq = n_extra = None  # limits, which the shape keeps
-    shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
-    if device not in (*DEVICES, "cuda"):
-        raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
-    if ranks == AUTO:
-        raise ValueError("--ranks auto is for plan; give a number")
-    from planner.problem import Problem
-
-    if memory is None and device in DEVICES:
-        memory = DEVICES[device].memory_bytes
-    return Problem(
-        model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
-        link=None if link is None else replace(DEVICES.get(device, DEVICES["cpu"]).link, bandwidth=link),
-        **rest,
-    )  # fmt: skip
-
-
-def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:
-    """The model with other sizes; in a trunk --n-blocks and --c-m are those of the main stack."""
-    if isinstance(config, TrunkConfig):
-        extra = override(config.extra, c_z=c_z)
-        return TrunkConfig(extra, override(config.main, n_block=n_blocks, c_m=c_m, c_z=c_z))
-    return override(config, n_block=n_blocks, c_m=c_m, c_z=c_z)
-
-
 def _costed(problem: Problem) -> Costed:
     with _progress("loading torch") as update:
-        from planner.planning import cost_problem
+        from planner.costing import cost_problem
 
         return cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
 

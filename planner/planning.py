@@ -1,39 +1,32 @@
-"""From a problem to a plan: costs, solver, prediction."""
+"""From costs to a plan: solver, prediction, baselines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from cost_model.costs import CostTable, build_cost_table, offered_strategies
-from cost_model.devices import Device, device
-from cost_model.local import local_cuda
-from cost_model.roofline import reduction_seconds
-from cost_model.static import static_bytes
-from model.chain import Chain, Plannable, Step
 from model.config import InputShape, TrunkConfig, with_blocks
-from model.parallel import ParallelEvoformer
-from model.ranks import Ranks
-from model.strategy import WHOLE, Strategy
-from model.trunk import build_model
+from planner.costing import (
+    COST_SOURCES,
+    Costed,
+    Progress,
+    cost_problem,
+    costed_step_name,
+    only_whole,
+    peaks_of_ranks,
+)
 from planner.plan import Plan, Prediction, SolverReport, schedule_to_json
 from planner.problem import Problem
 from planner.replay import replay
-from planner.schedule import Sequence, shortened, strategies_used
+from planner.schedule import Sequence, shortened
 from planner.sizes import parse_size
 from planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
 from planner.solvers.seed_dp import SeedProgram
 
-Progress = Callable[[str], None]
-
 FLAT_POINTS = 12  # of seed-dp in a sweep
-
-COST_SOURCES = {"memory": "traced", "time": "roofline", "torch": torch.__version__.split("+")[0]}
 
 
 class NoPlanError(ValueError):
@@ -46,139 +39,6 @@ class NoPlanError(ValueError):
     def __init__(self, message: str, least_feasible_bytes: int) -> None:
         super().__init__(message)
         self.least_feasible_bytes = least_feasible_bytes
-
-
-@dataclass(frozen=True)
-class Costed:
-    """A problem with everything a solver needs to know about it.
-
-    Attributes:
-        model: without data; of several ranks, the first one's share of it.
-        table: its costs.
-        static: what there is besides, part by part.
-    """
-
-    problem: Problem
-    model: Plannable
-    device: Device
-    table: CostTable
-    static: dict[str, int]
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Static bytes that are live at every moment: all but the outputs."""
-        return sum(self.static.values()) - self.static["outputs"]
-
-    def predict(self, schedule: Sequence) -> Prediction:
-        """What a schedule needs, by replay."""
-        result = replay(schedule, self.table)
-        peak, static = self.fixed_bytes + result.peak_bytes, sum(self.static.values())
-        return Prediction(
-            peak_bytes=peak,
-            static_bytes=static,
-            activation_bytes=peak - static,
-            step_seconds=result.seconds + self.reduction_seconds,
-        )
-
-    @property
-    def unlike_ranks(self) -> bool:
-        """Whether the ranks' shards differ in length."""
-        shapes = self.problem.state_shapes().values()
-        return any(size % self.problem.ranks for shape in shapes for size in shape[-3:-1])
-
-    @property
-    def reduction_seconds(self) -> float:
-        """Time of summing the ranks' gradients of the parameters, as if nothing else ran meanwhile."""
-        link = self.problem.link_on(self.device)
-        return reduction_seconds(self.static["gradients"], self.problem.ranks, link)
-
-    def chain_budget(self) -> int | None:
-        """What the budget leaves for the chain."""
-        budget = self.problem.budget_bytes
-        return None if budget is None else budget - self.fixed_bytes
-
-
-def device_named(name: str) -> Device:
-    """A device of the table, or this machine's GPU for `cuda`; ValueError says what there is."""
-    return local_cuda() if name == "cuda" else device(name)
-
-
-def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = None) -> Plannable:
-    """What a problem's plan is for: the model, or one rank's share of it.
-
-    Args:
-        rank: of ranks that are only imagined.
-        stack: the model; made without data and in training mode when not given.
-    """
-    if stack is None:
-        with torch.device("meta"):
-            stack = build_model(problem.config).train()
-    if problem.ranks == 1:
-        return stack
-    backend = "gloo" if problem.device == "cpu" else "nccl"
-    return ParallelEvoformer(stack, Ranks(None, rank, problem.ranks, backend), problem.shape, whole=False)
-
-
-def input_shapes(problem: Problem, model: Plannable) -> dict[str, tuple[int, ...]]:
-    """What forward of a problem's model takes, by name: the state (a rank's shards of it) and whole masks."""
-    state = model.input_shapes if isinstance(model, ParallelEvoformer) else problem.state_shapes()
-    return {**state, **problem.mask_shapes()}
-
-
-def cost_problem(
-    problem: Problem,
-    stack: Plannable | None = None,
-    progress: Progress = lambda _: None,
-    *,
-    rank: int = 0,
-    only: Sequence | None = None,
-) -> Costed:
-    """Trace the costs of a problem.
-
-    Args:
-        stack: the model; made without data from problem.config when not given.
-        rank: whose share is costed, of several.
-        only: a schedule whose strategies are all that is traced.
-    """
-    model = planned_model(problem, rank, stack)
-    where = device_named(problem.device)
-
-    def used(step: Step, _: object) -> list[Strategy]:
-        return sorted(strategies[step.index], key=str)
-
-    strategies = {} if only is None else strategies_used(only)
-    table = build_cost_table(
-        model,
-        input_shapes(problem, model),
-        problem.dtype,
-        where,
-        problem.training,
-        progress,
-        problem.link_on(where),
-        offered_strategies if only is None else used,
-    )
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    outputs = table.bytes_of(table.liveness.outputs)
-    static = static_bytes(
-        sizes, table.input_bytes, outputs, problem.dtype, where, problem.optimizer, problem.training
-    )
-    return Costed(problem, model, where, table, static)
-
-
-def peaks_of_ranks(costed: Costed, schedule: Sequence) -> tuple[int, ...]:
-    """Predicted peak of each rank under one schedule: those whose shards are shorter need less."""
-    problem = costed.problem
-    sizes = {size for shape in problem.state_shapes().values() for size in shape[-3:-1]}
-    known: dict[tuple[int, ...], int] = {}
-    peaks = []
-    for rank in range(problem.ranks):
-        shards = tuple(Ranks(None, rank, problem.ranks).lengths(size)[rank] for size in sizes)
-        if shards not in known:
-            whole = getattr(costed.model, "stack", None)
-            theirs = cost_problem(problem, whole, rank=rank, only=schedule) if rank else costed
-            known[shards] = theirs.predict(schedule).peak_bytes
-        peaks.append(known[shards])
-    return tuple(peaks)
 
 
 def solve(costed: Costed, solver_name: str = "dp") -> Plan:
@@ -281,28 +141,6 @@ def solve_for_fewest_ranks(
         except NoPlanError as error:
             tried = error
     raise NoPlanError(f"{ranks} ranks are too few: {tried}", tried.least_feasible_bytes)
-
-
-def costed_step_name(costed: Costed, step: int) -> str:
-    """Qualified name of a step of the model."""
-    return Chain.of(costed.model).steps[step].name
-
-
-def only_whole(costed: Costed) -> tuple[str, ...]:
-    """Kinds of steps that offer no strategy but whole: all that can be chosen is when to run them again."""
-    steps = Chain.of(costed.model).steps
-    kinds = (
-        kind_of(step.name)
-        for step, options in zip(steps, costed.table.options, strict=True)
-        if step.parameters and {option.strategy for option in options} == {WHOLE}
-    )
-    return tuple(dict.fromkeys(kinds))
-
-
-def kind_of(step_name: str) -> str:
-    """A step's name without the number of its block: `blocks.3.row_attention` is `row_attention`."""
-    stack, _, rest = step_name.partition("blocks.")
-    return stack + rest.partition(".")[2]
 
 
 def predict_baselines(costed: Costed, chain_budget: int | None) -> dict[str, Prediction]:

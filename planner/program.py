@@ -13,9 +13,9 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.trunk import build_model
 from planner.apply import PlannedModule
+from planner.costing import device_named, planned_model
 from planner.host import FakeHost
 from planner.plan import Plan
-from planner.planning import device_named, planned_model
 
 # What a rank is given of the state, and what it makes of the results.
 Share = tuple[Part | None, Part | None]

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.chain import Chain
+from planner.costing import kind_of, planned_model
 from planner.plan import Certificate, Plan, Prediction
-from planner.planning import kind_of, planned_model
 from planner.problem import Problem
 from planner.replay import Moment, Replay
 from planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs

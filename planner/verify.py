@@ -18,9 +18,9 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.ranks import Ranks
 from planner.apply import PlannedModule
+from planner.costing import device_named, input_shapes, planned_model
 from planner.host import FakeHost
 from planner.plan import Plan
-from planner.planning import device_named, input_shapes, planned_model
 from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
 from planner.world import World, check_world
 

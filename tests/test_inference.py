@@ -24,9 +24,10 @@ from model.execution import run_discarded
 from model.strategy import WHOLE, Strategy
 from planner import NoPlanError, simulate_plan, verify_plan
 from planner.apply import PlannedModule
+from planner.costing import Costed, cost_problem
 from planner.host import Host, may_wait
 from planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from planner.planning import Costed, cost_problem, solve
+from planner.planning import solve
 from planner.problem import Problem
 from planner.replay import Replay, replay
 from planner.schedule import Checkpoint, Run, Sequence, all_runs

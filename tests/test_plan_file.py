@@ -8,8 +8,9 @@ import pytest
 
 from model import EvoformerConfig, InputShape
 from model.strategy import WHOLE, Strategy
+from planner.costing import cost_problem
 from planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from planner.planning import cost_problem, solve
+from planner.planning import solve
 from planner.problem import Problem
 from planner.schedule import Checkpoint, Run, Sequence, shortened
 

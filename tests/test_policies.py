@@ -13,7 +13,7 @@ from experiments.alphafold2 import command
 from experiments.policies import POLICIES, figures, original, plan_under, seed_rows
 from experiments.scale import Cluster, Share, study
 from model.strategy import WHOLE
-from planner.planning import Costed, cost_problem
+from planner.costing import Costed, cost_problem
 from planner.schedule import depth
 from planner.solvers.baselines import evenly_chunked
 

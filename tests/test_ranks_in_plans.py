@@ -16,8 +16,9 @@ from model.config import TrunkConfig
 from model.ranks import Ranks
 from planner import NoPlanError, apply_plan, simulate_plan, verify_plan
 from planner.certify import certify
+from planner.costing import cost_problem
 from planner.plan import load_plan
-from planner.planning import cost_problem, solve, solve_for_fewest_ranks
+from planner.planning import solve, solve_for_fewest_ranks
 from planner.problem import Problem
 from tests.conftest import TINY, TINY_EXTRA
 from tests.ranks import on_ranks

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from model.config import InputShape
+from planner.costing import cost_problem
 from planner.data import alignment_for, batch_for
 from planner.plan import Plan, load_plan
-from planner.planning import cost_problem, solve
+from planner.planning import solve
 from planner.problem import Problem
 from planner.run import Settings, run_plan
 from planner.solvers import BASELINES

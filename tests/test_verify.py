@@ -10,7 +10,8 @@ import torch
 
 from model import EvoformerConfig, EvoformerStack, InputShape
 from planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
-from planner.planning import Costed, cost_problem, solve
+from planner.costing import Costed, cost_problem
+from planner.planning import solve
 from planner.problem import Problem
 from planner.solvers import Frontier
 

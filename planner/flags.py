@@ -1,0 +1,150 @@
+"""The flags that describe a problem, and the problem that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cost_model.devices import DEVICES, DTYPES
+from cost_model.static import OPTIMIZER_STATES
+from model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
+from planner.sizes import parse_size
+
+if TYPE_CHECKING:
+    from planner.problem import Problem
+
+
+_MODES = ["training", "inference"]
+
+
+AUTO = 0  # --ranks auto
+
+
+class Size(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Dropout(click.ParamType):
+    name = "P|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            rate = 0.0 if value == "off" else float(value)
+        except ValueError:
+            rate = -1.0
+        if not 0 <= rate < 1:
+            self.fail(f"{value!r} is not a dropout rate; write off or a number from 0 to below 1", param, ctx)
+        return rate
+
+
+class _Ranks(click.ParamType):
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto" or isinstance(value, int):
+            return AUTO if value == "auto" else value
+        try:
+            ranks = int(value)
+        except ValueError:
+            ranks = 0
+        if ranks < 1:
+            self.fail(f"{value!r} is no number of ranks; write a whole number from 1, or auto", param, ctx)
+        return ranks
+
+
+_PROBLEM_OPTIONS = [
+    click.option("--model", default="alphafold2", show_default=True, help=f"Preset: {', '.join(PRESETS)}."),
+    click.option("--n-blocks", type=click.IntRange(1), help="Blocks of the stack."),
+    click.option("--n-seq", type=click.IntRange(1), help="Rows s of the alignment."),
+    click.option("--n-res", type=click.IntRange(1), help="Residues r."),
+    click.option("--n-extra", type=click.IntRange(1), help="Rows of the extra alignment, for a trunk."),
+    click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
+    click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
+    click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
+    click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
+    click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
+    click.option("--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True),
+    click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; else the preset's own."),
+    click.option(
+        "--optimizer", type=click.Choice(list(OPTIMIZER_STATES)), default="adamw", show_default=True,
+        help="Its states count.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
+    click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
+    click.option(
+        "--ranks", type=_Ranks(), default=1, show_default=True,
+        help="Devices that share each input; auto: as few as the budget needs.",
+    ),
+    click.option("--link", type=Size(), help="Between ranks, each way, per second; else the device's."),
+]  # fmt: skip
+
+
+def problem_options(command: Callable) -> Callable:
+    for option in reversed(_PROBLEM_OPTIONS):
+        command = option(command)
+    return command
+
+
+def problem_of(
+    model: str,
+    n_blocks: int | None,
+    n_seq: int | None,
+    n_res: int | None,
+    n_extra: int | None,
+    c_m: int | None,
+    c_z: int | None,
+    batch: int | None,
+    msa: str | None,
+    dropout: float | None,
+    device: str,
+    memory: int | None,
+    ranks: int,
+    link: int | None,
+    **rest: Any,
+) -> Problem:
+    """The problem that the flags describe."""
+    chosen = preset(model)
+    config = _resized(chosen.config, n_blocks, c_m, c_z)
+    if dropout is not None:
+        config = config.with_dropout(dropout)
+    shape: InputShape = chosen.shape
+    if n_extra is not None and shape.n_extra is None:
+        raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
+    if msa is not None:
+        from planner.problem import shape_for_alignment
+
+        shape = shape_for_alignment(shape, msa, n_seq, n_extra)
+        n_seq = n_extra = None  # limits, which the shape keeps
+    shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
+    if device not in (*DEVICES, "cuda"):
+        raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
+    if ranks == AUTO:
+        raise ValueError("--ranks auto is for plan; give a number")
+    from planner.problem import Problem
+
+    if memory is None and device in DEVICES:
+        memory = DEVICES[device].memory_bytes
+    return Problem(
+        model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
+        link=None if link is None else replace(DEVICES.get(device, DEVICES["cpu"]).link, bandwidth=link),
+        **rest,
+    )  # fmt: skip
+
+
+def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:
+    """The model with other sizes; in a trunk --n-blocks and --c-m are those of the main stack."""
+    if isinstance(config, TrunkConfig):
+        extra = override(config.extra, c_z=c_z)
+        return TrunkConfig(extra, override(config.main, n_block=n_blocks, c_m=c_m, c_z=c_z))
+    return override(config, n_block=n_blocks, c_m=c_m, c_z=c_z)
