@@ -1,68 +1,24 @@
-"""The cost table: memory and work of every distinct step under every strategy it offers."""
+"""The cost table: memory, work and time of every distinct step under every strategy it offers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cost_model.devices import Device, Link
+from cost_model.devices import Device
 from cost_model.liveness import INPUT, Liveness, Version
-from cost_model.roofline import seconds
 from cost_model.scratch import CpuScratch
-from cost_model.trace import Trace, Work, fake_copy, fake_tensors
+from cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
+from cost_model.times import MissingTimesError, Roofline, TimeSource
+from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.chain import Chain, Step
-from model.execution import record, run_discarded
+from model.kernels import kernels_for
 from model.pieces import sampled_pieces
-from model.strategy import WHOLE, Strategy
-from model.submodule import IndependentAxis
-
-# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
-# one attention map of 2,048 residues takes 16 MiB per head in float32.
-PIECES = (2, 4, 8, 16, 32, 64)
-MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
-
-# The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
-LOSS_NUMBERS, NUMBER_BYTES = 4, 128
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """One step under one strategy. Bytes are above the state it enters with.
-
-    In inference only the discarding run is traced; nothing else has a cost then.
-
-    Attributes:
-        forward_bytes: peak of a forward that is recorded for backward, its new target included.
-        preserved_bytes: held from the end of that forward to its backward, without the new target.
-        backward_bytes: peak of its backward: what is preserved, the gradients that are live there
-            (of all state that later steps read) and the workspace.
-        discard_bytes: peak of a forward that keeps nothing, its new target included where that is a new
-            tensor: in inference pieces write over a target that the chain made itself.
-        forward_seconds, backward_seconds: time of either; backward includes what it recomputes.
-    """
-
-    strategy: Strategy
-    forward_bytes: int
-    preserved_bytes: int
-    backward_bytes: int
-    discard_bytes: int
-    forward_work: Work
-    backward_work: Work
-    forward_seconds: float = 0.0
-    backward_seconds: float = 0.0
-
-    @property
-    def inter_mem(self) -> int:
-        """Peak of a forward and backward above what is preserved."""
-        return max(self.forward_bytes, self.backward_bytes) - self.preserved_bytes
-
-    def as_tuple(self) -> tuple[int, int, float]:
-        """(inter_mem, preserved_mem, time): the projection that people read."""
-        return self.inter_mem, self.preserved_bytes, self.forward_seconds + self.backward_seconds
+from model.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -118,76 +74,6 @@ class CostTable:
         return self._gradient_bytes[position]
 
 
-def offered_strategies(step: Step, shape: Sequence[int]) -> list[Strategy]:
-    """Every strategy that a step whose target has this shape can run under."""
-    submodule, strategies = step.submodule, [WHOLE]
-    for axis in submodule.axes:
-        if isinstance(axis, IndependentAxis):
-            kind, size = "chunk", shape[axis.cuts[submodule.target]]
-        else:
-            kind, size = "coshard", axis.size
-        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
-        if kind == "chunk":
-            strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
-    return strategies
-
-
-def trace_step(
-    step: Step,
-    strategy: Strategy,
-    state: Mapping[str, Tensor],
-    constants: Mapping[str, Tensor],
-    trace: Trace,
-    live: Iterable[str] | None = None,
-    training: bool = True,
-    in_place: bool = False,
-) -> StepCost:
-    """Cost of one step under one strategy; call on fake tensors, inside `trace`.
-
-    Args:
-        live: tensors of the state that have a gradient when the step's backward begins; None for all.
-        training: False for the discarding run alone.
-        in_place: whether that run may write over its target.
-    """
-    base = trace.live_bytes
-    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
-    loss_bytes = trace.live_bytes - base
-    seed = 0 if step.submodule.training else None
-
-    trace.reset()
-    with torch.no_grad():
-        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed), in_place)
-    discard_bytes, forward_work = trace.peak_bytes - base, trace.work()
-    del output
-    if not training:
-        return StepCost(strategy, discard_bytes, 0, 0, discard_bytes, forward_work, Work())
-
-    trace.reset()
-    run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
-    forward_bytes = trace.peak_bytes - base
-    del output
-    preserved_bytes = trace.live_bytes - base - loss_bytes
-
-    gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
-    target = state[step.target]
-    gradients[step.target] = target.new_empty(step.submodule.new_shape(target.shape))
-    del target
-    trace.reset()
-    result = run.vjp(gradients[step.target])
-    backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
-    del run, result, gradients, loss
-    assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
-    return StepCost(
-        strategy,
-        forward_bytes,
-        preserved_bytes,
-        backward_bytes,
-        discard_bytes,
-        forward_work,
-        backward_work,
-    )
-
-
 def build_cost_table(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
@@ -195,8 +81,8 @@ def build_cost_table(
     device: Device,
     training: bool = True,
     progress: Callable[[str], None] = lambda name: None,
-    link: Link | None = None,
-    strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] = offered_strategies,
+    times: TimeSource | None = None,
+    strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] | None = None,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
@@ -206,11 +92,16 @@ def build_cost_table(
         shapes: of forward's arguments by name: the state, and masks if they are given.
         dtype: of parameters and state, by name.
         progress: called with the name of each step as it is traced.
-        link: what ranks talk over; None: the device's own.
-        strategies: those to trace of a step whose target has a shape.
+        times: the device's roofline if not given; strategies that have none are left out.
+        strategies: those to trace of a step whose target has a shape; all there are if not given.
+
+    Raises:
+        MissingTimesError: some step has no time under any strategy.
     """
+    times = times or Roofline(device, dtype)
+    strategies = strategies or partial(offered_strategies, kernels=kernels_for(device.kind))
     torch_dtype = getattr(torch, dtype)
-    scratch = CpuScratch() if device.name == "cpu" else None
+    scratch = CpuScratch() if device.kind == "cpu" else None
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
@@ -238,7 +129,11 @@ def build_cost_table(
                     trace_step(step, strategy, state, constants, trace, live, training, in_place)
                     for strategy in offered
                 )
-                traced[key] = tuple(timed(cost, device, dtype, link) for cost in costs)
+                read = {name: tuple(state[name].shape) for name in step.reads}
+                found = [times.timed(step, read, cost, training) for cost in costs]
+                traced[key] = tuple(cost for cost in found if cost is not None)
+                if not traced[key]:
+                    raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
             if new_shape != state[step.target].shape:
@@ -258,15 +153,6 @@ def build_cost_table(
         units=chain.units,
         input_bytes=input_bytes,
         host_bandwidth=device.host_bandwidth,
-    )
-
-
-def timed(cost: StepCost, device: Device, dtype: str, link: Link | None = None) -> StepCost:
-    """The same cost with its times on a device, from the roofline."""
-    return replace(
-        cost,
-        forward_seconds=seconds(cost.forward_work, device, dtype, link),
-        backward_seconds=seconds(cost.backward_work, device, dtype, link),
     )
 
 

@@ -6,7 +6,7 @@ Peak figures are the makers' for dense arithmetic; times made from them are lowe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GIB = 2**30
 
@@ -53,11 +53,12 @@ class Device:
         source: where the figures come from.
         link: to other devices of its node.
         host_bandwidth: bytes per second between its memory and the host's, each way; None where they are one.
+        kind: cpu or cuda, what torch calls it.
     """
 
     name: str
     memory_bytes: int | None
-    peak_flops: Mapping[str, float]
+    peak_flops: Mapping[str, float] = field(hash=False)
     bandwidth: float
     launch_seconds: float
     block_bytes: int
@@ -65,6 +66,7 @@ class Device:
     source: str
     link: Link
     host_bandwidth: float | None = None
+    kind: str = "cuda"
 
 
 # Bytes per second over 16 lanes of PCI Express, by generation: about three quarters of what the lanes carry
@@ -92,15 +94,17 @@ def _cuda(
         bandwidth=bandwidth * 1e9,
         launch_seconds=5e-6,
         block_bytes=512,
-        # cuBLAS: 32 MiB on Hopper, a little over 8 MiB before (torch's CUBLAS_WORKSPACE_CONFIG defaults).
-        workspace_bytes=(32 if name.startswith("h") else 9) * 2**20,
+        # cuBLAS: 32 MiB on Hopper, a little over 8 MiB before (torch's CUBLAS_WORKSPACE_CONFIG defaults);
+        # hipBLASLt: as much as on Hopper at most.
+        workspace_bytes=(32 if name.startswith(("h", "mi")) else 9) * 2**20,
         source=source,
         link=Link(link * 1e9, 2e-6),
         host_bandwidth=_PCIE[pcie],
     )
 
 
-# Half of the data sheets' figures for NVLink and PCIe, which count both directions.
+# Half of the data sheets' figures for NVLink, Infinity Fabric and PCIe, which count both directions.
+# A sheet's figure for one process: an MI250X is two devices of 64 GiB, each with half of everything.
 _TABLE = (
     Device(
         name="cpu",
@@ -114,6 +118,7 @@ _TABLE = (
         workspace_bytes=0,
         source="measured on two cores, torch 2.13; indicative only",
         link=Link(1e9, 1e-4),  # gloo between processes
+        kind="cpu",
     ),
     _cuda("v100-16gb", 16, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7, pcie=3),
     _cuda("v100-32gb", 32, 125, 15.7, 7.8, 900, "NVIDIA V100 data sheet (SXM2)", 150, bf16=15.7, pcie=3),
@@ -121,6 +126,8 @@ _TABLE = (
     _cuda("a100-80gb", 80, 312, 19.5, 9.7, 2039, "NVIDIA A100 data sheet (SXM4)", 300),
     _cuda("h100-80gb", 80, 989, 67, 34, 3350, "NVIDIA H100 data sheet (SXM5)", 450, pcie=5),
     _cuda("h200-141gb", 141, 989, 67, 34, 4800, "NVIDIA H200 data sheet (SXM5)", 450, pcie=5),
+    _cuda("mi250x-64gb", 64, 191.5, 23.95, 23.95, 1638, "AMD MI250X data sheet, one of two dies", 50),
+    _cuda("mi300x-192gb", 192, 1307.4, 163.4, 81.7, 5300, "AMD Instinct MI300X data sheet", 64, pcie=5),
     _cuda("l4-24gb", 24, 121, 30.3, 0.49, 300, "NVIDIA L4 data sheet, dense", 32),
     _cuda("t4-16gb", 16, 65, 8.1, 0.25, 300, "NVIDIA T4 data sheet", 16, bf16=8.1, pcie=3),
     _cuda(

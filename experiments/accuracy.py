@@ -10,6 +10,7 @@ are excluded from both sides.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
-from planner.costing import Costed, cost_problem
+from planner.costing import cost_problem
 from planner.plan import write_json
 from planner.planning import solve
 from planner.problem import Problem
@@ -57,10 +58,7 @@ def rows(case: tuple) -> list[dict]:
     found = []
     for share in shares:
         budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
-        asked = Costed(
-            problem.model_copy(update={"budget_bytes": budget}),
-            costed.model, costed.device, costed.table, costed.static,
-        )  # fmt: skip
+        asked = replace(costed, problem=problem.model_copy(update={"budget_bytes": budget}))
         plan = solve(asked)
         result = verify_plan(None, plan, repeats=1)
         predicted = result.predicted_peak_bytes - result.static_bytes

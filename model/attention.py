@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels import kernel_in_use
+from model.remake import cheap
 from model.submodule import FULL
 
 
@@ -50,6 +52,11 @@ class GatedAttention(nn.Module):
         # The scale goes into the weights: they are smaller than the queries.
         q = self._split(F.linear(x, self.linear_q.weight[width] * self.c_head**-0.5))
         k = self._split(F.linear(x, self.linear_k.weight[width]))
+        if (attend := kernel_in_use()) is not None:
+            v = self._split(F.linear(x, self.linear_v.weight[width]))
+            attended = attend(q, k, v, mask_bias(key_mask), pair_bias).transpose(-2, -3).flatten(-2)
+            del q, k, v
+            return self._gated(x, attended, width)
         logits = q @ k.transpose(-1, -2)  # [*, rows, heads, n, n]
         del q, k
         # In place: the backward of a product does not read its result.
@@ -61,8 +68,11 @@ class GatedAttention(nn.Module):
         v = self._split(F.linear(x, self.linear_v.weight[width]))
         attended = (weights @ v).transpose(-2, -3).flatten(-2)  # [*, rows, n, heads * c]
         del weights, v
-        gate = torch.sigmoid(F.linear(x, self.linear_g.weight[width], self.linear_g.bias[width]))
-        return F.linear(gate * attended, self.linear_o.weight[:, width])
+        return self._gated(x, attended, width)
+
+    def _gated(self, x: Tensor, attended: Tensor, width: slice) -> Tensor:
+        gate = cheap(torch.sigmoid, F.linear(x, self.linear_g.weight[width], self.linear_g.bias[width]))
+        return F.linear(cheap(torch.mul, gate, attended), self.linear_o.weight[:, width])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.c_head)).transpose(-2, -3)  # [*, rows, heads, n, c]

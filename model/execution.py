@@ -8,11 +8,14 @@ recomputes each piece from the submodule's input, so that one piece's activation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from model.kernels import using
 from model.pieces import spans
+from model.remake import Remaking
 from model.strategy import Strategy
 from model.submodule import (
     ReductionAxis,
@@ -35,19 +38,21 @@ def run_discarded(
         in_place: pieces may write into the old target: nobody else has it, and nobody reads it again. A whole
             run makes its update as large as the target anyway and adds it up there.
     """
-    if strategy.kind == "whole":
-        return submodule.new_target(tensors)
-    run = _chunked if strategy.kind == "chunk" else _cosharded
-    return run(submodule, strategy, tensors, in_place)
+    with using(strategy.kernel):
+        if not strategy.in_pieces:
+            return submodule.new_target(tensors)
+        run = _chunked if strategy.kind == "chunk" else _cosharded
+        return run(submodule, strategy, tensors, in_place)
 
 
 class WholeRun:
-    """A whole run recorded by autograd, for one backward."""
+    """A whole or lean run recorded by autograd, for one backward."""
 
-    def __init__(self, submodule: Submodule, tensors: Tensors) -> None:
+    def __init__(self, submodule: Submodule, strategy: Strategy, tensors: Tensors) -> None:
         self.parameters = dict(submodule.named_parameters())
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in submodule.reads}
-        with torch.enable_grad():
+        keeping = Remaking() if strategy.kind == "lean" else nullcontext()
+        with torch.enable_grad(), using(strategy.kernel), keeping:
             output = submodule.new_target({**tensors, **self.leaves})
         # An edge, not the tensor: the output belongs to whoever reads it next.
         self.edge = torch.autograd.graph.get_gradient_edge(output)
@@ -77,10 +82,11 @@ class PiecewiseRun:
 
     def vjp(self, grad: Tensor) -> tuple[Gradients, ParameterGradients]:
         """As WholeRun.vjp, recomputing piece by piece."""
-        product = _chunked_vjp if self.strategy.kind == "chunk" else _cosharded_vjp
-        with torch.no_grad():  # autograd is on for one piece at a time
+        strategy = self.strategy
+        product = _chunked_vjp if strategy.kind == "chunk" else _cosharded_vjp
+        with torch.no_grad(), using(strategy.kernel):  # autograd is on for one piece at a time
             gradients = _Gradients(self.submodule, self.tensors, grad)
-            product(self.submodule, self.strategy, self.tensors, grad, gradients)
+            product(self.submodule, strategy, self.tensors, grad, gradients)
         return gradients.of_state, gradients.of_parameters
 
 
@@ -89,8 +95,8 @@ Run = WholeRun | PiecewiseRun
 
 def record(submodule: Submodule, strategy: Strategy, tensors: Tensors) -> tuple[Run, Tensor]:
     """Run forward for a later backward: the record to call `vjp` on, and the new target."""
-    if strategy.kind == "whole":
-        run = WholeRun(submodule, tensors)
+    if not strategy.in_pieces:
+        run = WholeRun(submodule, strategy, tensors)
         return run, run.take_output()
     with torch.no_grad():
         return PiecewiseRun(submodule, strategy, tensors), run_discarded(submodule, strategy, tensors)

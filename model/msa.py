@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.attention import GatedAttention, mask_bias
 from model.config import EvoformerConfig
+from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
@@ -22,6 +23,7 @@ class MSARowAttentionWithPairBias(Submodule):
     piece_inputs = ("m", "msa_mask")
     context_cuts = {"z": -3}
     context_dim = -2  # rows of z are queries of the bias
+    attends = True
     dropout_shared_dim = -3
 
     def __init__(self, config: EvoformerConfig) -> None:
@@ -53,6 +55,7 @@ class MSAColumnAttention(Submodule):
     """
 
     target = "m"
+    attends = True
     piece_inputs = ("m", "msa_mask")
 
     def __init__(self, config: EvoformerConfig) -> None:
@@ -65,9 +68,9 @@ class MSAColumnAttention(Submodule):
         )
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
-        columns = m.transpose(-2, -3).contiguous()
+        columns = cheap(_transposed, m)
         update = self.attention(columns, msa_mask.transpose(-1, -2), None, part)
-        return update.transpose(-2, -3).contiguous()
+        return _transposed(update)
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.attention.linear_o.bias)
@@ -105,8 +108,8 @@ class MSAColumnGlobalAttention(Submodule):
         first, last, _ = part.indices(self.n_head)
         width = slice(first * self.c_head, last * self.c_head)
         attended = self._attended(m, msa_mask.transpose(-1, -2).contiguous(), width)
-        gate = torch.sigmoid(F.linear(m, self.linear_g.weight[width], self.linear_g.bias[width]))
-        return F.linear(gate * attended.unsqueeze(-3), self.linear_o.weight[:, width])
+        gate = cheap(torch.sigmoid, F.linear(m, self.linear_g.weight[width], self.linear_g.bias[width]))
+        return F.linear(cheap(torch.mul, gate, attended.unsqueeze(-3)), self.linear_o.weight[:, width])
 
     def _attended(self, m: Tensor, mask: Tensor, width: slice) -> Tensor:
         """[*, r, heads * c]: what each column attends to, by the heads in `width`; mask is [*, r, s]."""
@@ -128,3 +131,8 @@ class MSAColumnGlobalAttention(Submodule):
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.linear_o.bias)
+
+
+def _transposed(m: Tensor) -> Tensor:
+    """Rows and columns changed about, in a tensor of its own."""
+    return m.transpose(-2, -3).contiguous()

@@ -60,10 +60,10 @@ def spans(size: int, n: int) -> Iterator[slice]:
     if sample is None:
         yield from pieces
         return
-    first, rest = pieces[0], pieces[1:]
+    first, rest, outer = pieces[0], pieces[1:], sample.repeat  # loops may lie within one another
     kinds = Counter([(1, first.stop)] + [(2, piece.stop - piece.start) for piece in rest])
     for piece, kind in zip(pieces, [(1, first.stop)] + [(2, p.stop - p.start) for p in rest], strict=True):
-        sample.repeat = kinds.pop(kind, 0)
-        if sample.repeat:
+        if count := kinds.pop(kind, 0):
+            sample.repeat = outer * count
             yield piece
-    sample.repeat = 1
+    sample.repeat = outer

@@ -18,6 +18,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from model.remake import cheap
+
 FULL = slice(None)
 STATE = ("m", "z")  # what a schedule moves; all other tensors a stage reads are constants
 
@@ -90,6 +92,9 @@ class Submodule(nn.Module):
     # True where every position needs only itself, so that ranks may cut the target anywhere.
     positionwise: bool = False
 
+    # True where pieces run attention, for which there are kernels (`model.kernels`).
+    attends: bool = False
+
     # True for a step that only brings the state into the layout that the next one wants.
     leads_in: bool = False
 
@@ -144,7 +149,7 @@ class Submodule(nn.Module):
     def normalised(self, tensors: Tensors, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Those tensors by name, layer-normed where they are state."""
         return {
-            name: self.norms[name](tensors[name]) if name in self.norms else tensors[name]
+            name: cheap(self.norms[name], tensors[name]) if name in self.norms else tensors[name]
             for name in dict.fromkeys(names)
         }
 

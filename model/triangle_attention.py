@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.attention import GatedAttention
 from model.config import EvoformerConfig
+from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
@@ -23,6 +24,7 @@ class TriangleAttention(Submodule):
     context_inputs = ("z",)
     piece_inputs = ("z", "pair_mask")
     context_dim = -2
+    attends = True
 
     def __init__(self, config: EvoformerConfig, node: Literal["starting", "ending"]) -> None:
         super().__init__()
@@ -39,17 +41,21 @@ class TriangleAttention(Submodule):
             ReductionAxis("head", config.n_head_pair),
         )
 
-    def _from_node(self, x: Tensor, dim: int) -> Tensor:
-        return x if self.starting else x.transpose(dim, dim + 1)
-
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
-        bias = nn.functional.linear(self._from_node(z, -3), self.linear_b.weight[part])
+        rows = z if self.starting else z.transpose(-3, -2)
+        bias = nn.functional.linear(rows, self.linear_b.weight[part])
         return bias.movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
-        rows = self._from_node(z, -3).contiguous()
-        update = self.attention(rows, self._from_node(pair_mask, -2), context, part)
-        return self._from_node(update, -3).contiguous()
+        if self.starting:
+            return self.attention(z, pair_mask, context, part)
+        update = self.attention(cheap(_transposed, z), pair_mask.transpose(-1, -2), context, part)
+        return _transposed(update)
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.attention.linear_o.bias)
+
+
+def _transposed(z: Tensor) -> Tensor:
+    """Rows and columns changed about, in a tensor of its own."""
+    return z.transpose(-2, -3).contiguous()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import EvoformerConfig
+from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
@@ -65,12 +66,19 @@ class TriangleMultiplication(Submodule):
         return product.movedim(-3, -1).contiguous()  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
-        update = self.linear_out(self.norm_product(update))
-        return torch.sigmoid(self.linear_gate(z)) * update
+        update = self.linear_out(cheap(self.norm_product, update))
+        return cheap(torch.sigmoid, self.linear_gate(z)) * update
 
 
-def _operand(z: Tensor, mask: Tensor, linear: nn.Linear, gate: nn.Linear, part: slice) -> Tensor:
+def _operand(z: Tensor, mask: Tensor, linear: nn.Linear, gate_linear: nn.Linear, part: slice) -> Tensor:
     """[*, c, r, r]: one operand of the product, channels first as the product wants them."""
-    opening = torch.sigmoid(F.linear(z, gate.weight[part], gate.bias[part])) * mask[..., None]
-    operand = opening * F.linear(z, linear.weight[part], linear.bias[part])
-    return operand.movedim(-1, -3).contiguous()
+    gate = cheap(torch.sigmoid, F.linear(z, gate_linear.weight[part], gate_linear.bias[part]))
+    opening = cheap(torch.mul, gate, mask[..., None])
+    del gate
+    operand = cheap(torch.mul, opening, F.linear(z, linear.weight[part], linear.bias[part]))
+    del opening
+    return cheap(_channels_first, operand)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, -3).contiguous()

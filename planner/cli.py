@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,13 +18,21 @@ from planner.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.costing import Costed
-    from planner.problem import Problem
+    from planner.timing import Times
 from planner.flags import AUTO, problem_of, problem_options
 
 BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
+ROOFLINE_WIDTH = 150
 
 
+_CACHE = click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
+_TIMES = click.option(
+    "--times",
+    type=click.Choice(["auto", "measured", "calibrated", "roofline"]),
+    default="auto",
+    show_default=True,
+    help="Where step times come from; auto: the best there is.",
+)
 _JSON = click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
 
 
@@ -40,26 +49,39 @@ def cli() -> None:
     help="dp, cp-sat, none, small, large, sqrt or seed-dp.",
 )  # fmt: skip
 @click.option("--certify", is_flag=True, help="Also prove how far from optimal the plan may be.")
+@_TIMES
+@_CACHE
 @click.option("--out", type=click.Path(), help="Write the plan here.")
 @_JSON
-def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None, **flags: Any) -> None:
+def plan(
+    solver_name: str,
+    certify: bool,
+    times: Times,
+    cache: str | None,
+    out: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
     """Find the fastest schedule that fits; print it and what it saves."""
     check_writable(out, json_path)
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
-    from planner.costing import cost_problem
     from planner.plan import write_json
     from planner.planning import NoPlanError, solve, solve_for_fewest_ranks
     from planner.report import print_plan
     from planner.solvers import solver
+    from planner.timing import cost_with_times
 
     solver(solver_name)  # a wrong name is said before the work
     try:
         with _progress("loading torch") as update:
             if auto:
-                costed, found = solve_for_fewest_ranks(problem, solver_name, update)
+                cost = partial(cost_with_times, times=times, path=cache)
+                costed, found = solve_for_fewest_ranks(problem, solver_name, update, cost)
             else:
-                costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
+                costed = cost_with_times(
+                    problem, times, cache, progress=lambda name: update(f"tracing {name}")
+                )
                 update("solving")
                 found = solve(costed, solver_name)
             if certify:
@@ -79,19 +101,88 @@ def plan(solver_name: str, certify: bool, out: str | None, json_path: str | None
 
 
 @cli.command()
-@click.argument("plan_file", type=click.Path())
+@problem_options
+@click.option("--every", is_flag=True, help="Print every strategy, not only whole.")
 @_JSON
-def show(plan_file: str, json_path: str | None) -> None:
-    """Print a plan: its schedule, its memory over time, and where the peak is and why."""
+def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
+    """What bounds each submodule on a device: FLOPs, bytes, kernels, intensity, lower and upper times."""
     check_writable(json_path)
+    problem = problem_of(**flags)
     from planner.costing import cost_problem
+    from planner.plan import write_json
+    from planner.roofline import print_roofline, roofline, roofline_to_json
+
+    with _progress("tracing") as update:
+        costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
+    rows = roofline(costed)
+    # A discarding run of whole does what its forward does.
+    shown = [row for row in rows if every or (str(row.strategy) == "whole" and row.phase != "discard")]
+    print_roofline(shown if problem.training else rows, costed, console_for_output(ROOFLINE_WIDTH))
+    if json_path:
+        write_json(json_path, roofline_to_json(rows, costed))
+
+
+@cli.command()
+@problem_options
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs; medians count."
+)
+@click.option("--max-pieces", type=click.IntRange(1), help="Leave out strategies of more pieces.")
+@click.option("--again", is_flag=True, help="Also measure what the cache has.")
+@_CACHE
+@click.option("--save-device", type=click.Path(), help="Write the calibrated device as a device file.")
+@_JSON
+def profile(
+    repeats: int,
+    max_pieces: int | None,
+    again: bool,
+    cache: str | None,
+    save_device: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
+    """Measure the times of every step under every strategy here, for `plan --times`."""
+    check_writable(save_device, json_path)
+    problem = problem_of(**flags)
+    from planner.plan import write_json
+    from planner.profiling import profile_problem
+    from planner.report_times import print_profile, profile_to_json
+
+    with _progress("loading torch") as update:
+        measured, calibration, calibrated = profile_problem(
+            problem, cache, repeats, max_pieces, again, update
+        )
+    print_profile(measured, calibration, console_for_output())
+    if save_device:
+        from planner.device_file import device_entry
+
+        write_json(save_device, device_entry(calibrated))
+        click.echo(f"calibrated device written to {save_device}")
+    if json_path:
+        write_json(json_path, profile_to_json(problem, measured, calibration))
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@_CACHE
+@_JSON
+def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
+    """Print a plan: its schedule, its memory over time, where the peak is and why, and the alternatives.
+
+    Times are of the kind that the plan was made with, as far as this machine has them.
+    """
+    check_writable(json_path)
+    from planner.alternatives import alternatives, alternatives_to_json, print_alternatives
     from planner.plan import load_plan, write_json
     from planner.replay import replay
     from planner.report import print_plan, print_schedule, print_timeline, step_names
+    from planner.timing import cost_of_plan
 
     found = load_plan(plan_file)
     with _progress("tracing") as update:
-        costed = cost_problem(found.problem, progress=update)
+        costed, times_lost = cost_of_plan(found, cache, update)
+        update("comparing")
+        others = alternatives(found, costed)
     console = console_for_output()
     print_plan(found, console)
     console.print()
@@ -99,13 +190,18 @@ def show(plan_file: str, json_path: str | None) -> None:
     console.print()
     result = replay(found.sequence(), costed.table)
     print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
+    console.print()
+    if times_lost:
+        console.print(f"{times_lost}: times below are of the {costed.times.name}", highlight=False)
+    print_alternatives(others, console)
     if json_path:
         moments = [
             {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
              "peak_bytes": costed.fixed_bytes + moment.peak_bytes}
             for moment in result.moments
         ]  # fmt: skip
-        write_json(json_path, {"plan": found.to_json(), "timeline": moments})
+        document = {"plan": found.to_json(), "timeline": moments, "times": costed.times.name}
+        write_json(json_path, document | {"alternatives": alternatives_to_json(others)})
 
 
 @cli.command()
@@ -158,11 +254,21 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
 
 @cli.command()
 @problem_options
+@_TIMES
+@_CACHE
 @click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
 @click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
 @click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
 @_JSON
-def sweep(points: int, out: str | None, plot: str | None, json_path: str | None, **flags: Any) -> None:
+def sweep(
+    points: int,
+    times: Times,
+    cache: str | None,
+    out: str | None,
+    plot: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
     """The frontier of memory and time, baselines marked on it."""
     check_writable(out, plot, json_path)
     problem = problem_of(**flags)
@@ -174,8 +280,12 @@ def sweep(points: int, out: str | None, plot: str | None, json_path: str | None,
     if not problem.training:
         raise ValueError("sweep is for training; for inference ask plan for one budget after another")
 
-    costed = _costed(problem.model_copy(update={"budget_bytes": None}))
-    with _progress("solving") as update:
+    with _progress("loading torch") as update:
+        from planner.timing import cost_with_times
+
+        problem = problem.model_copy(update={"budget_bytes": None})
+        costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
+        update("solving")
         document = sweep_frontier(costed, points, update)
     print_sweep(document, console_for_output())
     for path in filter(None, (out, json_path)):
@@ -239,13 +349,6 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
     sys.exit(0 if document["ok"] else CHECK_FAILED)
 
 
-def _costed(problem: Problem) -> Costed:
-    with _progress("loading torch") as update:
-        from planner.costing import cost_problem
-
-        return cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
-
-
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal; nothing where output goes to a file."""
@@ -255,12 +358,12 @@ def _progress(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def console_for_output() -> Console:
+def console_for_output(width: int = 110) -> Console:
     """As wide as the terminal, or wide enough for every table."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=width)
 
 
 def check_writable(*paths: str | None) -> None:

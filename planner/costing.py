@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cost_model.costs import CostTable, build_cost_table, offered_strategies
+from cost_model.costs import CostTable, build_cost_table
 from cost_model.devices import Device, device
 from cost_model.local import local_cuda
 from cost_model.roofline import reduction_seconds
 from cost_model.static import static_bytes
+from cost_model.times import Roofline, TimeSource
 from model.chain import Chain, Plannable, Step
 from model.parallel import ParallelEvoformer
 from model.ranks import Ranks
@@ -25,9 +26,6 @@ from planner.schedule import Sequence, strategies_used
 Progress = Callable[[str], None]
 
 
-COST_SOURCES = {"memory": "traced", "time": "roofline", "torch": torch.__version__.split("+")[0]}
-
-
 @dataclass(frozen=True)
 class Costed:
     """A problem with everything a solver needs to know about it.
@@ -36,6 +34,7 @@ class Costed:
         model: without data; of several ranks, the first one's share of it.
         table: its costs.
         static: what there is besides, part by part.
+        times: where its times come from.
     """
 
     problem: Problem
@@ -43,6 +42,12 @@ class Costed:
     device: Device
     table: CostTable
     static: dict[str, int]
+    times: TimeSource
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where its figures come from."""
+        return {"memory": "traced", "time": self.times.name, "torch": torch.__version__.split("+")[0]}
 
     @property
     def fixed_bytes(self) -> int:
@@ -78,9 +83,16 @@ class Costed:
         return None if budget is None else budget - self.fixed_bytes
 
 
-def device_named(name: str) -> Device:
-    """A device of the table, or this machine's GPU for `cuda`; ValueError says what there is."""
-    return local_cuda() if name == "cuda" else device(name)
+def device_of(problem: Problem) -> Device:
+    """What a problem is for: its own device, this machine's GPU for `cuda`, or one of the table.
+
+    Raises:
+        ValueError: there is none of that name, or it has no figures for the dtype; says what there is.
+    """
+    where = problem.own_device or (local_cuda() if problem.device == "cuda" else device(problem.device))
+    if problem.dtype not in where.peak_flops:
+        raise ValueError(f"device {where.name} has no peak_flops for {problem.dtype}; add it to its file")
+    return where
 
 
 def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = None) -> Plannable:
@@ -95,7 +107,7 @@ def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = Non
             stack = build_model(problem.config).train()
     if problem.ranks == 1:
         return stack
-    backend = "gloo" if problem.device == "cpu" else "nccl"
+    backend = "gloo" if device_of(problem).kind == "cpu" else "nccl"
     return ParallelEvoformer(stack, Ranks(None, rank, problem.ranks, backend), problem.shape, whole=False)
 
 
@@ -112,6 +124,7 @@ def cost_problem(
     *,
     rank: int = 0,
     only: Sequence | None = None,
+    times: TimeSource | None = None,
 ) -> Costed:
     """Trace the costs of a problem.
 
@@ -119,9 +132,14 @@ def cost_problem(
         stack: the model; made without data from problem.config when not given.
         rank: whose share is costed, of several.
         only: a schedule whose strategies are all that is traced.
+        times: where times come from; the device's roofline if not given.
+
+    Raises:
+        MissingTimesError: some step has none.
     """
     model = planned_model(problem, rank, stack)
-    where = device_named(problem.device)
+    where = device_of(problem)
+    times = times or Roofline(where, problem.dtype, problem.link_on(where))
 
     def used(step: Step, _: object) -> list[Strategy]:
         return sorted(strategies[step.index], key=str)
@@ -134,15 +152,15 @@ def cost_problem(
         where,
         problem.training,
         progress,
-        problem.link_on(where),
-        offered_strategies if only is None else used,
+        times,
+        None if only is None else used,
     )
     sizes = [parameter.numel() for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)
     static = static_bytes(
         sizes, table.input_bytes, outputs, problem.dtype, where, problem.optimizer, problem.training
     )
-    return Costed(problem, model, where, table, static)
+    return Costed(problem, model, where, table, static, times)
 
 
 def peaks_of_ranks(costed: Costed, schedule: Sequence) -> tuple[int, ...]:

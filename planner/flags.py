@@ -80,7 +80,10 @@ _PROBLEM_OPTIONS = [
         "--optimizer", type=click.Choice(list(OPTIMIZER_STATES)), default="adamw", show_default=True,
         help="Its states count.",
     ),
-    click.option("--device", default="cpu", show_default=True, help=f"cuda, or one of {', '.join(DEVICES)}."),
+    click.option(
+        "--device", default="cpu", show_default=True,
+        help=f"cuda, a device file, or one of {', '.join(DEVICES)}.",
+    ),
     click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
         "--ranks", type=_Ranks(), default=1, show_default=True,
@@ -127,17 +130,27 @@ def problem_of(
         shape = shape_for_alignment(shape, msa, n_seq, n_extra)
         n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
-    if device not in (*DEVICES, "cuda"):
-        raise ValueError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda")
+    own_device = None
+    if device.endswith(".json"):
+        from planner.device_file import load_device
+
+        own_device = load_device(device)
+        device = own_device.name
+    elif device not in (*DEVICES, "cuda"):
+        raise ValueError(
+            f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}, cuda, or a .json file"
+        )
+    known = own_device or DEVICES.get(device)
     if ranks == AUTO:
         raise ValueError("--ranks auto is for plan; give a number")
     from planner.problem import Problem
 
-    if memory is None and device in DEVICES:
-        memory = DEVICES[device].memory_bytes
+    if memory is None and known is not None:
+        memory = known.memory_bytes
     return Problem(
         model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
-        link=None if link is None else replace(DEVICES.get(device, DEVICES["cpu"]).link, bandwidth=link),
+        link=None if link is None else replace((known or DEVICES["cpu"]).link, bandwidth=link),
+        own_device=own_device,
         **rest,
     )  # fmt: skip
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from torch import Tensor, nn
 
 from model.config import InputShape, TrunkConfig, with_blocks
 from planner.costing import (
-    COST_SOURCES,
     Costed,
     Progress,
     cost_problem,
@@ -25,6 +24,7 @@ from planner.schedule import Sequence, shortened
 from planner.sizes import parse_size
 from planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
 from planner.solvers.seed_dp import SeedProgram
+from planner.timing import Times, cost_of_plan, cost_with_times
 
 FLAT_POINTS = 12  # of seed-dp in a sweep
 
@@ -105,7 +105,7 @@ def plan_of(
     peaks = peaks_of_ranks(costed, schedule) if peaks is None else peaks
     return Plan(
         problem=costed.problem,
-        costs=COST_SOURCES,
+        costs=costed.sources,
         solver=report,
         predicted=_of_largest(costed.predict(schedule), peaks),
         rank_peak_bytes=peaks,
@@ -125,9 +125,15 @@ def _of_largest(predicted: Prediction, peaks: tuple[int, ...]) -> Prediction:
 
 
 def solve_for_fewest_ranks(
-    problem: Problem, solver_name: str = "dp", progress: Progress = lambda _: None
+    problem: Problem,
+    solver_name: str = "dp",
+    progress: Progress = lambda _: None,
+    cost: Callable[[Problem], Costed] = cost_problem,
 ) -> tuple[Costed, Plan]:
     """Costs and plan for as few ranks (1, 2, 4, ...) as the budget needs.
+
+    Args:
+        cost: the costs of a problem.
 
     Raises:
         NoPlanError: the budget is too small for as many ranks as the shapes can be cut for.
@@ -135,7 +141,7 @@ def solve_for_fewest_ranks(
     most = min(size for shape in problem.state_shapes().values() for size in shape[-3:-1])
     for ranks in (2**power for power in range(most.bit_length())):
         progress(f"tracing a share of {ranks}")
-        costed = cost_problem(problem.model_copy(update={"ranks": ranks}))
+        costed = cost(problem.model_copy(update={"ranks": ranks}))
         try:
             return costed, solve(costed, solver_name)
         except NoPlanError as error:
@@ -187,7 +193,7 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
     large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
     return {
         "problem": costed.problem.model_dump(mode="json"),
-        "costs": COST_SOURCES,
+        "costs": costed.sources,
         "static_bytes": sum(costed.static.values()),
         "points": points,
         "seed_dp_points": [point(budget, schedule) for budget, schedule in found if schedule is not None],
@@ -203,12 +209,13 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
     """The plan for the first blocks of its stack, cut off, costed anew; it answers to no budget."""
     config = with_blocks(plan.problem.config, blocks)
     problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
-    costed = cost_problem(problem, progress=progress)
+    costed, _ = cost_of_plan(plan.model_copy(update={"problem": problem}), progress=progress)
     schedule = shortened(plan.sequence(), len(costed.table.options))
     peaks = peaks_of_ranks(costed, schedule)
     return plan.model_copy(
         update={
             "problem": problem,
+            "costs": costed.sources,
             "predicted": _of_largest(costed.predict(schedule), peaks),
             "rank_peak_bytes": peaks,
             "static": costed.static,
@@ -228,6 +235,7 @@ def make_plan(
     optimizer: str = "adamw",
     ranks: int = 1,
     solver: str = "dp",
+    times: Times = "auto",
 ) -> Plan:
     """Plan a model for inputs like these.
 
@@ -237,6 +245,7 @@ def make_plan(
             optionally masks; only shapes and dtype count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
         ranks: devices that share each input; the plan is for one of them.
+        times: where step times come from; auto is the best there is (see `cost_with_times`).
 
     Raises:
         NoPlanError: nothing fits.
@@ -261,4 +270,4 @@ def make_plan(
     for tensor, (name, shape) in zip((*extra, m, z), problem.state_shapes().items(), strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, the model and the other inputs need {shape}")
-    return solve(cost_problem(problem, stack), solver)
+    return solve(cost_with_times(problem, times, stack=stack), solver)

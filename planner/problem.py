@@ -21,6 +21,8 @@ class Problem(BaseModel):
     Attributes:
         model: name of the preset it started from, or "custom".
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
+        device: a name of the device table, or cuda for this machine's GPU.
+        own_device: the device itself where the table does not have it.
         ranks: devices that share one input (dynamic axial parallelism).
         link: what they talk over; None is the device's own, or a network's beyond a node of 8.
     """
@@ -34,6 +36,7 @@ class Problem(BaseModel):
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
     device: str = "cpu"
+    own_device: Device | None = None
     ranks: int = Field(default=1, ge=1)
     link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1)

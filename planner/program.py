@@ -13,7 +13,7 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.trunk import build_model
 from planner.apply import PlannedModule
-from planner.costing import device_named, planned_model
+from planner.costing import device_of, planned_model
 from planner.host import FakeHost
 from planner.plan import Plan
 
@@ -64,8 +64,8 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
         rank: of those that share the model.
     """
     problem = plan.problem
-    where, dtype = device_named(problem.device), getattr(torch, problem.dtype)
-    scratch = CpuScratch() if where.name == "cpu" else None
+    where, dtype = device_of(problem), getattr(torch, problem.dtype)
+    scratch = CpuScratch() if where.kind == "cpu" else None
     with torch.device("meta"):
         plain = MaskedMSAModel(problem.config, build_model(problem.config))
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from cost_model.costs import CostTable, StepCost
+from cost_model.costs import CostTable
 from cost_model.liveness import INPUT, Version
+from cost_model.steps import StepCost
 from model.strategy import Strategy
 from planner.host import check_away, moves
 from planner.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
@@ -171,7 +172,7 @@ class _Machine:
     def discard(self, runs: Iterable[Run], state: dict[str, Version], phase: Phase) -> None:
         for run in runs:
             cost = self.cost(run)
-            self.moment(phase, run.step, cost.discard_bytes, cost.forward_seconds)
+            self.moment(phase, run.step, cost.discard_bytes, cost.discard_seconds)
             self.advance(state, run.step)
 
     def forward(self, body: Sequence, state: dict[str, Version], records: list[_Record], redo: bool) -> None:

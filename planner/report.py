@@ -33,7 +33,8 @@ def describe_problem(problem: Problem) -> str:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """The first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
@@ -94,7 +95,7 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
     )
     waits = {run.step: run.away for run in all_runs(schedule) if run.away}
     host = ("on the host (blocks)",) if waits else ()
-    table = _table(title, "submodule", "strategy (blocks)", "forward runs", *host)
+    table = new_table(title, "submodule", "strategy (blocks)", "forward runs", *host)
     for name, steps in kinds.items():
         counts = Counter(str(final[step]) for step in steps)
         text = ", ".join(f"{strategy} ({count})" for strategy, count in counts.most_common())
@@ -107,7 +108,9 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
 
 
 def _comparison(plan: Plan) -> Table:
-    table = _table("predicted", "schedule", "peak", "activations", "step time", "peak / plan", "time / plan")
+    table = new_table(
+        "predicted", "schedule", "peak", "activations", "step time", "peak / plan", "time / plan"
+    )
 
     def add(name: str, prediction: Prediction, style: str | None = None) -> None:
         own = plan.predicted
@@ -169,7 +172,7 @@ def fold(lines: list[str], limit: int = 60) -> list[str]:
 
 def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: Console) -> None:
     """Where the memory goes over the step, and what is live at the peak."""
-    table = _table("memory timeline (each row: the largest moment of a phase in a sixteenth of the step)",
+    table = new_table("memory timeline (each row: the largest moment of a phase in a sixteenth of the step)",
                    "phase", "step", "held before", "peak")  # fmt: skip
     moments = result.moments
     size = max(1, -(-len(moments) // 16))
@@ -207,7 +210,7 @@ def _where(moment: Moment, names: list[str]) -> str:
 
 def print_verification(found: Verification, console: Console) -> None:
     """Predicted beside measured."""
-    table = _table(f"verification ({found.backend})", "", "predicted", "measured", "without plan")
+    table = new_table(f"verification ({found.backend})", "", "predicted", "measured", "without plan")
 
     def size(value: int | None) -> str:
         return "-" if value is None else format_size(value)
@@ -247,7 +250,7 @@ def print_rank_verifications(results: list[Verification], console: Console) -> N
     """Of several ranks, what each has found."""
     if len(results) == 1:
         return
-    table = _table(
+    table = new_table(
         "ranks", "rank", "predicted peak", "measured", "measured / predicted", "gradient error", ""
     )
     for rank, found in enumerate(results):
@@ -265,7 +268,7 @@ def print_rank_verifications(results: list[Verification], console: Console) -> N
 
 def print_sweep(document: dict, console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
-    table = _table("frontier", "", "peak", "step time")
+    table = new_table("frontier", "", "peak", "step time")
     points = document["points"]
     for index in sorted({round(i * (len(points) - 1) / 11) for i in range(12)}):
         point = points[index]
@@ -294,7 +297,7 @@ def print_ranks(ranks: list[dict], plan: Plan, kind: str, console: Console) -> N
             )
         return
     console.print(f"step time: predicted {seconds}; peaks by the {kind} allocator", highlight=False)
-    table = _table("each rank", "rank", "peak predicted", "measured", "measured / predicted", "step time")
+    table = new_table("each rank", "rank", "peak predicted", "measured", "measured / predicted", "step time")
     for row in ranks:
         predicted, measured = row["predicted_peak_bytes"], row["measured_peak_bytes"]
         table.add_row(

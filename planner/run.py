@@ -19,7 +19,7 @@ from planner.report import describe_problem, print_ranks
 from planner.sizes import format_seconds, format_size
 from planner.snapshots import Snapshots
 from planner.training import Training, dropout_seed
-from planner.trial import available_bytes
+from planner.trial import available_bytes, kind_here
 from planner.verify import PEAK_TOLERANCE
 from planner.world import World, odd_ones
 
@@ -73,7 +73,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
     alignment = alignment_for(problem, settings.msa, settings.seed)
-    kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = kind_here(problem)
     world.connect(kind, settings.replicas)
     sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
     if plan.predicted.peak_bytes * sharing > available_bytes(kind):

@@ -151,7 +151,7 @@ def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
     On a redo nobody reads the last state, so a last part that keeps nothing but its input need
     not run before backward runs it again.
     """
-    keeps_nothing = isinstance(part, Checkpoint) or part.strategy.kind != "whole"
+    keeps_nothing = isinstance(part, Checkpoint) or part.strategy.in_pieces
     return not (redo and part is body.parts[-1] and keeps_nothing)
 
 

@@ -12,6 +12,7 @@ from model.chain import Plannable
 from model.loss import mean_square
 from model.parallel import ParallelEvoformer
 from model.trunk import build_model
+from planner.costing import device_of
 from planner.problem import Problem
 
 
@@ -34,6 +35,11 @@ def random_inputs(
     for name in problem.config.masks:
         inputs[name] = inputs[name].gt_(-1.3).to(dtype)
     return inputs
+
+
+def kind_here(problem: Problem) -> str:
+    """Where a problem's plan runs on this machine: cuda, or cpu for want of a GPU."""
+    return "cuda" if device_of(problem).kind == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def available_bytes(kind: str) -> int:

@@ -18,10 +18,10 @@ from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.ranks import Ranks
 from planner.apply import PlannedModule
-from planner.costing import device_named, input_shapes, planned_model
+from planner.costing import device_of, input_shapes, planned_model
 from planner.host import FakeHost
 from planner.plan import Plan
-from planner.trial import Trial, available_bytes, errors, random_inputs, random_stack
+from planner.trial import Trial, available_bytes, errors, kind_here, random_inputs, random_stack
 from planner.world import World, check_world
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
@@ -100,9 +100,9 @@ def without_rates(config: ModelConfig) -> ModelConfig:
 def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     """Run the applied plan, or one rank's share of it, on fake tensors: its memory, without using any."""
     problem = plan.problem
-    where = device_named(problem.device)
+    where = device_of(problem)
     dtype = getattr(torch, problem.dtype)
-    scratch = CpuScratch() if where.name == "cpu" else None
+    scratch = CpuScratch() if where.kind == "cpu" else None
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
@@ -151,7 +151,7 @@ def verify_plan(
             f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "
             f"`torchrun --nproc_per_node={problem.ranks} -m planner verify`"
         )
-    kind = "cuda" if problem.device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = kind_here(problem)
     available = available_bytes(kind)
     if ranks is not None:  # all decide alike; processes share a machine's memory, and have a GPU each
         sharing = ranks.size if kind == "cpu" else 1
@@ -214,7 +214,7 @@ def verify_on(
         CommonError: the world is not the plan's; `command` is what the message says to start.
     """
     check_world(plan, world, command)
-    kind = "cuda" if plan.problem.device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = kind_here(plan.problem)
     world.connect(kind, replicas=1)
     assert world.group is not None
     return world.gathered_objects(verify_plan(None, plan, repeats, True, progress, Ranks(world.group)))

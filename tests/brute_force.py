@@ -142,7 +142,7 @@ def least_seconds(
         times = np.full(units + 1, np.inf)
         for cost in table.options[step]:
             fits = times[max(0, held + cost.discard_bytes) :]
-            np.minimum(fits, cost.forward_seconds, out=fits)
+            np.minimum(fits, cost.discard_seconds, out=fits)
         return times
 
     fastest: dict[tuple, float] = {}

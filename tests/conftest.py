@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ import torch
 from cost_model.costs import CostTable, build_cost_table
 from cost_model.devices import device
 from model import EvoformerConfig, EvoformerStack, InputShape
+from model.kernels import KERNELS, Kernel
+from model.tiled import tiled_attention
+
+# Nobody's own measured times come into a test.
+os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests-have-no-cache.sqlite")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads that wait for each other take minutes
@@ -18,6 +25,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 TINY = EvoformerConfig(
     n_block=2, c_m=12, c_z=10, n_head_msa=3, n_head_pair=2, c_head=4, c_head_msa=6, c_opm=5, c_tri=7
 )
+
+# Tiles of one query, of a few, of a few heads, and of a few rows; for no device, so that no plan has them.
+TILES = {
+    f"tiled({size}B)": Kernel(f"tiled({size}B)", partial(tiled_attention, tile_bytes=size), ())
+    for size in (1, 200, 700, 3000)
+}
+KERNELS.update(TILES)
 
 TINY_EXTRA = replace(TINY, column_attention="global")
 

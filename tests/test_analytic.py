@@ -22,8 +22,8 @@ from cost_model.analytic import (
     parameter_count,
     submodule_parameters,
 )
-from cost_model.costs import StepCost, trace_step
 from cost_model.flops import block_flops, submodule_flops
+from cost_model.steps import StepCost, trace_step
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
 from model.evoformer import mask_constants

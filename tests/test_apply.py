@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from model import Chain, EvoformerStack
-from model.strategy import WHOLE, Strategy
+from model.strategy import EAGER, WHOLE, Strategy
 from model.submodule import IndependentAxis
 from planner.apply import PlannedModule
 from planner.schedule import Checkpoint, Run, Sequence
-from tests.conftest import TINY, random_inputs
+from tests.conftest import TILES, TINY, random_inputs
 
 
 def random_strategy(step, rng: random.Random) -> Strategy:
     axis = rng.choice([None, *step.submodule.axes])
+    kernel = rng.choice([EAGER, *TILES]) if step.submodule.attends else EAGER
     if axis is None:
-        return WHOLE
+        return Strategy(rng.choice(["whole", "lean"]), kernel=kernel)
     if isinstance(axis, IndependentAxis):
-        return Strategy("chunk", axis.name, rng.choice([1, 2, 3, 5]))
-    return Strategy("coshard", axis.name, min(rng.choice([1, 2, 3]), axis.size))
+        return Strategy("chunk", axis.name, rng.choice([1, 2, 3, 5]), kernel)
+    return Strategy("coshard", axis.name, min(rng.choice([1, 2, 3]), axis.size), kernel)
 
 
 def random_schedule(chain: Chain, span: range, rng: random.Random, depth: int) -> Sequence:

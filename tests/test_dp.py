@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_model.costs import CostTable, StepCost
+from cost_model.costs import CostTable
+from cost_model.steps import StepCost
 from cost_model.trace import Work
 from model.strategy import WHOLE, Strategy
 from planner.replay import replay
@@ -44,8 +45,10 @@ def step_options(
                 preserved_bytes=preserved,
                 backward_bytes=gradients + preserved + backward_from + rng.randint(0, 6),
                 discard_bytes=new + rng.randint(0, 6),
+                discard_work=Work(),
                 forward_work=Work(),
                 backward_work=Work(),
+                discard_seconds=float(rng.randint(1, 9)),
                 forward_seconds=float(rng.randint(1, 9)),
                 backward_seconds=float(rng.randint(1, 9) + 20 * (strategy != WHOLE) * rng.randint(0, 1)),
             )

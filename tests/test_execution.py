@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
 from model.dropout import dropout_mask
 from model.evoformer import mask_constants
-from model.execution import PiecewiseRun, WholeRun, run_discarded
+from model.execution import WholeRun, record, run_discarded
 from model.pieces import spans
-from model.strategy import WHOLE, Strategy
+from model.strategy import LEAN, WHOLE, Strategy
 from model.submodule import IndependentAxis
-from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
+from tests.conftest import TILES, TINY, TINY_EXTRA, random_inputs, randomise
 
 CASES = [(TINY, name) for name, _ in EvoformerBlock(TINY).submodules()] + [(TINY_EXTRA, "column_attention")]
 
@@ -26,6 +28,11 @@ def tensors_for(submodule, inputs, seed=3, step=4):
 
 
 def strategies(submodule, tensors):
+    yield LEAN
+    if submodule.attends:
+        for kernel in TILES:
+            yield from (replace(WHOLE, kernel=kernel), replace(LEAN, kernel=kernel))
+            yield replace(Strategy("chunk", submodule.axes[0].name, 2), kernel=kernel)
     for axis in submodule.axes:
         chunked = isinstance(axis, IndependentAxis)
         size = tensors[submodule.target].shape[axis.cuts[submodule.target]] if chunked else axis.size
@@ -40,7 +47,7 @@ def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int
     stack = randomise(EvoformerStack(config).double(), seed=1)
     submodule = dict(stack.blocks[0].submodules())[name]
     tensors = tensors_for(submodule, random_inputs(config, batch=batch))
-    whole = WholeRun(submodule, tensors)
+    whole = WholeRun(submodule, WHOLE, tensors)
     output = whole.take_output()
     grad = torch.randn_like(output)
     state_grads, parameter_grads = whole.vjp(grad)
@@ -52,14 +59,14 @@ def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int
             torch.testing.assert_close(
                 run_discarded(submodule, strategy, tensors), output, rtol=0, atol=1e-12
             )
-        got_state, got_parameters = PiecewiseRun(submodule, strategy, tensors).vjp(grad)
+        got_state, got_parameters = record(submodule, strategy, tensors)[0].vjp(grad)
         for expected, got in ((state_grads, got_state), (parameter_grads, got_parameters)):
             assert expected.keys() == got.keys()
             for key in expected:
                 torch.testing.assert_close(
                     got[key], expected[key], rtol=0, atol=1e-11, msg=f"{strategy} {key}"
                 )
-    assert seen == {"chunk", "coshard"}
+    assert seen >= {"lean", "chunk", "coshard"}
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])
@@ -70,7 +77,7 @@ def test_whole_is_the_discarded_run_too(config: EvoformerConfig) -> None:
         tensors = tensors_for(submodule, inputs)
         with torch.no_grad():
             assert torch.equal(
-                run_discarded(submodule, WHOLE, tensors), WholeRun(submodule, tensors).take_output()
+                run_discarded(submodule, WHOLE, tensors), WholeRun(submodule, WHOLE, tensors).take_output()
             )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from model import EvoformerConfig, EvoformerStack
 from model.execution import WholeRun
+from model.strategy import WHOLE
 from model.submodule import Submodule
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
@@ -21,7 +22,7 @@ def column_attention(config: EvoformerConfig) -> Submodule:
 def test_a_column_without_sequences_stays_finite(config: EvoformerConfig) -> None:
     m, msa_mask = torch.randn(5, 7, config.c_m).half(), torch.ones(5, 7).half()
     msa_mask[:, 2] = 0
-    run = WholeRun(column_attention(config), {"m": m, "msa_mask": msa_mask})
+    run = WholeRun(column_attention(config), WHOLE, {"m": m, "msa_mask": msa_mask})
     output = run.take_output()
     state, parameters = run.vjp(torch.ones_like(output))
     for name, tensor in {"output": output, **state, **parameters}.items():

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cost_model.costs import CostTable, StepCost
+from cost_model.costs import CostTable
+from cost_model.steps import StepCost
 from cost_model.trace import Work
 from model.strategy import WHOLE, Strategy
 from planner.replay import Replay, replay
@@ -21,7 +22,8 @@ def cost(
     forward: int, preserved: int, backward: int, discard: int, seconds: tuple[float, float], strategy=WHOLE
 ) -> StepCost:
     """Bytes of a step: its forward, what it preserves, its backward, its discarding run."""
-    return StepCost(strategy, forward, preserved, backward, discard, Work(), Work(), *seconds)
+    work = Work(), Work(), Work()
+    return StepCost(strategy, forward, preserved, backward, discard, *work, seconds[0], *seconds)
 
 
 # One stream of 10 bytes; step i takes 10^i seconds forward and twice that backward.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cost_model import scratch
-from cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES, StepCost, trace_step
+from cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
 from cost_model.measure import peak_bytes
 from cost_model.scratch import CpuScratch
+from cost_model.steps import StepCost, trace_step
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model import Chain, EvoformerConfig, EvoformerStack
 from model.evoformer import mask_constants

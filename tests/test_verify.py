@@ -30,7 +30,7 @@ def at(costed: Costed, share: float):
     budgets = frontier.budgets(9)
     budget = costed.fixed_bytes + budgets[round(share * (len(budgets) - 1))]
     problem = costed.problem.model_copy(update={"budget_bytes": budget})
-    return solve(Costed(problem, costed.model, costed.device, costed.table, costed.static))
+    return solve(replace(costed, problem=problem))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -59,12 +59,11 @@ def test_inference(costed: Costed) -> None:
 
 def test_least_feasible_is_feasible_and_one_byte_less_is_not(costed: Costed) -> None:
     with pytest.raises(NoPlanError) as caught:
-        solve(Costed(costed.problem.model_copy(update={"budget_bytes": 1}), costed.model, costed.device,
-                     costed.table, costed.static))  # fmt: skip
+        solve(replace(costed, problem=costed.problem.model_copy(update={"budget_bytes": 1})))  # fmt: skip
     least = caught.value.least_feasible_bytes
     for budget, fits in ((least, True), (least - 1, False)):
         problem = costed.problem.model_copy(update={"budget_bytes": budget})
-        ask = Costed(problem, costed.model, costed.device, costed.table, costed.static)
+        ask = replace(costed, problem=problem)
         if fits:
             assert solve(ask).predicted.peak_bytes <= budget
         else:

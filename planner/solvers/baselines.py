@@ -2,50 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isqrt
 
-from cost_model.costs import CostTable, StepCost
-from model.strategy import WHOLE, Strategy
+from cost_model.costs import CostTable
+from cost_model.steps import StepCost
+from model.strategy import EAGER, WHOLE, Strategy
 from planner.schedule import Checkpoint, Run, Sequence
 
+# How a baseline runs a step: (its costs) -> (recorded strategy, strategy of a discarding run).
+Choice = Callable[[tuple[StepCost, ...]], tuple[Strategy, Strategy]]
 
-def _whole(steps: range) -> tuple[Run, ...]:
-    return tuple(Run(step, WHOLE) for step in steps)
+
+def as_written(costs: tuple[StepCost, ...]) -> tuple[Strategy, Strategy]:
+    """Whole, attention as the formula is written: what people run by hand."""
+    return WHOLE, WHOLE
 
 
-def _checkpoint(parts: tuple[Run | Checkpoint, ...]) -> Checkpoint:
+def fastest_kernels(costs: tuple[StepCost, ...]) -> tuple[Strategy, Strategy]:
+    """The fastest strategies that are not in pieces: the same by hand with the best kernels there are."""
+    able = [cost for cost in costs if not cost.strategy.in_pieces]
+    recorded = min(able, key=lambda cost: cost.forward_seconds + cost.backward_seconds)
+    return recorded.strategy, min(able, key=lambda cost: cost.discard_seconds).strategy
+
+
+def _runs(table: CostTable, steps: range, choice: Choice) -> tuple[Run, ...]:
+    return tuple(Run(step, choice(table.options[step])[0]) for step in steps)
+
+
+def _checkpoint(table: CostTable, parts: tuple[Run | Checkpoint, ...], choice: Choice) -> Checkpoint:
     body = Sequence(parts)
-    return Checkpoint(body, (WHOLE,) * len(body.span))
+    return Checkpoint(body, tuple(choice(table.options[step])[1] for step in body.span))
 
 
-def keep_everything(table: CostTable) -> Sequence:
+def keep_everything(table: CostTable, choice: Choice = as_written) -> Sequence:
     """`none`: no recompute at all."""
-    return Sequence(_whole(range(len(table.options))))
+    return Sequence(_runs(table, range(len(table.options)), choice))
 
 
-def every_submodule(table: CostTable) -> Sequence:
+def every_submodule(table: CostTable, choice: Choice = as_written) -> Sequence:
     """`small`: every submodule recomputed on its own."""
     units = table.units or [range(step, step + 1) for step in range(len(table.options))]
-    return Sequence(tuple(_checkpoint(_whole(unit)) for unit in units))
+    return Sequence(tuple(_checkpoint(table, _runs(table, unit, choice), choice) for unit in units))
 
 
-def every_block(table: CostTable) -> Sequence:
+def every_block(table: CostTable, choice: Choice = as_written) -> Sequence:
     """`large`: every block recomputed as a whole.
 
     Source: Jumper et al. (2021), Suppl. 1.11.8.
     """
-    return Sequence(tuple(_checkpoint(_whole(group)) for group in table.groups))
+    return Sequence(tuple(_checkpoint(table, _runs(table, group, choice), choice) for group in table.groups))
 
 
-def square_root(table: CostTable) -> Sequence:
+def square_root(table: CostTable, choice: Choice = as_written) -> Sequence:
     """`sqrt`: segments of about sqrt(n) blocks, recomputed, and each block in them once more.
 
     Source: Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
     """
-    blocks = [_checkpoint(_whole(group)) for group in table.groups]
+    blocks = [_checkpoint(table, _runs(table, group, choice), choice) for group in table.groups]
     length = max(1, isqrt(len(blocks)))
     segments = [tuple(blocks[i : i + length]) for i in range(0, len(blocks), length)]
-    return Sequence(tuple(_checkpoint(segment) for segment in segments))
+    return Sequence(tuple(_checkpoint(table, segment, choice) for segment in segments))
 
 
 def evenly_chunked(table: CostTable, pieces: int) -> Sequence:
@@ -55,7 +72,8 @@ def evenly_chunked(table: CostTable, pieces: int) -> Sequence:
     """
 
     def strategy(costs: tuple[StepCost, ...]) -> Strategy:
-        chunks = [cost.strategy for cost in costs if cost.strategy.kind == "chunk"]
+        offered = [cost.strategy for cost in costs if cost.strategy.kernel == EAGER]
+        chunks = [strategy for strategy in offered if strategy.kind == "chunk"]
         first = [chunk for chunk in chunks if chunk.axis == chunks[0].axis and chunk.n <= pieces]
         return max(first, key=lambda chunk: chunk.n, default=WHOLE)
 

@@ -71,9 +71,9 @@ def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
 
     # A checkpoint takes a discarding pass and a redo. Its last step need not run forward on the redo if
     # its backward does so anyway; nor need the last step of a checkpoint nested there, for one pass more.
-    forward = [min(cost.forward_seconds for cost in options) for options in table.options]
+    forward = [min(cost.discard_seconds for cost in options) for options in table.options]
     last = [
-        min(c.backward_seconds + c.forward_seconds * (c.strategy.kind == "whole") for c in options)
+        min(c.backward_seconds + c.forward_seconds * (not c.strategy.in_pieces) for c in options)
         for options in table.options
     ]
     both = [min(c.forward_seconds + c.backward_seconds for c in options) for options in table.options]

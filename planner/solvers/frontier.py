@@ -14,7 +14,8 @@ from functools import cached_property, partial
 import numpy as np
 
 from cost_model.costs import CostTable
-from model.strategy import WHOLE
+from cost_model.steps import StepCost
+from model.strategy import Strategy
 from planner.replay import Replay, replay
 from planner.schedule import Run, Sequence, allow_depth
 from planner.solvers.dp import Program
@@ -61,8 +62,10 @@ class Frontier:
         table = self.table
         allow_depth(len(table.groups))
         self.output_bytes = table.bytes_of(table.liveness.outputs)
-        # More than it takes to keep everything is of no use.
-        self._everything = Sequence(tuple(Run(step, WHOLE) for step in range(len(table.options))))
+        # More memory than the fastest strategies take is of no use.
+        self._everything = Sequence(
+            tuple(Run(step, _fastest(options)) for step, options in enumerate(table.options))
+        )
         self._most = replay(self._everything, table)
         self.most_bytes = self._most.peak_bytes - self.output_bytes
         needs = [min(cost.backward_bytes for cost in options) for options in table.options]
@@ -162,3 +165,9 @@ class Frontier:
         return sorted(
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )
+
+
+def _fastest(options: tuple[StepCost, ...]) -> Strategy:
+    """The strategy of a recorded step where memory is no matter; of equally fast ones, the leanest."""
+    best = min(options, key=lambda cost: (cost.forward_seconds + cost.backward_seconds, cost.preserved_bytes))
+    return best.strategy

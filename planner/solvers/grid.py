@@ -106,7 +106,7 @@ class GridCosts:
                 seconds = cost.forward_seconds + cost.backward_seconds
                 if output:  # held in any case, and counted with the inputs
                     forward, preserved = forward - new, preserved - new
-                if ends_redo and cost.strategy.kind != "whole":  # its backward runs it again
+                if ends_redo and cost.strategy.in_pieces:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds
                 need = self.units(forward) + (which.gradients if forward else 0)
                 kept = self.units(preserved)
@@ -123,7 +123,7 @@ class GridCosts:
 
         def make() -> list[Discarded]:
             rows = [
-                Discarded(self.units(cost.discard_bytes), cost.forward_seconds, cost.strategy)
+                Discarded(self.units(cost.discard_bytes), cost.discard_seconds, cost.strategy)
                 for cost in self.table.options[step]
             ]
             rows.sort(key=lambda row: (row.need, row.seconds))

@@ -53,9 +53,9 @@ def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:
             held = _held(table, step, away)
             fitting = [cost for cost in options if held + cost.discard_bytes <= budget]
             if fitting and paths:
-                cost = min(fitting, key=lambda cost: cost.forward_seconds)
+                cost = min(fitting, key=lambda cost: cost.discard_seconds)
                 seconds, before = _arrive(table, paths, away)
-                reached[away] = _Path(seconds + cost.forward_seconds, Run(step, cost.strategy, away), before)
+                reached[away] = _Path(seconds + cost.discard_seconds, Run(step, cost.strategy, away), before)
         paths = reached
     if not paths or table.bytes_of(table.liveness.outputs) > budget:
         raise InfeasibleError(int(budget), replay(least_schedule(table), table))

@@ -64,7 +64,7 @@ class SeedProgram:
                 whole = next(cost for cost in costs if cost.strategy == WHOLE)
                 # The second run makes its target beside the first one, which may be an output.
                 inter = max(whole.discard_bytes, whole.forward_bytes + gradients, whole.backward_bytes)
-                seconds = 2 * whole.forward_seconds + whole.backward_seconds
+                seconds = whole.discard_seconds + whole.forward_seconds + whole.backward_seconds
                 options.append(Option(inter, new, seconds, WHOLE, True))
                 made[key] = tuple(options)
             chosen.append(made[key])

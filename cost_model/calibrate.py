@@ -1,0 +1,82 @@
+"""A few constants that make the roofline fit what was measured on a device.
+
+Peak arithmetic and bandwidth of a data sheet are never reached; how nearly they are depends on the kernels.
+From times of steps and the work that they did follow the rates that this device reaches, and these carry over
+to shapes that were not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from cost_model.devices import Device
+from cost_model.trace import Work
+
+LEAST_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted constants and how well they fit.
+
+    Attributes:
+        flops: FLOP/s that matrix products reach.
+        bandwidth: bytes per second that kernels reach.
+        launch_seconds: per kernel.
+        error: median of |predicted / measured - 1| over what it was fitted to.
+        rows: how many times that were.
+    """
+
+    flops: float
+    bandwidth: float
+    launch_seconds: float
+    error: float
+    rows: int
+
+    def applied(self, device: Device, dtype: str) -> Device:
+        """The device with these constants for its own."""
+        return replace(
+            device,
+            peak_flops={**device.peak_flops, dtype: self.flops},
+            bandwidth=self.bandwidth,
+            launch_seconds=self.launch_seconds,
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """The same as plain numbers."""
+        return asdict(self)
+
+
+def fit(measured: Sequence[tuple[Work, float]], device: Device, dtype: str) -> Calibration:
+    """The constants whose roofline is nearest to the measured seconds, by the logarithm of their ratio.
+
+    Args:
+        device: whose figures are where the search starts.
+
+    Raises:
+        ValueError: too few measurements.
+    """
+    if len(measured) < LEAST_ROWS:
+        raise ValueError(f"{len(measured)} measured times are too few to calibrate; it takes {LEAST_ROWS}")
+    counted = [
+        np.array([(*kernel, count) for kernel, count in work.kernels.items()], dtype=float)
+        for work, _ in measured
+    ]
+    ends = np.cumsum([len(kernels) for kernels in counted])[:-1]
+    flops, moved, counts = np.concatenate(counted).T
+    seconds = np.array([seconds for _, seconds in measured])
+
+    def ratios(logs: np.ndarray) -> np.ndarray:
+        rate, bandwidth, launch = np.exp(logs)
+        kernels = counts * (launch + np.maximum(flops / rate, moved / bandwidth))
+        return np.array([part.sum() for part in np.split(kernels, ends)]) / seconds
+
+    start = np.log([device.peak_flops[dtype], device.bandwidth, device.launch_seconds])
+    found = least_squares(lambda logs: np.log(ratios(logs)), start, loss="soft_l1", f_scale=0.1)
+    rate, bandwidth, launch = map(float, np.exp(found.x))
+    error = float(np.median(np.abs(ratios(found.x) - 1)))
+    return Calibration(rate, bandwidth, launch, error, len(measured))

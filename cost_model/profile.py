@@ -1,0 +1,91 @@
+"""Measuring the times of steps on this machine, one strategy after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from cost_model import measure
+from cost_model.times import Timing
+from model.chain import Step
+from model.execution import record, run_discarded
+from model.strategy import Strategy
+from model.submodule import Submodule
+
+Progress = Callable[[str], None]
+
+
+def with_data(step: Step, dtype: torch.dtype, kind: str) -> Step:
+    """The step with parameters that have values, whatever device its own are on."""
+    submodule: Submodule = copy.deepcopy(step.submodule).to_empty(device=kind).to(dtype)
+    with torch.no_grad():
+        for parameter in submodule.parameters():
+            parameter.normal_(std=max(parameter.shape) ** -0.5)
+    return replace(step, submodule=submodule)
+
+
+def time_step(
+    step: Step,
+    strategies: Iterable[Strategy],
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    repeats: int,
+    progress: Progress = lambda _: None,
+) -> dict[Strategy, Timing]:
+    """Median times of a step under each strategy.
+
+    Every strategy runs once before any is timed, and each round times them all: a machine's speed drifts.
+
+    Args:
+        step: with data, on the device of the state; in training mode if backward is wanted.
+        state, constants: real tensors that the step reads.
+        repeats: timed runs of each.
+    """
+    kind = next(iter(state.values())).device.type
+    found: dict[Strategy, list[tuple[float, float, float]]] = {strategy: [] for strategy in strategies}
+    for number in range(repeats + 1):
+        for strategy, times in found.items():
+            progress(f"{step.name} {strategy}, run {number} of {repeats}")
+            times.append(_once(step, strategy, state, constants, kind))
+    return {strategy: _timing(times[1:]) for strategy, times in found.items()}
+
+
+def _once(
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    kind: str,
+) -> tuple[float, float, float]:
+    """Seconds of a discarding run, a recorded forward and its backward."""
+    seed = 0 if step.submodule.training else None  # a dropout mask is drawn in every run
+    kept: list = []
+
+    def discard() -> None:
+        with torch.no_grad():
+            run_discarded(step.submodule, strategy, step.tensors(state, constants, seed))
+
+    def forward() -> None:
+        kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
+
+    discarded = measure.seconds(discard, kind)
+    if seed is None:
+        return discarded, 0.0, 0.0
+    recorded = measure.seconds(forward, kind)
+    run, output = kept
+    grad = torch.randn_like(output)
+    del output
+    kept.clear()
+    return discarded, recorded, measure.seconds(lambda: run.vjp(grad), kind)
+
+
+def _timing(times: list[tuple[float, float, float]]) -> Timing:
+    discard, forward, backward = (median(phase) for phase in zip(*times, strict=True))
+    totals = [sum(phases) for phases in times]
+    low, _, high = quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
+    return Timing(discard, forward, backward, (high - low) / median(totals))

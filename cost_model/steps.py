@@ -1,0 +1,143 @@
+"""What one step costs under each strategy that it offers: bytes and work, traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cost_model.trace import Trace, Work
+from model.chain import Step
+from model.execution import record, run_discarded
+from model.strategy import LEAN, WHOLE, Strategy
+from model.submodule import IndependentAxis
+
+# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
+# one attention map of 2,048 residues takes 16 MiB per head in float32.
+PIECES = (2, 4, 8, 16, 32, 64)
+
+
+MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
+
+
+# The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
+LOSS_NUMBERS, NUMBER_BYTES = 4, 128
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step under one strategy. Bytes are above the state it enters with.
+
+    In inference only the discarding run is traced; nothing else has a cost then.
+
+    Attributes:
+        forward_bytes: peak of a forward that is recorded for backward, its new target included.
+        preserved_bytes: held from the end of that forward to its backward, without the new target.
+        backward_bytes: peak of its backward: what is preserved, the gradients that are live there
+            (of all state that later steps read) and the workspace.
+        discard_bytes: peak of a forward that keeps nothing, its new target included where that is a new
+            tensor: in inference pieces write over a target that the chain made itself.
+        discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
+    """
+
+    strategy: Strategy
+    forward_bytes: int
+    preserved_bytes: int
+    backward_bytes: int
+    discard_bytes: int
+    discard_work: Work
+    forward_work: Work
+    backward_work: Work
+    discard_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+
+    @property
+    def inter_mem(self) -> int:
+        """Peak of a forward and backward above what is preserved."""
+        return max(self.forward_bytes, self.backward_bytes) - self.preserved_bytes
+
+    def as_tuple(self) -> tuple[int, int, float]:
+        """(inter_mem, preserved_mem, time): the projection that people read."""
+        return self.inter_mem, self.preserved_bytes, self.forward_seconds + self.backward_seconds
+
+
+def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] = ()) -> list[Strategy]:
+    """Every strategy that a step whose target has this shape can run under.
+
+    Args:
+        kernels: of attention, besides the formula itself.
+    """
+    submodule, strategies = step.submodule, [WHOLE, LEAN]
+    for axis in submodule.axes:
+        if isinstance(axis, IndependentAxis):
+            kind, size = "chunk", shape[axis.cuts[submodule.target]]
+        else:
+            kind, size = "coshard", axis.size
+        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
+        if kind == "chunk":
+            strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
+    if submodule.attends:
+        # Heads in groups save logits, of which such a kernel has none.
+        able = [strategy for strategy in strategies if strategy.kind != "coshard"]
+        strategies += [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
+    return strategies
+
+
+def trace_step(
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    trace: Trace,
+    live: Iterable[str] | None = None,
+    training: bool = True,
+    in_place: bool = False,
+) -> StepCost:
+    """Cost of one step under one strategy; call on fake tensors, inside `trace`.
+
+    Args:
+        live: tensors of the state that have a gradient when the step's backward begins; None for all.
+        training: False for the discarding run alone.
+        in_place: whether that run may write over its target.
+    """
+    base = trace.live_bytes
+    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
+    loss_bytes = trace.live_bytes - base
+    seed = 0 if step.submodule.training else None
+
+    trace.reset()
+    with torch.no_grad():
+        output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed), in_place)
+    discard_bytes, discard_work = trace.peak_bytes - base, trace.work()
+    del output
+    if not training:
+        return StepCost(strategy, 0, 0, 0, discard_bytes, discard_work, Work(), Work())
+
+    trace.reset()
+    run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
+    forward_bytes, forward_work = trace.peak_bytes - base, trace.work()
+    del output
+    preserved_bytes = trace.live_bytes - base - loss_bytes
+
+    gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
+    target = state[step.target]
+    gradients[step.target] = target.new_empty(step.submodule.new_shape(target.shape))
+    del target
+    trace.reset()
+    result = run.vjp(gradients[step.target])
+    backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
+    del run, result, gradients, loss
+    assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
+    return StepCost(
+        strategy,
+        forward_bytes,
+        preserved_bytes,
+        backward_bytes,
+        discard_bytes,
+        discard_work,
+        forward_work,
+        backward_work,
+    )

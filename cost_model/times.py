@@ -1,0 +1,248 @@
+"""Where times come from: the roofline, a calibrated roofline, or measurements kept in a cache.
+
+The cache is one SQLite file, so a crash leaves what was there before. What a time depends on is its key:
+the device and its threads, torch's version, the submodule with its widths, the shapes it reads, the dtype,
+the mode and the strategy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from cost_model.devices import Device, Link
+from cost_model.roofline import seconds
+from cost_model.steps import StepCost
+from cost_model.trace import Work
+from model.chain import Step
+from model.strategy import Strategy
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_TABLES = """
+create table if not exists times (
+    device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
+    discard real not null, forward real not null, backward real not null, spread real not null,
+    work text not null,
+    primary key (device, torch, dtype, step, shapes, strategy, mode)
+);
+create table if not exists calibrations (
+    device text, torch text, dtype text, constants text not null, primary key (device, torch, dtype)
+);
+"""
+
+
+class MissingTimesError(ValueError):
+    """Times were asked for that nobody has measured here."""
+
+
+class Timing(NamedTuple):
+    """Median seconds of a step's discarding run, recorded forward and backward.
+
+    Attributes:
+        spread: interquartile range of the sum, over its median.
+    """
+
+    discard: float
+    forward: float
+    backward: float
+    spread: float
+
+
+class Key(NamedTuple):
+    """What a time depends on, besides the device and torch."""
+
+    dtype: str
+    step: str
+    shapes: str
+    strategy: str
+    mode: str
+
+
+class TimeSource(Protocol):
+    """Puts times into costs."""
+
+    name: str
+
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost | None:
+        """The cost with its times; None where there is none.
+
+        Args:
+            shapes: of the state.
+        """
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Times from the work done and what the device can do."""
+
+    device: Device
+    dtype: str
+    link: Link | None = None
+    name: str = "roofline"
+
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost:
+        """The cost with its times."""
+        return replace(
+            cost,
+            discard_seconds=seconds(cost.discard_work, self.device, self.dtype, self.link),
+            forward_seconds=seconds(cost.forward_work, self.device, self.dtype, self.link),
+            backward_seconds=seconds(cost.backward_work, self.device, self.dtype, self.link),
+        )
+
+
+class TimesCache:
+    """Measured times and calibrations of one device under this torch.
+
+    Args:
+        path: made when it is written to first.
+        device: cpu or cuda: this machine's.
+
+    Raises:
+        ValueError: the file is no cache.
+    """
+
+    def __init__(self, path: str | Path, device: str) -> None:
+        self.path, self.here = Path(path), (local_name(device), torch.__version__)
+
+    @contextmanager
+    def _open(self, write: bool) -> Iterator[sqlite3.Connection | None]:
+        if not write and not self.path.exists():
+            yield None
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, timeout=30)
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(
+                f"{self.path}: cannot be opened ({error}); name another file with --cache"
+            ) from None
+        try:
+            with connection:
+                connection.executescript(_TABLES)
+                yield connection
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{self.path}: is no cache of times ({error}); delete it or name another with --cache"
+            ) from None
+        finally:
+            connection.close()
+
+    def get(self, key: Key) -> Timing | None:
+        """What was measured."""
+        with self._open(write=False) as connection:
+            if connection is None:
+                return None
+            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
+            row = connection.execute(
+                f"select {', '.join(Timing._fields)} from times where {where}", (*self.here, *key)
+            ).fetchone()
+        return None if row is None else Timing(*row)
+
+    def put(self, key: Key, found: Timing, cost: StepCost) -> None:
+        """Keep a measurement and the work that was done, in place of an older one."""
+        works = [cost.discard_work, cost.forward_work, cost.backward_work]
+        work = json.dumps([[[*kernel, n] for kernel, n in each.kernels.items()] for each in works])
+        with self._open(write=True) as connection:
+            assert connection is not None
+            row = (*self.here, *key, *found, work)
+            connection.execute(f"insert or replace into times values ({', '.join('?' * len(row))})", row)
+
+    def measured(self, dtype: str) -> list[tuple[Work, float]]:
+        """Everything that was measured in a dtype: work and seconds of each run."""
+        with self._open(write=False) as connection:
+            if connection is None:
+                return []
+            rows = connection.execute(
+                "select discard, forward, backward, work from times "
+                "where device = ? and torch = ? and dtype = ?",
+                (*self.here, dtype),
+            ).fetchall()
+        return [
+            (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
+            for *times, works in rows
+            for seconds, kernels in zip(times, json.loads(works), strict=True)
+            if seconds > 0 and kernels
+        ]
+
+    def calibration(self, dtype: str) -> dict[str, float] | None:
+        """Fitted constants of a device; None where there are none."""
+        with self._open(write=False) as connection:
+            if connection is None:
+                return None
+            row = connection.execute(
+                "select constants from calibrations where device = ? and torch = ? and dtype = ?",
+                (*self.here, dtype),
+            ).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put_calibration(self, dtype: str, constants: Mapping[str, float]) -> None:
+        """Keep fitted constants, in place of older ones."""
+        with self._open(write=True) as connection:
+            assert connection is not None
+            row = (*self.here, dtype, json.dumps(constants))
+            connection.execute("insert or replace into calibrations values (?, ?, ?, ?)", row)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times that were measured on this device; strategies that were not are left out."""
+
+    cache: TimesCache
+    dtype: str
+    name: str = "measured"
+
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost | None:
+        """The cost with its times."""
+        found = self.cache.get(key_of(step, shapes, self.dtype, cost.strategy, training))
+        if found is None:
+            return None
+        return replace(
+            cost,
+            discard_seconds=found.discard,
+            forward_seconds=found.forward,
+            backward_seconds=found.backward,
+        )
+
+
+def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy, training: bool) -> Key:
+    """What a step's time depends on, besides the device and torch."""
+    kind, *described, parameters = step.submodule.signature()
+    described.append([(name, shape) for name, shape, _ in parameters])  # the dtype is a field of its own
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
+    read = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in step.reads)
+    mode = "training" if training else "inference"
+    return Key(dtype, f"{kind} {digest}", read, str(strategy), mode)
+
+
+def local_name(device: str) -> str:
+    """What to call this machine's device, such that times carry over to whatever is called the same."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def default_cache() -> Path:
+    """EVOPLAN_CACHE, or evoplan/times.sqlite where the user's caches are."""
+    if "EVOPLAN_CACHE" in os.environ:
+        return Path(os.environ["EVOPLAN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evoplan" / "times.sqlite"

@@ -1,0 +1,293 @@
+"""Plans against what people do by hand, at equal measured peaks, on this machine.
+
+    python -m experiments.benchmark [--size S,R,BLOCKS ...] [--rounds N] [--device cuda --dtype bfloat16]
+
+By hand: `none`, `small`, `large` and `sqrt` with attention as the formula is written, and the first three
+again with each step's fastest kernel (`+kernels`). Each is run and its peak measured; then a plan is made for
+exactly that many bytes. One more plan takes no longer than `large` in the least memory. All of them run
+interleaved in one process; the ratios are of medians, with the quartiles of the ratios round by round.
+With --cap a GPU's memory is limited to that many bytes, and a plan for it has to run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+
+from cost_model import measure
+from cost_model.times import local_name
+from experiments.interleaved import interleaved
+from model.config import EvoformerConfig, InputShape
+from planner.cli import check_writable, console_for_output, main
+from planner.costing import Costed
+from planner.flags import Size
+from planner.plan import Plan, SolverReport, write_json
+from planner.planning import plan_of, solve
+from planner.problem import Problem
+from planner.profiling import profile_problem
+from planner.report import new_table
+from planner.schedule import Sequence
+from planner.sizes import format_seconds, format_size
+from planner.solvers import Frontier
+from planner.solvers.baselines import (
+    every_block,
+    every_submodule,
+    fastest_kernels,
+    keep_everything,
+    square_root,
+)
+from planner.timing import cost_with_times
+from planner.trial import Trial, random_inputs, random_stack
+from planner.verify import apply_plan
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = ("64,96,8", "64,160,4")
+MAX_PIECES = 16
+MARGIN = 0.98  # of `large`'s time, for the plan that has to be no slower
+
+
+class SizeOf(click.ParamType):
+    """s, r and the number of blocks."""
+
+    name = "S,R,BLOCKS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
+        parts = value.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is no size; write s, r and the number of blocks like 64,96,8", param, ctx)
+        return tuple(map(int, parts))
+
+
+def by_hand(costed: Costed) -> dict[str, Sequence]:
+    """The schedules that people make by hand; those with kernels under their own names."""
+    table = costed.table
+    makers = {"none": keep_everything, "small": every_submodule, "large": every_block}
+    schedules = {name: make(table) for name, make in makers.items()} | {"sqrt": square_root(table)}
+    return schedules | {f"{name}+kernels": make(table, fastest_kernels) for name, make in makers.items()}
+
+
+class Bench:
+    """One model and one set of inputs, run under several plans."""
+
+    def __init__(self, costed: Costed, kind: str) -> None:
+        self.costed, self.kind, problem = costed, kind, costed.problem
+        self.stack = random_stack(problem, kind)
+        self.inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), kind)
+        self.plans: dict[str, Plan] = {}
+        self.trials: dict[str, Trial] = {}
+        self.peaks: dict[str, int] = {}
+
+    def add(self, name: str, plan: Plan) -> None:
+        """Run a plan once and measure its peak."""
+        problem = self.costed.problem
+        trial = Trial(apply_plan(self.stack, plan), problem, self.inputs)
+        trial.run()
+        self.plans[name], self.trials[name] = plan, trial
+        live = trial.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
+        self.peaks[name] = live + measure.peak_bytes(trial.run, self.kind)
+
+    def plan_for(self, budget: int) -> Plan:
+        """The plan for so many bytes."""
+        problem = self.costed.problem.model_copy(update={"budget_bytes": budget})
+        return solve(replace(self.costed, problem=problem))
+
+    def leanest_within(self, seconds: float) -> Plan:
+        """The plan for the least memory that is predicted to take no longer."""
+        frontier = Frontier(self.costed.table)
+        for budget in frontier.budgets(301):
+            schedule = frontier.schedule(budget)
+            if self.costed.predict(schedule).step_seconds <= seconds:
+                return self.plan_for(self.costed.fixed_bytes + budget)
+        raise ValueError("no plan is as fast")
+
+
+def run_size(problem: Problem, cache: str | None, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything about one size."""
+    profile_problem(problem, cache, 5, MAX_PIECES, progress=say)
+    costed = cost_with_times(problem, "measured", cache)
+    bench = Bench(costed, problem.device)
+    hand = by_hand(costed)
+    for name, schedule in hand.items():
+        say(f"measuring {name}")
+        bench.add(name, plan_of(costed, schedule, SolverReport(name=name, seconds=0.0)))
+    for name in hand:
+        say(f"planning for the peak of {name}")
+        bench.add(f"plan at {name}", bench.plan_for(bench.peaks[name]))
+    large = costed.predict(hand["large"]).step_seconds
+    bench.add("plan as fast as large", bench.leanest_within(MARGIN * large))
+    say("running")
+    runs = {name: trial.run for name, trial in bench.trials.items()}
+    times = interleaved(runs, rounds, problem.device)
+    return {
+        "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
+        "dtype": problem.dtype, "rounds": rounds,
+        "runs": {
+            name: {
+                "peak_bytes": bench.peaks[name],
+                "predicted_peak_bytes": bench.plans[name].predicted.peak_bytes,
+                "seconds": float(np.median(seconds)),
+                "quartiles": [float(np.percentile(seconds, q)) for q in (25, 75)],
+                "predicted_seconds": bench.plans[name].predicted.step_seconds,
+            }
+            for name, seconds in times.items()
+        },
+        "comparisons": _comparisons(list(hand), times, bench.peaks),
+    }  # fmt: skip
+
+
+def _comparisons(hand: list[str], times: dict[str, list[float]], peaks: dict[str, int]) -> list[dict]:
+    """Each plan over what it is compared with: time and peak."""
+    pairs = [(f"plan at {name}", name) for name in hand] + [("plan as fast as large", "large")]
+    found = []
+    for ours, theirs in pairs:
+        ratios = np.divide(times[ours], times[theirs])
+        found.append(
+            {
+                "plan": ours,
+                "against": theirs,
+                "time_ratio": float(np.median(times[ours]) / np.median(times[theirs])),
+                "quartiles": [float(np.percentile(ratios, q)) for q in (25, 75)],
+                "peak_ratio": peaks[ours] / peaks[theirs],
+            }
+        )
+    return found
+
+
+def _title(found: dict[str, Any]) -> str:
+    return f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}"
+
+
+def print_size(found: dict[str, Any], console: Console) -> None:
+    """Runs, and how plans compare."""
+    table = new_table(_title(found), "run", "peak", "step time", "quartiles", "predicted")
+    for name, row in found["runs"].items():
+        low, high = row["quartiles"]
+        table.add_row(
+            name,
+            format_size(row["peak_bytes"]),
+            format_seconds(row["seconds"]),
+            f"{low:.3f}-{high:.3f} s",
+            format_seconds(row["predicted_seconds"]),
+        )
+    console.print(table)
+    table = new_table("plans against schedules by hand", "plan", "time", "quartiles", "peak")
+    for row in found["comparisons"]:
+        low, high = row["quartiles"]
+        table.add_row(
+            f"{row['plan']} / {row['against']}",
+            f"{row['time_ratio']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{row['peak_ratio']:.3f}",
+        )
+    console.print(table)
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Peak against time: a panel for each size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    sizes = document["sizes"]
+    figure, panels = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.2), squeeze=False)
+    for panel, found in zip(panels[0], sizes, strict=True):
+        for name, row in found["runs"].items():
+            planned = name.startswith("plan")
+            style = {"marker": "o", "color": "tab:blue"} if planned else {"marker": "x", "color": "tab:red"}
+            peak = row["peak_bytes"] / 2**20
+            panel.plot(peak, row["seconds"], linestyle="none", **style)
+            if not planned:
+                panel.annotate(
+                    name, (peak, row["seconds"]), xytext=(4, 4), textcoords="offset points", fontsize=7
+                )
+        panel.set_xscale("log")
+        panel.set_xlabel("measured peak, MiB")
+        panel.set_ylabel("measured step time, s")
+        panel.set_title(
+            f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}", fontsize=9
+        )
+    panels[0][0].plot([], [], "o", color="tab:blue", label="planned for the same peak")
+    panels[0][0].plot([], [], "x", color="tab:red", label="by hand")
+    panels[0][0].legend(fontsize=8)
+    figure.suptitle(document["device"], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@click.command()
+@click.option("--size", "sizes", type=SizeOf(), multiple=True, default=SIZES, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Runs of each.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
+@click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
+@click.option(
+    "--json", "json_path", type=click.Path(), help="Where the result goes; else experiments/results."
+)
+def benchmark(
+    sizes: tuple,
+    rounds: int,
+    device: str,
+    dtype: str,
+    cap: int | None,
+    cache: str | None,
+    json_path: str | None,
+) -> None:
+    """Plans against schedules by hand, at equal measured peaks."""
+    check_writable(json_path)
+    console = console_for_output()
+    document: dict[str, Any] = {"torch": torch.__version__, "device": local_name(device), "sizes": []}
+    for s, r, blocks in sizes:
+        config = EvoformerConfig(n_block=blocks).with_dropout(0.0)
+        problem = Problem(
+            model="alphafold2", config=config, shape=InputShape(s, r), dtype=dtype, device=device,
+            optimizer="none",
+        )  # fmt: skip
+        if cap is not None:
+            document["sizes"].append(under_cap(problem, cap, cache, rounds))
+            continue
+        found = run_size(problem, cache, rounds, _say)
+        document["sizes"].append(found)
+        print_size(found, console)
+    path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
+    write_json(path, document)
+    if cap is None:
+        draw(document, path.with_suffix(".png"))
+
+
+def under_cap(problem: Problem, cap: int, cache: str | None, rounds: int) -> dict[str, Any]:
+    """Train under a hard limit of the GPU's memory, by a plan for it.
+
+    Raises:
+        ValueError: this is no GPU.
+    """
+    if problem.device != "cuda":
+        raise ValueError("--cap limits a GPU's memory: use it with --device cuda")
+    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
+    costed = cost_with_times(problem.model_copy(update={"budget_bytes": cap}), "auto", cache)
+    bench = Bench(costed, "cuda")
+    bench.add("plan", solve(costed))
+    seconds = interleaved({"plan": bench.trials["plan"].run}, rounds, "cuda")["plan"]
+    return {
+        "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
+        "dtype": problem.dtype, "cap_bytes": cap, "peak_bytes": bench.peaks["plan"],
+        "reserved_bytes": torch.cuda.max_memory_reserved(), "seconds": float(np.median(seconds)),
+    }  # fmt: skip
+
+
+def _say(text: str) -> None:
+    print(f"\r{text:100}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(command=benchmark, name="python -m experiments.benchmark")

@@ -1,0 +1,86 @@
+"""Which times a plan is made with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from cost_model.calibrate import Calibration
+from cost_model.times import Measured, MissingTimesError, Roofline, TimesCache, TimeSource, default_cache
+from planner.costing import Costed, Progress, cost_problem, device_of
+from planner.plan import Plan
+from planner.problem import Problem
+from planner.schedule import strategies_used
+
+Times = Literal["auto", "measured", "calibrated", "roofline"]
+ADVICE = "run `evoplan profile` for this model, shapes and dtype, or use --times roofline"
+
+
+def times_cache(problem: Problem, path: str | None = None) -> TimesCache | None:
+    """The cache of times of a problem's device; None where that is not this machine's."""
+    if problem.own_device is not None or problem.device not in ("cpu", "cuda"):
+        return None
+    return TimesCache(path or default_cache(), problem.device)
+
+
+def time_source(problem: Problem, times: Times, path: str | None = None) -> TimeSource | None:
+    """Times of that kind; None: there are none.
+
+    Args:
+        path: of the cache; the user's own if not given.
+    """
+    where, link = device_of(problem), problem.link_on(device_of(problem))
+    if times == "roofline":
+        return Roofline(where, problem.dtype, link)
+    cache = times_cache(problem, path)
+    if cache is None:
+        return None
+    if times == "measured":
+        return Measured(cache, problem.dtype) if problem.ranks == 1 else None
+    constants = cache.calibration(problem.dtype)
+    if constants is None:
+        return None
+    return Roofline(Calibration(**constants).applied(where, problem.dtype), problem.dtype, link, "calibrated")
+
+
+def cost_with_times(problem: Problem, times: Times = "auto", path: str | None = None, **rest: Any) -> Costed:
+    """`cost_problem` with times of a kind.
+
+    Args:
+        times: auto is the best there is: measured, else calibrated, else the roofline.
+        path: of the cache of times; the user's own if not given.
+
+    Raises:
+        MissingTimesError: there are none of that kind; says what to do.
+    """
+    kinds: tuple[Times, ...] = ("measured", "calibrated", "roofline") if times == "auto" else (times,)
+    for kind in kinds:
+        source = time_source(problem, kind, path)
+        if source is None:
+            missing = f"no {kind} times for {problem.device} in {problem.dtype}"
+            missing += f" on {problem.ranks} ranks" if problem.ranks > 1 else ""
+            continue
+        try:
+            return cost_problem(problem, times=source, **rest)
+        except MissingTimesError as error:
+            missing = str(error)
+    raise MissingTimesError(f"{missing}; {ADVICE}")
+
+
+def cost_of_plan(
+    plan: Plan, path: str | None = None, progress: Progress = lambda _: None
+) -> tuple[Costed, str | None]:
+    """Costs of a plan's problem with the kind of times that it was made with.
+
+    Returns:
+        The costs; and why they are another kind, where this machine has none of that one.
+    """
+    kind = plan.costs["time"]
+    strategies = strategies_used(plan.sequence())
+    try:
+        costed = cost_with_times(plan.problem, kind, path, progress=progress)  # type: ignore[arg-type]
+    except MissingTimesError:
+        return cost_problem(plan.problem, progress=progress), f"no {kind} times here"
+    offered = ({cost.strategy for cost in options} for options in costed.table.options)
+    if any(not strategies[step] <= known for step, known in enumerate(offered)):
+        return cost_problem(plan.problem, progress=progress), f"some {kind} times are missing here"
+    return costed, None

@@ -1,0 +1,211 @@
+"""Kernels and lean runs: exact, as small as they say, and their work counted to the last operation."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from cost_model.costs import build_cost_table
+from cost_model.devices import device
+from cost_model.steps import offered_strategies, trace_step
+from cost_model.trace import Trace, fake_copy, fake_tensors
+from model import Chain, EvoformerConfig, EvoformerStack
+from model.execution import record, run_discarded
+from model.kernels import KERNELS, kernel, kernels_for
+from model.pieces import sampled_pieces
+from model.remake import Remaking, cheap
+from model.strategy import LEAN, WHOLE, Strategy
+from model.tiled import tiled_attention, tiles
+from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
+
+TILED = kernels_for("cpu")[0]
+
+
+def attention_inputs(
+    batch: tuple[int, ...] = (2,), rows: int = 3, heads: int = 2, n: int = 5, c: int = 4
+) -> list[torch.Tensor]:
+    """q, k, v laid out as projections leave them, a mask with whole rows missing, a bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = (normal(*batch, rows, n, heads, c).transpose(-2, -3).requires_grad_() for _ in range(3))
+    mask = (normal(*batch, rows, n) > -0.5).double()
+    mask[..., 0, :] = 0.0
+    return [q, k, v, (mask - 1) * 1e9, normal(*batch, heads, n, n).requires_grad_()]
+
+
+def formula(q, k, v, mask, bias):
+    logits = q @ k.transpose(-1, -2) + mask[..., None, None, :]
+    if bias is not None:
+        logits = logits + bias.unsqueeze(-4)
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("tile_bytes", [1, 100, 250, 900, 10**6])
+def test_tiled_is_the_formula(batch: tuple[int, ...], biased: bool, tile_bytes: int) -> None:
+    q, k, v, mask, bias = attention_inputs(batch)
+    bias = bias if biased else None
+    leaves = [q, k, v, *([bias] if biased else [])]
+    expected, got = formula(q, k, v, mask, bias), tiled_attention(q, k, v, mask, bias, tile_bytes)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    discarded = tiled_attention(*(x if x is None else x.detach() for x in (q, k, v, mask, bias)), tile_bytes)
+    torch.testing.assert_close(discarded, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiled_in_half_precision_is_no_worse_than_the_formula(dtype: torch.dtype) -> None:
+    inputs = attention_inputs(rows=40, n=33)
+    large = torch.finfo(dtype).max / 2
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in inputs]
+    exact[3] = inputs[3].clamp(min=-large)
+    half = [x.detach().to(dtype).requires_grad_() for x in exact]
+    half[3] = exact[3].to(dtype)
+    wanted = [0, 1, 2, 4]
+
+    def gradients(function, tensors):
+        return torch.autograd.grad(function(*tensors).square().mean(), [tensors[i] for i in wanted])
+
+    truth = gradients(formula, exact)
+    plain = gradients(formula, half)
+    tiled = gradients(lambda *x: tiled_attention(*x, tile_bytes=9000), half)
+    for a, b, c in zip(truth, plain, tiled, strict=True):
+        scale = a.abs().max()
+        assert (c.double() - a).abs().max() / scale < 1.5 * (b.double() - a).abs().max() / scale + 1e-3
+
+
+def test_tiles_cover_everything_once_and_keep_their_size() -> None:
+    shape = torch.Size((2, 7, 3, 11, 4))
+    for tile_bytes in (1, 44 * 2, 500, 1000, 3000, 10**6):
+        seen = torch.zeros(shape[:-1], dtype=torch.int64)
+        for tile in tiles(shape, torch.float32, tile_bytes):
+            seen[tile] += 1
+            assert seen[tile].numel() * 11 * 4 <= max(tile_bytes, 11 * 4)
+        assert bool((seen == 1).all())
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("row_attention", 8), ("column_attention", 8), ("triangle_starting", 4)]
+)
+def test_full_logits_never_exist_and_little_is_kept(name: str, heads: int) -> None:
+    s, r = 512, 384
+    config = EvoformerConfig(n_block=1)
+    kernel_name = kernels_for("cuda")[0]
+    with fake_tensors(), Trace(512) as trace, sampled_pieces(trace):
+        model = fake_copy(EvoformerStack(config), torch.float16).train()
+        state, constants = model.prepare(
+            torch.empty(1, s, r, config.c_m, dtype=torch.float16),
+            torch.empty(1, r, r, config.c_z, dtype=torch.float16),
+        )
+        step = next(step for step in Chain.of(model).steps if step.name.endswith(name))
+        tiled = replace(WHOLE, kernel=kernel_name)
+        costs = {strategy: trace_step(step, strategy, state, constants, trace) for strategy in (WHOLE, tiled)}
+        with Largest() as largest:
+            run, output = record(step.submodule, tiled, step.tensors(state, constants, 0))
+            run.vjp(torch.empty_like(output))
+    rows, n = {"row": (s, r), "column": (r, s), "triangle": (r, r)}[name.partition("_")[0]]
+    assert largest.elements < rows * heads * n * n / 5
+    kept = costs[tiled].preserved_bytes / costs[WHOLE].preserved_bytes
+    assert kept <= (0.5 if name != "triangle_starting" else 0.4)
+
+
+def test_lean_keeps_less_of_every_submodule() -> None:
+    table = build_cost_table(
+        EvoformerStack(EvoformerConfig(n_block=1)).train(),
+        {"m": (1, 16, 24, 256), "z": (1, 24, 24, 128)},
+        "float32",
+        device("a100-40gb"),
+    )
+    for options in table.options:
+        kept = {str(cost.strategy): cost.preserved_bytes for cost in options}
+        assert kept["lean"] < kept["whole"]
+
+
+def test_remaking_survives_a_storage_at_the_same_address() -> None:
+    """A tensor made where a cheap one was is not taken for it."""
+    x = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    with Remaking():
+        total = x.sum() * 0
+        for factor in range(1, 20):
+            total = total + (cheap(torch.sin, x) * factor * x.cos()).exp().sum()
+    (got,) = torch.autograd.grad(total, x)
+    (expected,) = torch.autograd.grad(sum((x.sin() * f * x.cos()).exp().sum() for f in range(1, 20)), x)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter without its table by module, which cannot follow a backward inside a backward."""
+    found = FlopCounterMode(display=False)
+    tracker = nullcontext()
+    tracker.parents = {"Global"}
+    found.mod_tracker = tracker
+    return found
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])
+def test_flops_of_every_strategy_are_exact(config: EvoformerConfig) -> None:
+    """Traced work against torch's counter on real runs: every submodule, strategy, kernel, phase."""
+    stack = randomise(EvoformerStack(replace(config, n_block=1)).double()).train()
+    inputs = random_inputs(config, s=9, r=13)
+    shapes = {name: tuple(inputs[name].shape) for name in ("m", "z")}
+    state, constants = stack.prepare(**{name: t.detach() for name, t in inputs.items()})
+    checked = 0
+    table = build_cost_table(stack, shapes, "float64", device("cpu"))
+    for step, options in zip(Chain.of(stack).steps, table.options, strict=True):
+        for cost in options:
+            tensors = step.tensors(state, constants, 0)
+            with counter() as discard, torch.no_grad():
+                run_discarded(step.submodule, cost.strategy, tensors)
+            with counter() as forward:
+                run, output = record(step.submodule, cost.strategy, tensors)
+            with counter() as backward:
+                run.vjp(torch.ones_like(output))
+            counted = tuple(c.get_total_flops() for c in (discard, forward, backward))
+            traced = cost.discard_work.flops, cost.forward_work.flops, cost.backward_work.flops
+            assert traced == counted, f"{step.name} under {cost.strategy}"
+            checked += 1
+    assert checked >= 80
+
+
+def test_strategies_print_and_parse() -> None:
+    step = next(iter(Chain.of(EvoformerStack(TINY)).steps))
+    offered = offered_strategies(step, (1, 9, 13, TINY.c_m), tuple(KERNELS))
+    assert len(set(offered)) == len(offered)
+    for strategy in offered:
+        assert Strategy.parse(str(strategy)) == strategy
+    assert {str(LEAN), "whole", f"lean+{TILED}", f"chunk(seq, 2)+{TILED}"} <= set(map(str, offered))
+    for wrong in ("whole+", "lean(2)", "chunk(seq, 2)tiled", "whole+a b"):
+        with pytest.raises(ValueError, match="no strategy"):
+            Strategy.parse(wrong)
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown kernel 'flash'; there are: eager, tiled"):
+        kernel("flash")
