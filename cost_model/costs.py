@@ -99,7 +99,7 @@ def build_cost_table(
         MissingTimesError: some step has no time under any strategy.
     """
     times = times or Roofline(device, dtype)
-    strategies = strategies or partial(offered_strategies, kernels=kernels_for(device.kind))
+    traced_here = partial(offered_strategies, kernels=kernels_for(device.kind))
     torch_dtype = getattr(torch, dtype)
     scratch = CpuScratch() if device.kind == "cpu" else None
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
@@ -120,7 +120,7 @@ def build_cost_table(
             live = tuple(version.tensor for version in liveness.alive(step.index + 1))
             # What is live is so in the layout of the moment: ranks may share the state one way or another.
             shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
-            offered = tuple(strategies(step, state[step.target].shape))
+            offered = tuple((strategies or traced_here)(step, state[step.target].shape))
             in_place = not training and liveness.owns_target(step.index)
             key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:
@@ -131,6 +131,10 @@ def build_cost_table(
                 )
                 read = {name: tuple(state[name].shape) for name in step.reads}
                 found = [times.timed(step, read, cost, training) for cost in costs]
+                if strategies is None:
+                    gradients = sum(_rounded(state[name].nbytes, device) for name in live)
+                    numbers = LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
+                    found += times.opaque(step, read, training, gradients + numbers)
                 traced[key] = tuple(cost for cost in found if cost is not None)
                 if not traced[key]:
                     raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")

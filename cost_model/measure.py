@@ -5,13 +5,26 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+class Usage(NamedTuple):
+    """Bytes above what was live before a run: the most during it, and what is left of it."""
+
+    peak: int
+    left: int
+
+
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes live during `run()` above what is live before it.
+    """Most bytes live during `run()` above what is live before it."""
+    return usage(run, device).peak
+
+
+def usage(run: Callable[[], object], device: str = "cpu") -> Usage:
+    """Bytes that `run()` takes, and keeps.
 
     CPU: the allocator's own events, as torch.profiler records them; CUDA: max_memory_allocated.
     """
@@ -22,13 +35,13 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return Usage(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    return _peak_of(profiler)
+    return _usage_of(profiler)
 
 
-def _peak_of(profiler: profile) -> int:
+def _usage_of(profiler: profile) -> Usage:
     # The sum of the events' sizes: their running total drifts from one profile to the next.
     events = [
         (event.start_ns(), event.nbytes())
@@ -40,7 +53,7 @@ def _peak_of(profiler: profile) -> int:
     for _, size in events:
         live += size
         peak = max(peak, live)
-    return peak
+    return Usage(peak, live)
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cost_model import measure
-from cost_model.times import Timing
+from cost_model.times import MeasuredBytes, Timing
 from model.chain import Step
 from model.execution import record, run_discarded
-from model.strategy import Strategy
+from model.strategy import WHOLE, Strategy
 from model.submodule import Submodule
 
 Progress = Callable[[str], None]
@@ -89,3 +89,53 @@ def _timing(times: list[tuple[float, float, float]]) -> Timing:
     totals = [sum(phases) for phases in times]
     low, _, high = quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
     return Timing(discard, forward, backward, (high - low) / median(totals))
+
+
+def largest_error(
+    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> float:
+    """How far a strategy's results and gradients are from those of a whole run, over the largest of each."""
+    seed = 0 if step.submodule.training else None
+
+    def results(strategy: Strategy) -> list[Tensor]:
+        tensors = step.tensors(state, constants, seed)
+        if seed is None:
+            with torch.no_grad():
+                return [run_discarded(step.submodule, strategy, tensors)]
+        run, output = record(step.submodule, strategy, tensors)
+        grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+        of_state, of_parameters = run.vjp(grad.view_as(output))
+        # Of some parameters the gradient is zero but for rounding: the whole vector is compared.
+        vector = torch.cat([of_parameters[name].flatten() for name in sorted(of_parameters)])
+        return [output, *(of_state[name] for name in sorted(of_state)), vector]
+
+    pairs = zip(results(strategy), results(WHOLE), strict=True)
+    return max(float((got - true).abs().max() / true.abs().max()) for got, true in pairs)
+
+
+def bytes_taken(
+    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> MeasuredBytes:
+    """What the device's allocator counts in a step's runs, one by one."""
+    kind = next(iter(state.values())).device.type
+    seed = 0 if step.submodule.training else None
+    kept: list = []
+
+    def discard() -> None:
+        with torch.no_grad():
+            kept.append(run_discarded(step.submodule, strategy, step.tensors(state, constants, seed)))
+
+    def forward() -> None:
+        kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
+
+    discarded = measure.usage(discard, kind)
+    output_bytes = kept.pop().untyped_storage().nbytes()
+    if seed is None:
+        return MeasuredBytes(discarded.peak, 0, 0, 0)
+    recorded = measure.usage(forward, kind)
+    run, output = kept
+    grad = torch.randn_like(output)
+    kept.clear()
+    del output
+    backward = measure.usage(lambda: run.vjp(grad), kind)
+    return MeasuredBytes(discarded.peak, recorded.peak, max(0, recorded.left - output_bytes), backward.peak)

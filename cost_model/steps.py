@@ -11,7 +11,8 @@ from torch import Tensor
 from cost_model.trace import Trace, Work
 from model.chain import Step
 from model.execution import record, run_discarded
-from model.strategy import LEAN, WHOLE, Strategy
+from model.kernels import kernels_for
+from model.strategy import COMPILED, LEAN, WHOLE, Strategy
 from model.submodule import IndependentAxis
 
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
@@ -84,6 +85,16 @@ def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] 
         able = [strategy for strategy in strategies if strategy.kind != "coshard"]
         strategies += [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
     return strategies
+
+
+def opaque_strategies(step: Step, shape: Sequence[int], kind: str) -> list[Strategy]:
+    """What a step can run under besides on that kind of device, but cannot be traced under."""
+    compiled = [replace(WHOLE, kernel=COMPILED)]
+    if not step.submodule.attends:
+        return compiled
+    able = [strategy for strategy in offered_strategies(step, shape) if strategy.kind != "coshard"]
+    kernels = kernels_for(kind, opaque=True)
+    return compiled + [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
 
 
 def trace_step(

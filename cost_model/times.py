@@ -23,7 +23,7 @@ import torch
 
 from cost_model.devices import Device, Link
 from cost_model.roofline import seconds
-from cost_model.steps import StepCost
+from cost_model.steps import StepCost, opaque_strategies
 from cost_model.trace import Work
 from model.chain import Step
 from model.strategy import Strategy
@@ -34,7 +34,7 @@ _TABLES = """
 create table if not exists times (
     device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
     discard real not null, forward real not null, backward real not null, spread real not null,
-    work text not null,
+    work text not null, bytes text,
     primary key (device, torch, dtype, step, shapes, strategy, mode)
 );
 create table if not exists calibrations (
@@ -60,6 +60,15 @@ class Timing(NamedTuple):
     spread: float
 
 
+class MeasuredBytes(NamedTuple):
+    """Bytes of a step, as in `StepCost`, but of backward what it adds to what is live before it."""
+
+    discard: int
+    forward: int
+    preserved: int
+    vjp: int
+
+
 class Key(NamedTuple):
     """What a time depends on, besides the device and torch."""
 
@@ -82,6 +91,13 @@ class TimeSource(Protocol):
             shapes: of the state.
         """
 
+    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+        """Costs of strategies that cannot be traced, where they were measured.
+
+        Args:
+            live_bytes: of the gradients that are live when the step's backward begins.
+        """
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -100,6 +116,10 @@ class Roofline:
             forward_seconds=seconds(cost.forward_work, self.device, self.dtype, self.link),
             backward_seconds=seconds(cost.backward_work, self.device, self.dtype, self.link),
         )
+
+    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+        """None: nobody has measured them."""
+        return []
 
 
 class TimesCache:
@@ -150,13 +170,29 @@ class TimesCache:
             ).fetchone()
         return None if row is None else Timing(*row)
 
-    def put(self, key: Key, found: Timing, cost: StepCost) -> None:
-        """Keep a measurement and the work that was done, in place of an older one."""
-        works = [cost.discard_work, cost.forward_work, cost.backward_work]
+    def get_bytes(self, key: Key) -> MeasuredBytes | None:
+        """What was measured of an opaque strategy."""
+        with self._open(write=False) as connection:
+            if connection is None:
+                return None
+            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
+            row = connection.execute(f"select bytes from times where {where}", (*self.here, *key)).fetchone()
+        return MeasuredBytes(*json.loads(row[0])) if row and row[0] else None
+
+    def put(
+        self, key: Key, found: Timing, cost: StepCost | None = None, taken: MeasuredBytes | None = None
+    ) -> None:
+        """Keep a measurement, in place of an older one.
+
+        Args:
+            cost: with the work that was done; None where that is not known.
+            taken: bytes of a strategy that cannot be traced.
+        """
+        works = [] if cost is None else [cost.discard_work, cost.forward_work, cost.backward_work]
         work = json.dumps([[[*kernel, n] for kernel, n in each.kernels.items()] for each in works])
         with self._open(write=True) as connection:
             assert connection is not None
-            row = (*self.here, *key, *found, work)
+            row = (*self.here, *key, *found, work, taken and json.dumps(taken))
             connection.execute(f"insert or replace into times values ({', '.join('?' * len(row))})", row)
 
     def measured(self, dtype: str) -> list[tuple[Work, float]]:
@@ -172,7 +208,7 @@ class TimesCache:
         return [
             (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
             for *times, works in rows
-            for seconds, kernels in zip(times, json.loads(works), strict=True)
+            for seconds, kernels in zip(times, json.loads(works), strict=False)
             if seconds > 0 and kernels
         ]
 
@@ -201,6 +237,7 @@ class Measured:
 
     cache: TimesCache
     dtype: str
+    kind: str
     name: str = "measured"
 
     def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost | None:
@@ -214,6 +251,25 @@ class Measured:
             forward_seconds=found.forward,
             backward_seconds=found.backward,
         )
+
+    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+        """Those that were found to be exact here."""
+        found = []
+        for strategy in opaque_strategies(step, shapes[step.target], self.kind):
+            taken = self.cache.get_bytes(key_of(step, shapes, self.dtype, strategy, training))
+            if taken is not None:
+                cost = StepCost(
+                    strategy,
+                    taken.forward,
+                    taken.preserved,
+                    taken.preserved + live_bytes + taken.vjp if training else 0,
+                    taken.discard,
+                    Work(),
+                    Work(),
+                    Work(),
+                )
+                found.append(self.timed(step, shapes, cost, training))
+        return [cost for cost in found if cost is not None]
 
 
 def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy, training: bool) -> Key:

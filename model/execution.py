@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from model.kernels import using
 from model.pieces import spans
 from model.remake import Remaking
-from model.strategy import Strategy
+from model.strategy import COMPILED, Strategy
 from model.submodule import (
     ReductionAxis,
     Submodule,
@@ -40,9 +42,26 @@ def run_discarded(
     """
     with using(strategy.kernel):
         if not strategy.in_pieces:
-            return submodule.new_target(tensors)
+            return _whole(strategy, submodule, tensors)
         run = _chunked if strategy.kind == "chunk" else _cosharded
         return run(submodule, strategy, tensors, in_place)
+
+
+def _whole(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
+    """The new target of a run that is not in pieces."""
+    if strategy.kernel == COMPILED and not isinstance(tensors[submodule.target], FakeTensor):
+        return _compiled_target()(submodule, tensors)
+    return _new_target(submodule, tensors)
+
+
+def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:
+    return submodule.new_target(tensors)
+
+
+@cache
+def _compiled_target() -> Callable[[Submodule, Tensors], Tensor]:
+    """Compiled once for each kind of submodule and shapes; parameters are arguments of the compiled code."""
+    return torch.compile(_new_target, dynamic=False)
 
 
 class WholeRun:
@@ -53,7 +72,7 @@ class WholeRun:
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in submodule.reads}
         keeping = Remaking() if strategy.kind == "lean" else nullcontext()
         with torch.enable_grad(), using(strategy.kernel), keeping:
-            output = submodule.new_target({**tensors, **self.leaves})
+            output = _whole(strategy, submodule, {**tensors, **self.leaves})
         # An edge, not the tensor: the output belongs to whoever reads it next.
         self.edge = torch.autograd.graph.get_gradient_edge(output)
         self.output: Tensor | None = output.detach()

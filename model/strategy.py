@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _PATTERN = re.compile(r"(?:(whole|lean)|(chunk|coshard)\((\w+), *(\d+)\))(?:\+([\w-]+(?:\(\w+\))?))?")
 
 EAGER = "eager"  # attention as the formula is written
+COMPILED = "compiled"  # the same, the whole submodule through torch.compile
 
 
 @dataclass(frozen=True)

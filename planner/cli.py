@@ -129,6 +129,7 @@ def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
 )
 @click.option("--max-pieces", type=click.IntRange(1), help="Leave out strategies of more pieces.")
 @click.option("--again", is_flag=True, help="Also measure what the cache has.")
+@click.option("--compile", "compiled", is_flag=True, help="Also try torch.compile on each submodule.")
 @_CACHE
 @click.option("--save-device", type=click.Path(), help="Write the calibrated device as a device file.")
 @_JSON
@@ -136,6 +137,7 @@ def profile(
     repeats: int,
     max_pieces: int | None,
     again: bool,
+    compiled: bool,
     cache: str | None,
     save_device: str | None,
     json_path: str | None,
@@ -150,7 +152,7 @@ def profile(
 
     with _progress("loading torch") as update:
         measured, calibration, calibrated = profile_problem(
-            problem, cache, repeats, max_pieces, again, update
+            problem, cache, repeats, max_pieces, again, compiled, update
         )
     print_profile(measured, calibration, console_for_output())
     if save_device:

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cost_model.calibrate import Calibration, fit
 from cost_model.devices import Device
-from cost_model.profile import time_step, with_data
-from cost_model.steps import StepCost
-from cost_model.times import Key, Timing, key_of
+from cost_model.profile import bytes_taken, largest_error, time_step, with_data
+from cost_model.steps import StepCost, opaque_strategies
+from cost_model.times import Key, TimesCache, Timing, key_of
 from cost_model.trace import Work
 from model.chain import Chain, Step
-from planner.costing import Costed, cost_problem
+from model.kernels import KERNELS
+from model.strategy import COMPILED, Strategy
+from planner.costing import cost_problem
 from planner.problem import Problem
 from planner.timing import times_cache
 from planner.trial import available_bytes, random_inputs
 
+Progress = Callable[[str], None]
+
 SHARE = 0.9  # of the free memory that a run may take
+# Largest error of a kernel that is not ours against the formula, by dtype: its own rounding.
+EXACT = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """One strategy of one step: its cost by the roofline, and what was measured; None: it does not fit."""
+    """One strategy of one step.
+
+    Attributes:
+        cost: by the roofline; None where it cannot be traced.
+        timing: what was measured; None where it was not.
+        reason: why not.
+    """
 
     step: Step
-    cost: StepCost
+    strategy: Strategy
+    cost: StepCost | None
     timing: Timing | None
+    reason: str | None = None
 
     def pairs(self) -> list[tuple[Work, float]]:
         """Work and seconds of each phase that was measured."""
-        works = self.cost.discard_work, self.cost.forward_work, self.cost.backward_work
-        times = self.timing[:3] if self.timing else ()
+        cost, times = self.cost, self.timing[:3] if self.timing else ()
+        works = () if cost is None else (cost.discard_work, cost.forward_work, cost.backward_work)
         return [(work, seconds) for work, seconds in zip(works, times, strict=False) if seconds > 0]
 
 
@@ -43,7 +58,8 @@ def profile_problem(
     repeats: int,
     max_pieces: int | None = None,
     again: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    compiled: bool = False,
+    progress: Progress = lambda _: None,
 ) -> tuple[list[Measurement], Calibration, Device]:
     """Time every distinct step of a problem under every strategy that fits here; the cache keeps the times.
 
@@ -54,6 +70,7 @@ def profile_problem(
         repeats: timed runs of each, whose medians count.
         max_pieces: leave out strategies of more pieces.
         again: measure what the cache has as well.
+        compiled: also try torch.compile on each step, which takes a while.
 
     Returns:
         What was measured; the calibration from all times of this dtype; the device with its constants.
@@ -65,42 +82,91 @@ def profile_problem(
     if cache is None:
         raise ValueError(f"times are measured here: use --device cpu or cuda, not {problem.device}")
     if problem.ranks > 1:
-        raise ValueError(
-            "times are measured on one rank; leave --ranks out, and plan with --times calibrated"
-        )
+        raise ValueError("times are measured on one rank; leave --ranks out, plan with --times calibrated")
     costed = cost_problem(problem, progress=lambda name: progress(f"tracing {name}"))
-    kind = problem.device
-    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), kind)
+    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), problem.device)
     with torch.no_grad():
         state, constants = costed.model.prepare(**inputs)
-    room = SHARE * available_bytes(kind)
+    profiler = _Profiler(problem, cache, state, constants, repeats, again, progress)
     found: list[Measurement] = []
     seen: set[int] = set()
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
         if id(options) in seen:
             continue
         seen.add(id(options))
-        wanted = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
-        known = {cost.strategy: None if again else cache.get(_key(costed, step, cost)) for cost in wanted}
-        missing = [cost for cost in wanted if known[cost.strategy] is None and _peak(cost) <= room]
-        if missing:
-            torch_dtype = getattr(torch, problem.dtype)
-            here = with_data(step, torch_dtype, kind)
-            here.submodule.train(problem.training)
-            strategies = [cost.strategy for cost in missing]
-            timings = time_step(here, strategies, state, constants, repeats, progress)
-            for cost in missing:
-                known[cost.strategy] = timings[cost.strategy]
-                cache.put(_key(costed, step, cost), timings[cost.strategy], cost)
-        found += [Measurement(step, cost, known[cost.strategy]) for cost in wanted]
+        few = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
+        found += profiler.traced(step, few)
+        for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):
+            if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED):
+                found.append(profiler.opaque(step, strategy))
     calibration = fit(cache.measured(problem.dtype), costed.device, problem.dtype)
     cache.put_calibration(problem.dtype, calibration.to_json())
     return found, calibration, calibration.applied(costed.device, problem.dtype)
 
 
-def _key(costed: Costed, step: Step, cost: StepCost) -> Key:
-    problem = costed.problem
-    return key_of(step, problem.state_shapes(), problem.dtype, cost.strategy, problem.training)
+@dataclass
+class _Profiler:
+    """Measures steps of one problem on one state."""
+
+    problem: Problem
+    cache: TimesCache
+    state: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+    repeats: int
+    again: bool
+    progress: Progress
+
+    def traced(self, step: Step, costs: list[StepCost]) -> Iterator[Measurement]:
+        """Strategies whose memory is known: those that fit are timed, all in turn."""
+        known = {cost.strategy: self._known(step, cost.strategy) for cost in costs}
+        room = SHARE * available_bytes(self.problem.device)
+        missing = [cost for cost in costs if known[cost.strategy] is None and _peak(cost) <= room]
+        strategies = [cost.strategy for cost in missing]
+        if missing:
+            here = self._here(step)
+            known |= time_step(here, strategies, self.state, self.constants, self.repeats, self.progress)
+        for cost in missing:
+            timing = known[cost.strategy]
+            assert timing is not None
+            self.cache.put(self._key(step, cost.strategy), timing, cost)
+        for cost in costs:
+            timing = known[cost.strategy]
+            reason = None if timing else "it needs more memory than is free"
+            yield Measurement(step, cost.strategy, cost, timing, reason)
+
+    def opaque(self, step: Step, strategy: Strategy) -> Measurement:
+        """A strategy that cannot be traced: kept only if it does what whole does, and with its memory."""
+        timing = self._known(step, strategy)
+        if timing is not None:
+            return Measurement(step, strategy, None, timing)
+        missing = KERNELS[strategy.kernel].missing if strategy.kernel in KERNELS else None
+        if missing:
+            return Measurement(step, strategy, None, None, missing)
+        self.progress(f"{step.name} {strategy}")
+        here, given = self._here(step), (self.state, self.constants)
+        try:
+            error = largest_error(here, strategy, *given)
+            if not error <= EXACT[self.problem.dtype]:
+                return Measurement(step, strategy, None, None, f"it is off by {error:.1g}")
+            taken = bytes_taken(here, strategy, *given)
+            timing = time_step(here, [strategy], *given, self.repeats, self.progress)[strategy]
+        except Exception as reason:  # whatever a library says when it cannot
+            said = str(reason).strip().splitlines() or [type(reason).__name__]
+            return Measurement(step, strategy, None, None, said[0])
+        self.cache.put(self._key(step, strategy), timing, taken=taken)
+        return Measurement(step, strategy, None, timing)
+
+    def _known(self, step: Step, strategy: Strategy) -> Timing | None:
+        return None if self.again else self.cache.get(self._key(step, strategy))
+
+    def _here(self, step: Step) -> Step:
+        here = with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
+        here.submodule.train(self.problem.training)
+        return here
+
+    def _key(self, step: Step, strategy: Strategy) -> Key:
+        problem = self.problem
+        return key_of(step, problem.state_shapes(), problem.dtype, strategy, problem.training)
 
 
 def _peak(cost: StepCost) -> int:

@@ -27,32 +27,33 @@ def print_profile(measured: list[Measurement], calibration: Calibration, console
         "kept",
         "roofline",
     )
-    skipped = sum(row.timing is None for row in measured)
     shown: dict[str, list[Measurement]] = {}
     for row in measured:
         if row.timing is not None:
             shown.setdefault(kind_of(row.step.name), []).append(row)
     for name, rows in shown.items():
         rows.sort(key=lambda row: _total(row.timing))
-        whole = [row for row in rows if str(row.cost.strategy) == "whole"]
+        whole = [row for row in rows if str(row.strategy) == "whole"]
         for row in dict.fromkeys([*rows[:4], *whole]):
             timing, cost = row.timing, row.cost
-            predicted = cost.forward_seconds + cost.backward_seconds or cost.discard_seconds
+            predicted = cost and (cost.forward_seconds + cost.backward_seconds or cost.discard_seconds)
             table.add_row(
                 name,
                 str(cost.strategy),
                 format_seconds(timing.forward or timing.discard),
                 format_seconds(timing.backward),
                 f"{timing.spread:.0%}",
-                format_size(cost.preserved_bytes),
-                f"{predicted / _total(timing):.2f} x",
+                "-" if cost is None else format_size(cost.preserved_bytes),
+                "-" if predicted is None else f"{predicted / _total(timing):.2f} x",
             )
             name = ""
     console.print(table)
-    if skipped:
-        console.print(
-            f"not measured: {skipped} strategies that need more memory than is free here", highlight=False
-        )
+    left_out: dict[tuple[str, str], set[str]] = {}
+    for row in measured:
+        if row.reason:
+            left_out.setdefault((row.strategy.kernel, row.reason), set()).add(kind_of(row.step.name))
+    for (kernel, reason), names in left_out.items():
+        console.print(f"not measured: {kernel} for {', '.join(sorted(names))}: {reason}", highlight=False)
     console.print(
         f"calibrated: {calibration.flops / 1e9:.1f} GFLOP/s, {calibration.bandwidth / 1e9:.1f} GB/s, "
         f"{calibration.launch_seconds * 1e6:.1f} us a kernel; half of {calibration.rows} measured times lie "
@@ -76,9 +77,10 @@ def profile_to_json(
         "times": [
             {
                 "step": kind_of(row.step.name),
-                "strategy": str(row.cost.strategy),
-                **({} if row.timing is None else row.timing._asdict()),
-                "roofline": {
+                "strategy": str(row.strategy),
+                **({"reason": row.reason} if row.timing is None else row.timing._asdict()),
+                "roofline": row.cost
+                and {
                     "discard": row.cost.discard_seconds,
                     "forward": row.cost.forward_seconds,
                     "backward": row.cost.backward_seconds,

@@ -35,7 +35,7 @@ def time_source(problem: Problem, times: Times, path: str | None = None) -> Time
     if cache is None:
         return None
     if times == "measured":
-        return Measured(cache, problem.dtype) if problem.ranks == 1 else None
+        return Measured(cache, problem.dtype, where.kind) if problem.ranks == 1 else None
     constants = cache.calibration(problem.dtype)
     if constants is None:
         return None
