@@ -30,6 +30,7 @@ from model.strategy import Strategy
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+SCHEMA = 1  # of the file
 _TABLES = """
 create table if not exists times (
     device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
@@ -150,7 +151,10 @@ class TimesCache:
             ) from None
         try:
             with connection:
-                connection.executescript(_TABLES)
+                (schema,) = connection.execute("pragma user_version").fetchone()
+                if schema not in (0, SCHEMA):
+                    raise sqlite3.DatabaseError(f"of version {schema}, this is {SCHEMA}")
+                connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
                 yield connection
         except sqlite3.DatabaseError as error:
             raise ValueError(

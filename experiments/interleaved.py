@@ -1,4 +1,8 @@
-"""Timing several runs against each other in one process, so that they share whatever the machine is doing."""
+"""Timing several runs against each other in one process, so that they share whatever the machine is doing.
+
+Each is run twice in a row and the second time counts: a training run repeats one step, and a process that
+goes from a small step to a large one pays for memory that the system has to hand out again.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,17 @@ from cost_model import measure
 def interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each run in every round, after one that is not counted; the order turns round by round.
+    """Seconds of each run in every round; the order turns round by round.
 
     Args:
         runs: by name.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             gc.collect()
-            seconds = measure.seconds(runs[name], device)
-            if number:
-                times[name].append(seconds)
+            runs[name]()
+            times[name].append(measure.seconds(runs[name], device))
     return times

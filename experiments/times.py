@@ -88,8 +88,10 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Runs of each plan.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Of each step's time.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each plan."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each step's time.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 def times(rounds: int, repeats: int, cache: str | None) -> None:
     """Predicted beside measured step times; 1 if one is off by more than 15 % or the order is wrong."""
