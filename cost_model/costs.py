@@ -18,7 +18,7 @@ from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.chain import Chain, Step
 from model.kernels import kernels_for
 from model.pieces import sampled_pieces
-from model.strategy import Strategy
+from model.strategy import WHOLE, Strategy
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def build_cost_table(
         shapes: of forward's arguments by name: the state, and masks if they are given.
         dtype: of parameters and state, by name.
         progress: called with the name of each step as it is traced.
-        times: the device's roofline if not given; strategies that have none are left out.
+        times: the device's roofline if not given; strategies that have none are left out, except `whole`.
         strategies: those to trace of a step whose target has a shape; all there are if not given.
 
     Raises:
@@ -125,19 +125,21 @@ def build_cost_table(
             key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:
                 progress(step.name)
-                costs = (
-                    trace_step(step, strategy, state, constants, trace, live, training, in_place)
-                    for strategy in offered
-                )
                 read = {name: tuple(state[name].shape) for name in step.reads}
-                found = [times.timed(step, read, cost, training) for cost in costs]
+                known = [s for s in offered if s == WHOLE or times.knows(step, read, s)]
+                if not any(times.knows(step, read, strategy) for strategy in known):
+                    raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
+                found = [
+                    times.timed(
+                        step, read, trace_step(step, s, state, constants, trace, live, training, in_place)
+                    )
+                    for s in known
+                ]
                 if strategies is None:
                     gradients = sum(_rounded(state[name].nbytes, device) for name in live)
                     numbers = LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
-                    found += times.opaque(step, read, training, gradients + numbers)
-                traced[key] = tuple(cost for cost in found if cost is not None)
-                if not traced[key]:
-                    raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
+                    found += times.opaque(step, read, gradients + numbers)
+                traced[key] = tuple(found)
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
             if new_shape != state[step.target].shape:

@@ -85,14 +85,17 @@ class TimeSource(Protocol):
 
     name: str
 
-    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost | None:
-        """The cost with its times; None where there is none.
+    def knows(self, step: Step, shapes: Shapes, strategy: Strategy) -> bool:
+        """Whether it has times of its own for a strategy.
 
         Args:
-            shapes: of the state.
+            shapes: of the state tensors that the step reads.
         """
 
-    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost) -> StepCost:
+        """The cost with its times."""
+
+    def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
         """Costs of strategies that cannot be traced, where they were measured.
 
         Args:
@@ -109,7 +112,11 @@ class Roofline:
     link: Link | None = None
     name: str = "roofline"
 
-    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost:
+    def knows(self, step: Step, shapes: Shapes, strategy: Strategy) -> bool:
+        """Every one."""
+        return True
+
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost) -> StepCost:
         """The cost with its times."""
         return replace(
             cost,
@@ -118,7 +125,7 @@ class Roofline:
             backward_seconds=seconds(cost.backward_work, self.device, self.dtype, self.link),
         )
 
-    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+    def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
         """None: nobody has measured them."""
         return []
 
@@ -237,18 +244,25 @@ class TimesCache:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times that were measured on this device; strategies that were not are left out."""
+    """Times that were measured on this device.
+
+    Attributes:
+        beside: times of `whole` where it was too large to be measured; baselines are made of it.
+    """
 
     cache: TimesCache
-    dtype: str
-    kind: str
+    beside: Roofline
     name: str = "measured"
 
-    def timed(self, step: Step, shapes: Shapes, cost: StepCost, training: bool) -> StepCost | None:
+    def knows(self, step: Step, shapes: Shapes, strategy: Strategy) -> bool:
+        """Those in the cache."""
+        return self.cache.get(key_of(step, shapes, self.beside.dtype, strategy)) is not None
+
+    def timed(self, step: Step, shapes: Shapes, cost: StepCost) -> StepCost:
         """The cost with its times."""
-        found = self.cache.get(key_of(step, shapes, self.dtype, cost.strategy, training))
+        found = self.cache.get(key_of(step, shapes, self.beside.dtype, cost.strategy))
         if found is None:
-            return None
+            return self.beside.timed(step, shapes, cost)
         return replace(
             cost,
             discard_seconds=found.discard,
@@ -256,33 +270,33 @@ class Measured:
             backward_seconds=found.backward,
         )
 
-    def opaque(self, step: Step, shapes: Shapes, training: bool, live_bytes: int) -> list[StepCost]:
+    def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
         """Those that were found to be exact here."""
         found = []
-        for strategy in opaque_strategies(step, shapes[step.target], self.kind):
-            taken = self.cache.get_bytes(key_of(step, shapes, self.dtype, strategy, training))
+        for strategy in opaque_strategies(step, shapes[step.target], self.beside.device.kind):
+            taken = self.cache.get_bytes(key_of(step, shapes, self.beside.dtype, strategy))
             if taken is not None:
                 cost = StepCost(
                     strategy,
                     taken.forward,
                     taken.preserved,
-                    taken.preserved + live_bytes + taken.vjp if training else 0,
+                    taken.preserved + live_bytes + taken.vjp if step.submodule.training else 0,
                     taken.discard,
                     Work(),
                     Work(),
                     Work(),
                 )
-                found.append(self.timed(step, shapes, cost, training))
-        return [cost for cost in found if cost is not None]
+                found.append(self.timed(step, shapes, cost))
+        return found
 
 
-def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy, training: bool) -> Key:
+def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:
     """What a step's time depends on, besides the device and torch."""
     kind, *described, parameters = step.submodule.signature()
     described.append([(name, shape) for name, shape, _ in parameters])  # the dtype is a field of its own
     digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
     read = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in step.reads)
-    mode = "training" if training else "inference"
+    mode = "training" if step.submodule.training else "inference"
     return Key(dtype, f"{kind} {digest}", read, str(strategy), mode)
 
 

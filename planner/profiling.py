@@ -87,6 +87,7 @@ def profile_problem(
     inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), problem.device)
     with torch.no_grad():
         state, constants = costed.model.prepare(**inputs)
+    costed.model.train(problem.training)
     profiler = _Profiler(problem, cache, state, constants, repeats, again, progress)
     found: list[Measurement] = []
     seen: set[int] = set()
@@ -160,13 +161,11 @@ class _Profiler:
         return None if self.again else self.cache.get(self._key(step, strategy))
 
     def _here(self, step: Step) -> Step:
-        here = with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
-        here.submodule.train(self.problem.training)
-        return here
+        return with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
 
     def _key(self, step: Step, strategy: Strategy) -> Key:
         problem = self.problem
-        return key_of(step, problem.state_shapes(), problem.dtype, strategy, problem.training)
+        return key_of(step, problem.state_shapes(), problem.dtype, strategy)
 
 
 def _peak(cost: StepCost) -> int:

@@ -32,14 +32,14 @@ def time_source(problem: Problem, times: Times, path: str | None = None) -> Time
     if times == "roofline":
         return Roofline(where, problem.dtype, link)
     cache = times_cache(problem, path)
-    if cache is None:
+    constants = cache.calibration(problem.dtype) if cache else None
+    if cache is None or constants is None:  # a profile ends with a calibration
         return None
-    if times == "measured":
-        return Measured(cache, problem.dtype, where.kind) if problem.ranks == 1 else None
-    constants = cache.calibration(problem.dtype)
-    if constants is None:
-        return None
-    return Roofline(Calibration(**constants).applied(where, problem.dtype), problem.dtype, link, "calibrated")
+    device = Calibration(**constants).applied(where, problem.dtype)
+    calibrated = Roofline(device, problem.dtype, link, "calibrated")
+    if times == "calibrated":
+        return calibrated
+    return Measured(cache, calibrated) if problem.ranks == 1 else None
 
 
 def cost_with_times(problem: Problem, times: Times = "auto", path: str | None = None, **rest: Any) -> Costed:

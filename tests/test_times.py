@@ -178,7 +178,7 @@ def test_a_profile_is_planned_with(cache: str) -> None:
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
         assert all(option.strategy.n <= 2 for option in options)  # what was not measured is not offered
         for option in options:
-            key = key_of(step, PROBLEM.state_shapes(), "float32", option.strategy, True)
+            key = key_of(step, PROBLEM.state_shapes(), "float32", option.strategy)
             found = here.get(key)
             assert found is not None
             assert option.backward_seconds == found.backward > 0
@@ -246,7 +246,7 @@ def put_many(path: str) -> None:
     cost = costed.table.options[0][0]
     for number in range(10**6):
         shapes = {name: (*shape, number) for name, shape in PROBLEM.state_shapes().items()}
-        cache.put(key_of(step, shapes, "float32", cost.strategy, True), Timing(1.0, 2.0, 3.0, 0.1), cost)
+        cache.put(key_of(step, shapes, "float32", cost.strategy), Timing(1.0, 2.0, 3.0, 0.1), cost)
         print(number, flush=True)
 
 
