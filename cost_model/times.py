@@ -145,7 +145,8 @@ class TimesCache:
         self.path, self.here = Path(path), (local_name(device), torch.__version__)
 
     @contextmanager
-    def _open(self, write: bool) -> Iterator[sqlite3.Connection | None]:
+    def _open(self, write: bool = False) -> Iterator[sqlite3.Connection | None]:
+        """The file; None where there is nothing to be read."""
         if not write and not self.path.exists():
             yield None
             return
@@ -161,8 +162,11 @@ class TimesCache:
                 (schema,) = connection.execute("pragma user_version").fetchone()
                 if schema not in (0, SCHEMA):
                     raise sqlite3.DatabaseError(f"of version {schema}, this is {SCHEMA}")
-                connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
-                yield connection
+                if write and schema == 0:
+                    connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
+                yield connection if write or schema else None
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{self.path}: {error}; try again, or name another file with --cache") from None
         except sqlite3.DatabaseError as error:
             raise ValueError(
                 f"{self.path}: is no cache of times ({error}); delete it or name another with --cache"
@@ -172,7 +176,7 @@ class TimesCache:
 
     def get(self, key: Key) -> Timing | None:
         """What was measured."""
-        with self._open(write=False) as connection:
+        with self._open() as connection:
             if connection is None:
                 return None
             where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
@@ -183,7 +187,7 @@ class TimesCache:
 
     def get_bytes(self, key: Key) -> MeasuredBytes | None:
         """What was measured of an opaque strategy."""
-        with self._open(write=False) as connection:
+        with self._open() as connection:
             if connection is None:
                 return None
             where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
@@ -208,7 +212,7 @@ class TimesCache:
 
     def measured(self, dtype: str) -> list[tuple[Work, float]]:
         """Everything that was measured in a dtype: work and seconds of each run."""
-        with self._open(write=False) as connection:
+        with self._open() as connection:
             if connection is None:
                 return []
             rows = connection.execute(
@@ -225,7 +229,7 @@ class TimesCache:
 
     def calibration(self, dtype: str) -> dict[str, float] | None:
         """Fitted constants of a device; None where there are none."""
-        with self._open(write=False) as connection:
+        with self._open() as connection:
             if connection is None:
                 return None
             row = connection.execute(
