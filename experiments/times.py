@@ -19,8 +19,10 @@ import torch
 from scipy.stats import spearmanr
 
 from cost_model.calibrate import fit
-from cost_model.times import Roofline, local_name
+from cost_model.steps import StepCost
+from cost_model.times import Measured, Roofline, Shapes, local_name
 from experiments.interleaved import interleaved
+from model.chain import Step
 from model.config import EvoformerConfig, InputShape
 from planner.cli import CHECK_FAILED, console_for_output, main
 from planner.costing import Costed, cost_problem
@@ -31,7 +33,7 @@ from planner.profiling import Measurement, profile_problem
 from planner.report import new_table
 from planner.sizes import format_seconds, format_size
 from planner.solvers import Frontier
-from planner.timing import cost_with_times
+from planner.timing import time_source
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
 
@@ -40,6 +42,14 @@ CASES = [(4, InputShape(64, 96)), (3, InputShape(48, 160))]
 SHARES = (0.0, 0.08, 0.16, 0.3, 0.5, 0.75, 1.0)  # of the way from the least budget to the most, logarithmic
 TOLERANCE, LEAST_CORRELATION = 0.15, 0.95
 MAX_PIECES = 16
+
+
+class TracedOnly(Measured):
+    """Measured times, without kernels that cannot be traced: a roofline knows nothing of them."""
+
+    def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
+        """None."""
+        return []
 
 
 def problem_of(blocks: int, shape: InputShape) -> Problem:
@@ -100,7 +110,8 @@ def times(rounds: int, repeats: int, cache: str | None) -> None:
     steps = [profile_problem(problem, cache, repeats, MAX_PIECES, progress=_say)[0] for problem in problems]
     everything = []
     for number, problem in enumerate(problems):
-        costed = cost_with_times(problem, "measured", cache)
+        source = time_source(problem, "measured", cache)
+        costed = cost_problem(problem, times=TracedOnly(source.cache, source.beside))
         elsewhere = [row for other, rows in enumerate(steps) if other != number for row in rows]
         everything += run_case(costed, _other_sources(costed, elsewhere), rounds)
     table = new_table(

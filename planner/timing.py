@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from cost_model.calibrate import Calibration
 from cost_model.times import Measured, MissingTimesError, Roofline, TimesCache, TimeSource, default_cache
+from model.kernels import is_opaque
 from planner.costing import Costed, Progress, cost_problem, device_of
 from planner.plan import Plan
 from planner.problem import Problem
@@ -78,9 +79,16 @@ def cost_of_plan(
     strategies = strategies_used(plan.sequence())
     try:
         costed = cost_with_times(plan.problem, kind, path, progress=progress)  # type: ignore[arg-type]
+        offered = ({cost.strategy for cost in options} for options in costed.table.options)
+        if all(strategies[step] <= known for step, known in enumerate(offered)):
+            return costed, None
+        lost = f"some {kind} times are missing here"
     except MissingTimesError:
-        return cost_problem(plan.problem, progress=progress), f"no {kind} times here"
-    offered = ({cost.strategy for cost in options} for options in costed.table.options)
-    if any(not strategies[step] <= known for step, known in enumerate(offered)):
-        return cost_problem(plan.problem, progress=progress), f"some {kind} times are missing here"
-    return costed, None
+        lost = f"no {kind} times here"
+    measured = {strategy.kernel for used in strategies.values() for strategy in used if is_opaque(strategy)}
+    if measured:
+        raise ValueError(
+            f"the plan runs {', '.join(sorted(measured))}, of which nothing is known here; "
+            "run `evoplan profile` for its model, shapes and dtype first"
+        )
+    return cost_problem(plan.problem, progress=progress), lost
