@@ -121,6 +121,8 @@ def build_cost_table(
             # What is live is so in the layout of the moment: ranks may share the state one way or another.
             shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
             offered = tuple((strategies or traced_here)(step, state[step.target].shape))
+            if strategies is None and not training:  # nothing is kept: lean is whole
+                offered = tuple(strategy for strategy in offered if strategy.kind != "lean")
             in_place = not training and liveness.owns_target(step.index)
             key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:

@@ -107,9 +107,15 @@ def largest_error(
         run, output = record(step.submodule, strategy, tensors)
         grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
         of_state, of_parameters = run.vjp(grad.view_as(output))
+
+        def gradient(found: Tensor | None, of: Tensor) -> Tensor:
+            return torch.zeros_like(of) if found is None else found  # None: it was dropped
+
         # Of some parameters the gradient is zero but for rounding: the whole vector is compared.
-        vector = torch.cat([of_parameters[name].flatten() for name in sorted(of_parameters)])
-        return [output, *(of_state[name] for name in sorted(of_state)), vector]
+        parameters = step.parameters.items()
+        vector = torch.cat([gradient(of_parameters.get(name), p).flatten() for name, p in parameters])
+        states = [gradient(of_state.get(name), tensors[name]) for name in step.submodule.reads]
+        return [output, *states, vector]
 
     pairs = zip(results(strategy), results(WHOLE), strict=True)
     return max(float((got - true).abs().max() / true.abs().max()) for got, true in pairs)

@@ -18,6 +18,7 @@ from model.submodule import IndependentAxis
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.
 PIECES = (2, 4, 8, 16, 32, 64)
+FEW = 8  # pieces in which attention is run with another kernel, at most
 
 
 MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
@@ -81,8 +82,8 @@ def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] 
         if kind == "chunk":
             strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
     if submodule.attends:
-        # Heads in groups save logits, of which such a kernel has none.
-        able = [strategy for strategy in strategies if strategy.kind != "coshard"]
+        # Heads in groups and ever finer chunks save logits, of which such a kernel has none.
+        able = [strategy for strategy in strategies if strategy.kind != "coshard" and strategy.n <= FEW]
         strategies += [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
     return strategies
 
@@ -92,9 +93,9 @@ def opaque_strategies(step: Step, shape: Sequence[int], kind: str) -> list[Strat
     compiled = [replace(WHOLE, kernel=COMPILED)]
     if not step.submodule.attends:
         return compiled
-    able = [strategy for strategy in offered_strategies(step, shape) if strategy.kind != "coshard"]
     kernels = kernels_for(kind, opaque=True)
-    return compiled + [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
+    offered = offered_strategies(step, shape, kernels)
+    return compiled + [strategy for strategy in offered if strategy.kernel in kernels]
 
 
 def trace_step(

@@ -39,7 +39,7 @@ def print_profile(measured: list[Measurement], calibration: Calibration, console
             predicted = cost and (cost.forward_seconds + cost.backward_seconds or cost.discard_seconds)
             table.add_row(
                 name,
-                str(cost.strategy),
+                str(row.strategy),
                 format_seconds(timing.forward or timing.discard),
                 format_seconds(timing.backward),
                 f"{timing.spread:.0%}",

@@ -207,5 +207,5 @@ def test_strategies_print_and_parse() -> None:
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown kernel 'flash'; there are: eager, tiled"):
+    with pytest.raises(ValueError, match="unknown kernel 'flash'; there are: eager, compiled, tiled"):
         kernel("flash")

@@ -208,7 +208,7 @@ def test_times_are_for_what_they_were_measured_on(cache: str) -> None:
 def test_what_the_cache_has_is_not_measured_again(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.profiling.time_step", None)  # calling it fails
     measured, _, _ = profile_problem(PROBLEM, cache, repeats=1, max_pieces=2)
-    assert all(row.timing for row in measured)
+    assert all(row.timing for row in measured if row.cost)
 
 
 def test_inference_has_times_of_its_own(tmp_path: Path) -> None:
