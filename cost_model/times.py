@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -162,6 +163,8 @@ class TimesCache:
                 (schema,) = connection.execute("pragma user_version").fetchone()
                 if schema not in (0, SCHEMA):
                     raise sqlite3.DatabaseError(f"of version {schema}, this is {SCHEMA}")
+                if schema == 0 and connection.execute("select 1 from sqlite_master").fetchone():
+                    raise sqlite3.DatabaseError("it is another program's")
                 if write and schema == 0:
                     connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
                 yield connection if write or schema else None
@@ -323,4 +326,8 @@ def default_cache() -> Path:
     """EVOPLAN_CACHE, or evoplan/times.sqlite where the user's caches are."""
     if "EVOPLAN_CACHE" in os.environ:
         return Path(os.environ["EVOPLAN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evoplan" / "times.sqlite"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        caches = Path(tempfile.gettempdir()) / f"caches-{os.getuid()}"
+    return caches / "evoplan" / "times.sqlite"

@@ -60,8 +60,10 @@ def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:
 
 @cache
 def _compiled_target() -> Callable[[Submodule, Tensors], Tensor]:
-    """Compiled once for each kind of submodule and shapes; parameters are arguments of the compiled code."""
-    return torch.compile(_new_target, dynamic=False)
+    """Compiled once for each kind of submodule, shapes and grad mode; parameters are arguments of it."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 256)  # beyond it torch runs the rest as it is written
+    return torch.compile(_new_target, dynamic=False, fullgraph=True)
 
 
 class WholeRun:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -108,7 +109,7 @@ def _or_stand_in(
 
 def kernel_in_use() -> Attend | None:
     """What attention is to run with; None: the formula itself."""
-    return _in_use.get()
+    return None if torch.compiler.is_compiling() else _in_use.get()
 
 
 @contextmanager

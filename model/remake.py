@@ -29,7 +29,7 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         function: gives the same result every time, in a tensor of its own, and makes no other tensor that
             autograd saves; mark its parts one by one where it would.
     """
-    remaking = _current.get()
+    remaking = None if torch.compiler.is_compiling() else _current.get()
     return function(*inputs) if remaking is None else remaking.run(function, inputs)
 
 

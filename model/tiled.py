@@ -77,15 +77,16 @@ class _Tiled(torch.autograd.Function):
             b, r, h, i = tile
             logits = _logits(q, k, mask, bias, tile)
             if statistics is None:
-                weights = logits.softmax(-1).to(q.dtype)
-                out[tile] = weights @ v[b, r, h]
+                weights = logits.softmax(-1)
             else:
                 largest, total = statistics[:, b, r, h, i]
                 torch.amax(logits, -1, keepdim=True, out=largest)
                 weights = logits.sub_(largest).exp_()
                 torch.sum(weights, -1, keepdim=True, out=total)
-                torch.div(weights.to(q.dtype) @ v[b, r, h], total, out=out[tile])
-            del logits, weights
+                weights.div_(total)  # before they are rounded: a sum of 512 values may overflow float16
+            del logits
+            out[tile] = weights.to(q.dtype) @ v[b, r, h]
+            del weights
         ctx.save_for_backward(q, k, v, mask, bias, out, statistics)
         ctx.tile_bytes = tile_bytes
         return out
@@ -109,10 +110,11 @@ def _working(x: Tensor) -> torch.dtype:
 def _logits(q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
     """[b, rows, heads, queries, n], with the additions in the order in which eager attention makes them."""
     b, r, h, i = tile
+    # Casts stand here and not inside an operator, so that their memory is seen.
     logits = (q[tile] @ k[b, r, h].transpose(-1, -2)).to(_working(q))
-    logits += mask[b, r, None, None]
+    logits += mask[b, r, None, None].to(logits.dtype)
     if bias is not None:
-        logits += bias[b, None, h, i]
+        logits += bias[b, None, h, i].to(logits.dtype)
     return logits
 
 
@@ -131,18 +133,17 @@ def _tile_backward(
 ) -> None:
     """Write a tile's part of the gradients.
 
-    With E = exp(logits - largest), so that the weights are E / total, and d = grad / total:
-    dv = E^T d, dlogits = E * (d v^T - sum(d * out)).
+    With the weights w = exp(logits - largest) / total: dv = w^T grad and
+    dlogits = w * (grad v^T - sum(grad * out)).
     """
     b, r, h, i = tile
     keys = b, r, h
     largest, total = statistics[:, b, r, h, i]
     q_grad, k_grad, v_grad = grads
     first = i.start == 0  # of the queries that share these keys
-    d = grad[tile] / total
-    sums = (d * out[tile]).sum(-1, keepdim=True)
-    d = d.to(q.dtype)
-    weights = _logits(q, k, mask, bias, tile).sub_(largest).exp_()
+    d = grad[tile]
+    sums = (d.to(largest.dtype) * out[tile].to(largest.dtype)).sum(-1, keepdim=True)
+    weights = _logits(q, k, mask, bias, tile).sub_(largest).exp_().div_(total)
     _put(v_grad[keys], weights.to(q.dtype).transpose(-1, -2) @ d, first)
     logits_grad = (d @ v[keys].transpose(-1, -2)).to(weights.dtype).sub_(sums).mul_(weights)
     del weights

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,23 +66,17 @@ def plan(
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
     from planner.plan import write_json
-    from planner.planning import NoPlanError, solve, solve_for_fewest_ranks
+    from planner.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
     from planner.report import print_plan
     from planner.solvers import solver
-    from planner.timing import cost_with_times
 
     solver(solver_name)  # a wrong name is said before the work
     try:
         with _progress("loading torch") as update:
             if auto:
-                cost = partial(cost_with_times, times=times, path=cache)
-                costed, found = solve_for_fewest_ranks(problem, solver_name, update, cost)
+                costed, found = solve_for_fewest_ranks(problem, solver_name, update, times, cache)
             else:
-                costed = cost_with_times(
-                    problem, times, cache, progress=lambda name: update(f"tracing {name}")
-                )
-                update("solving")
-                found = solve(costed, solver_name)
+                costed, found = cost_and_solve(problem, solver_name, times, cache, update)
             if certify:
                 from planner.certify import certify as with_certificates
 
@@ -115,9 +108,10 @@ def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
     with _progress("tracing") as update:
         costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
     rows = roofline(costed)
-    # A discarding run of whole does what its forward does.
-    shown = [row for row in rows if every or (str(row.strategy) == "whole" and row.phase != "discard")]
-    print_roofline(shown if problem.training else rows, costed, console_for_output(ROOFLINE_WIDTH))
+    # A discarding run of whole does what its forward does, where it has one.
+    left_out = "discard" if problem.training else None
+    shown = [row for row in rows if every or (str(row.strategy) == "whole" and row.phase != left_out)]
+    print_roofline(shown, costed, console_for_output(ROOFLINE_WIDTH))
     if json_path:
         write_json(json_path, roofline_to_json(rows, costed))
 

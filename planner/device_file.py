@@ -14,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cost_model.devices import DTYPES, Device, Link
 from planner.sizes import parse_size
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=1, le=1e30)]
+Seconds = Annotated[float, Field(ge=0, le=1e3)]
 Size = Annotated[int, BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)]
 
 
@@ -38,14 +38,14 @@ class DeviceEntry(_Strict):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    memory: Annotated[Size, Field(ge=1)] | None
+    memory: Annotated[Size, Field(ge=1, le=2**60)] | None
     peak_flops: Annotated[dict[str, Rate], Field(min_length=1)]
     bandwidth: Rate
     source: str
     kind: Literal["cpu", "cuda"] = "cuda"
     launch_seconds: Seconds = 5e-6
-    block_bytes: Annotated[int, Field(ge=1)] = 512
-    workspace_bytes: Annotated[Size, Field(ge=0)] = 9 * 2**20
+    block_bytes: Annotated[int, Field(ge=1, le=2**30)] = 512
+    workspace_bytes: Annotated[Size, Field(ge=0, le=2**60)] = 9 * 2**20
     link: _LinkEntry = _LinkEntry(bandwidth=16e9)
     host_bandwidth: Rate | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from model.config import InputShape, TrunkConfig, with_blocks
 from planner.costing import (
     Costed,
     Progress,
-    cost_problem,
     costed_step_name,
     only_whole,
     peaks_of_ranks,
@@ -124,16 +123,47 @@ def _of_largest(predicted: Prediction, peaks: tuple[int, ...]) -> Prediction:
     return predicted.model_copy(update={"peak_bytes": max(peaks), "activation_bytes": activations})
 
 
+def cost_and_solve(
+    problem: Problem,
+    solver_name: str = "dp",
+    times: Times = "auto",
+    cache: str | None = None,
+    progress: Progress = lambda _: None,
+) -> tuple[Costed, Plan]:
+    """Costs and plan with times of a kind.
+
+    Measured times may lack strategies that need less memory than those that were measured. Where nothing fits
+    and the kind is auto, the calibrated times, which lack none, have the last word.
+
+    Args:
+        times, cache: as in `cost_with_times`.
+
+    Raises:
+        NoPlanError: nothing fits.
+    """
+    costed = cost_with_times(problem, times, cache, progress=lambda name: progress(f"tracing {name}"))
+    progress("solving")
+    try:
+        return costed, solve(costed, solver_name)
+    except NoPlanError:
+        if times != "auto" or costed.times.name != "measured":
+            raise
+    progress("tracing with calibrated times")
+    costed = cost_with_times(problem, "calibrated", cache)
+    return costed, solve(costed, solver_name)
+
+
 def solve_for_fewest_ranks(
     problem: Problem,
     solver_name: str = "dp",
     progress: Progress = lambda _: None,
-    cost: Callable[[Problem], Costed] = cost_problem,
+    times: Times = "roofline",
+    cache: str | None = None,
 ) -> tuple[Costed, Plan]:
     """Costs and plan for as few ranks (1, 2, 4, ...) as the budget needs.
 
     Args:
-        cost: the costs of a problem.
+        times, cache: as in `cost_and_solve`.
 
     Raises:
         NoPlanError: the budget is too small for as many ranks as the shapes can be cut for.
@@ -141,9 +171,8 @@ def solve_for_fewest_ranks(
     most = min(size for shape in problem.state_shapes().values() for size in shape[-3:-1])
     for ranks in (2**power for power in range(most.bit_length())):
         progress(f"tracing a share of {ranks}")
-        costed = cost(problem.model_copy(update={"ranks": ranks}))
         try:
-            return costed, solve(costed, solver_name)
+            return cost_and_solve(problem.model_copy(update={"ranks": ranks}), solver_name, times, cache)
         except NoPlanError as error:
             tried = error
     raise NoPlanError(f"{ranks} ranks are too few: {tried}", tried.least_feasible_bytes)

@@ -16,7 +16,7 @@ from cost_model.times import Key, TimesCache, Timing, key_of
 from cost_model.trace import Work
 from model.chain import Chain, Step
 from model.kernels import KERNELS
-from model.strategy import COMPILED, Strategy
+from model.strategy import COMPILED, WHOLE, Strategy
 from planner.costing import cost_problem
 from planner.problem import Problem
 from planner.timing import times_cache
@@ -90,11 +90,12 @@ def profile_problem(
     costed.model.train(problem.training)
     profiler = _Profiler(problem, cache, state, constants, repeats, again, progress)
     found: list[Measurement] = []
-    seen: set[int] = set()
+    seen: set[Key] = set()
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
-        if id(options) in seen:
+        key = key_of(step, problem.state_shapes(), problem.dtype, WHOLE)
+        if key in seen:
             continue
-        seen.add(id(options))
+        seen.add(key)
         few = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
         found += profiler.traced(step, few)
         for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):

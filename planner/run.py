@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 
 from cost_model import measure
-from model.kernels import is_opaque
 from planner.data import alignment_for, batch_for
 from planner.errors import CommonError, RunError
 from planner.plan import Plan
 from planner.program import simulated_peak_bytes
 from planner.report import describe_problem, print_ranks
-from planner.schedule import strategies_used
+from planner.schedule import opaque_kernels
 from planner.sizes import format_seconds, format_size
 from planner.snapshots import Snapshots
 from planner.training import Training, dropout_seed
@@ -124,8 +123,9 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     }
     budget = problem.budget_bytes
     # The simulation has a stand-in for kernels that cannot be traced; the plan knows their memory.
-    guessed = any(map(is_opaque, set().union(*strategies_used(plan.sequence()).values())))
-    as_predicted = guessed or abs(peak - predicted) <= PEAK_TOLERANCE * predicted
+    as_predicted = (
+        bool(opaque_kernels(plan.sequence())) or abs(peak - predicted) <= PEAK_TOLERANCE * predicted
+    )
     ok = as_predicted and (budget is None or peak <= budget + around)
     ranks, oks = zip(*world.gathered_objects((mine, ok)), strict=True)
     print_ranks(list(ranks), plan, kind, console)

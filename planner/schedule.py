@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from model.kernels import is_opaque
 from model.strategy import Strategy
 
 
@@ -178,3 +179,9 @@ def shortened(schedule: Sequence, steps: int) -> Sequence:
             part = Checkpoint(body, part.discard[: len(body.span)])
         parts.append(part)
     return Sequence(tuple(parts))
+
+
+def opaque_kernels(schedule: Sequence) -> list[str]:
+    """Kernels in it whose memory cannot be traced."""
+    used = (strategies for strategies in strategies_used(schedule).values())
+    return sorted({strategy.kernel for strategies in used for strategy in strategies if is_opaque(strategy)})

@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 from cost_model.calibrate import Calibration
 from cost_model.times import Measured, MissingTimesError, Roofline, TimesCache, TimeSource, default_cache
-from model.kernels import is_opaque
 from planner.costing import Costed, Progress, cost_problem, device_of
 from planner.plan import Plan
 from planner.problem import Problem
-from planner.schedule import strategies_used
+from planner.schedule import opaque_kernels, strategies_used
 
 Times = Literal["auto", "measured", "calibrated", "roofline"]
 ADVICE = "run `evoplan profile` for this model, shapes and dtype, or use --times roofline"
@@ -36,7 +35,12 @@ def time_source(problem: Problem, times: Times, path: str | None = None) -> Time
     constants = cache.calibration(problem.dtype) if cache else None
     if cache is None or constants is None:  # a profile ends with a calibration
         return None
-    device = Calibration(**constants).applied(where, problem.dtype)
+    try:
+        device = Calibration(**constants).applied(where, problem.dtype)
+    except TypeError:
+        raise ValueError(
+            f"{cache.path}: is no cache of times; delete it or name another with --cache"
+        ) from None
     calibrated = Roofline(device, problem.dtype, link, "calibrated")
     if times == "calibrated":
         return calibrated
@@ -64,7 +68,8 @@ def cost_with_times(problem: Problem, times: Times = "auto", path: str | None = 
             return cost_problem(problem, times=source, **rest)
         except MissingTimesError as error:
             missing = str(error)
-    raise MissingTimesError(f"{missing}; {ADVICE}")
+    here = times_cache(problem, path) is not None and problem.ranks == 1
+    raise MissingTimesError(f"{missing}; {ADVICE if here else 'use --times calibrated or roofline'}")
 
 
 def cost_of_plan(
@@ -85,10 +90,10 @@ def cost_of_plan(
         lost = f"some {kind} times are missing here"
     except MissingTimesError:
         lost = f"no {kind} times here"
-    measured = {strategy.kernel for used in strategies.values() for strategy in used if is_opaque(strategy)}
-    if measured:
+    opaque = opaque_kernels(plan.sequence())
+    if opaque:
         raise ValueError(
-            f"the plan runs {', '.join(sorted(measured))}, of which nothing is known here; "
+            f"the plan runs {', '.join(opaque)}, of which nothing is known here; "
             "run `evoplan profile` for its model, shapes and dtype first"
         )
     return cost_problem(plan.problem, progress=progress), lost

@@ -21,6 +21,7 @@ from planner.apply import PlannedModule
 from planner.costing import device_of, input_shapes, planned_model
 from planner.host import FakeHost
 from planner.plan import Plan
+from planner.schedule import opaque_kernels
 from planner.trial import Trial, available_bytes, errors, kind_here, random_inputs, random_stack
 from planner.world import World, check_world
 
@@ -98,8 +99,17 @@ def without_rates(config: ModelConfig) -> ModelConfig:
 
 
 def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
-    """Run the applied plan, or one rank's share of it, on fake tensors: its memory, without using any."""
+    """Run the applied plan, or one rank's share of it, on fake tensors: its memory, without using any.
+
+    Raises:
+        ValueError: the plan runs kernels that cannot be traced.
+    """
     problem = plan.problem
+    opaque = opaque_kernels(plan.sequence())
+    if opaque:
+        raise ValueError(
+            f"the plan runs {', '.join(opaque)}, which cannot be simulated; leave --simulate out"
+        )
     where = device_of(problem)
     dtype = getattr(torch, problem.dtype)
     scratch = CpuScratch() if where.kind == "cpu" else None

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cost_model.costs import build_cost_table
 from cost_model.devices import device
+from cost_model.profile import bytes_taken
 from cost_model.steps import offered_strategies, trace_step
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model import Chain, EvoformerConfig, EvoformerStack
@@ -209,3 +210,37 @@ def test_strategies_print_and_parse() -> None:
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(ValueError, match="unknown kernel 'flash'; there are: eager, compiled, tiled"):
         kernel("flash")
+
+
+def test_tiled_does_not_overflow_where_the_formula_does_not() -> None:
+    """512 equal values of 200 and equal weights: their sum is beyond float16, their mean is not."""
+    shape = (1, 1, 1, 512, 8)
+    q, k = torch.zeros(shape, dtype=torch.float16), torch.zeros(shape, dtype=torch.float16)
+    v = torch.full(shape, 200.0, dtype=torch.float16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.zeros(1, 1, 512, dtype=torch.float16)
+    got, true = tiled_attention(*leaves, mask, None, 10**6), formula(*leaves, mask, None)
+    torch.testing.assert_close(got, true)
+    grad = torch.full_like(true, 1e-4)
+    (small,) = torch.autograd.grad(got, [v], grad)
+    torch.testing.assert_close(small, torch.autograd.grad(true, [v], grad)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tiled_takes_what_was_predicted(dtype: str) -> None:
+    """Casts included: of every step that attends, in real runs by the allocator."""
+    config = EvoformerConfig(n_block=1, c_m=32, c_z=32).with_dropout(0.0)
+    shapes = {"m": (1, 12, 20, 32), "z": (1, 20, 20, 32)}
+    stack = randomise(EvoformerStack(config)).to(getattr(torch, dtype)).train()
+    table = build_cost_table(stack, shapes, dtype, device("cpu"))
+    made = {name: torch.randn(shape).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    state, constants = stack.prepare(**made)
+    checked = 0
+    for step, options in zip(Chain.of(stack).steps, table.options, strict=True):
+        for cost in options:
+            if cost.strategy.kernel == TILED:
+                taken = bytes_taken(step, cost.strategy, state, constants)
+                assert taken.discard <= cost.discard_bytes <= 1.01 * taken.discard + 2000, cost.strategy
+                assert taken.forward <= cost.forward_bytes <= 1.01 * taken.forward + 2000, cost.strategy
+                checked += 1
+    assert checked >= 12

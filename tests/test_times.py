@@ -143,7 +143,7 @@ def test_a_device_file_holds_what_a_device_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"bandwidth": -1}, "bandwidth: Input should be greater than 0"),
+        ({"bandwidth": -1}, "bandwidth: Input should be greater than or equal to 1"),
         ({"memory": "3 apples"}, "memory: "),
         ({"peak_flops": {"float31": 1.0}}, "peak_flops: unknown dtype 'float31'"),
         ({"source": None}, "source: "),
