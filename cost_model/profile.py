@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,46 +48,59 @@ def time_step(
         state, constants: real tensors that the step reads.
         repeats: timed runs of each.
     """
-    kind = next(iter(state.values())).device.type
-    found: dict[Strategy, list[tuple[float, float, float]]] = {strategy: [] for strategy in strategies}
+    found: dict[Strategy, list[tuple[float, ...]]] = {strategy: [] for strategy in strategies}
     for number in range(repeats):
         for strategy, times in found.items():
             progress(f"{step.name} {strategy}, round {number + 1} of {repeats}")
-            _once(step, strategy, state, constants, kind)
-            times.append(_once(step, strategy, state, constants, kind))
+            _once(step, strategy, state, constants)
+            times.append(_once(step, strategy, state, constants))
     return {strategy: _timing(times) for strategy, times in found.items()}
 
 
-def _once(
+def _phases(
     step: Step,
     strategy: Strategy,
     state: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
-    kind: str,
-) -> tuple[float, float, float]:
-    """Seconds of a discarding run, a recorded forward and its backward."""
+    meter: Callable[[Callable[[], object], str], Any],
+) -> tuple[list[Any], int]:
+    """What a meter reads of a discarding run and, in training, of a recorded forward and its backward.
+
+    Returns:
+        The readings, and the bytes of the new target.
+    """
+    kind = next(iter(state.values())).device.type
     seed = 0 if step.submodule.training else None  # a dropout mask is drawn in every run
     kept: list = []
 
     def discard() -> None:
         with torch.no_grad():
-            run_discarded(step.submodule, strategy, step.tensors(state, constants, seed))
+            kept.append(run_discarded(step.submodule, strategy, step.tensors(state, constants, seed)))
 
     def forward() -> None:
         kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
 
-    discarded = measure.seconds(discard, kind)
-    if seed is None:
-        return discarded, 0.0, 0.0
-    recorded = measure.seconds(forward, kind)
-    run, output = kept
-    grad = torch.randn_like(output)
-    del output
-    kept.clear()
-    return discarded, recorded, measure.seconds(lambda: run.vjp(grad), kind)
+    readings = [meter(discard, kind)]
+    target_bytes = kept.pop().untyped_storage().nbytes()
+    if seed is not None:
+        readings.append(meter(forward, kind))
+        run, output = kept
+        grad = torch.randn_like(output)
+        kept.clear()
+        del output
+        readings.append(meter(lambda: run.vjp(grad), kind))
+    return readings, target_bytes
 
 
-def _timing(times: list[tuple[float, float, float]]) -> Timing:
+def _once(
+    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> tuple[float, ...]:
+    """Seconds of each phase; none for those that inference has not."""
+    seconds, _ = _phases(step, strategy, state, constants, measure.seconds)
+    return (*seconds, 0.0, 0.0)[:3]
+
+
+def _timing(times: list[tuple[float, ...]]) -> Timing:
     discard, forward, backward = (median(phase) for phase in zip(*times, strict=True))
     totals = [sum(phases) for phases in times]
     low, _, high = quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
@@ -125,25 +139,8 @@ def bytes_taken(
     step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
 ) -> MeasuredBytes:
     """What the device's allocator counts in a step's runs, one by one."""
-    kind = next(iter(state.values())).device.type
-    seed = 0 if step.submodule.training else None
-    kept: list = []
-
-    def discard() -> None:
-        with torch.no_grad():
-            kept.append(run_discarded(step.submodule, strategy, step.tensors(state, constants, seed)))
-
-    def forward() -> None:
-        kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
-
-    discarded = measure.usage(discard, kind)
-    output_bytes = kept.pop().untyped_storage().nbytes()
-    if seed is None:
-        return MeasuredBytes(discarded.peak, 0, 0, 0)
-    recorded = measure.usage(forward, kind)
-    run, output = kept
-    grad = torch.randn_like(output)
-    kept.clear()
-    del output
-    backward = measure.usage(lambda: run.vjp(grad), kind)
-    return MeasuredBytes(discarded.peak, recorded.peak, max(0, recorded.left - output_bytes), backward.peak)
+    (discard, *recorded), target_bytes = _phases(step, strategy, state, constants, measure.usage)
+    if not recorded:
+        return MeasuredBytes(discard.peak, 0, 0, 0)
+    forward, backward = recorded
+    return MeasuredBytes(discard.peak, forward.peak, max(0, forward.left - target_bytes), backward.peak)

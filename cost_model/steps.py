@@ -18,11 +18,8 @@ from model.submodule import IndependentAxis
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.
 PIECES = (2, 4, 8, 16, 32, 64)
-FEW = 8  # pieces in which attention is run with another kernel, at most
-
-
 MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
-
+FEW = 8  # pieces in which attention is run with another kernel, at most
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128

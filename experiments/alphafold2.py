@@ -21,13 +21,13 @@ from rich.table import Table
 
 from cost_model.devices import DEVICES
 from experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
-from planner.cli import CHECK_FAILED, check_writable, console_for_output, main
 from planner.costing import Costed, cost_problem
 from planner.flags import Size
 from planner.plan import SolverReport, write_json
 from planner.planning import NoPlanError
 from planner.report import describe_problem, print_rank_verifications, print_verification
 from planner.sizes import format_seconds, format_size
+from planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
 from planner.verify import Verification, verify_on, verify_plan
 from planner.world import World, joined
 
@@ -158,4 +158,4 @@ def halfway(costed: Costed) -> int:
 
 
 if __name__ == "__main__":
-    main(command=command, name="experiments.alphafold2")
+    run_command(command, "python -m experiments.alphafold2")

@@ -27,7 +27,6 @@ from cost_model import measure
 from cost_model.times import local_name
 from experiments.interleaved import interleaved
 from model.config import EvoformerConfig, InputShape
-from planner.cli import check_writable, console_for_output, main
 from planner.costing import Costed
 from planner.flags import Size
 from planner.plan import Plan, SolverReport, write_json
@@ -44,6 +43,7 @@ from planner.solvers.baselines import (
     keep_everything,
     square_root,
 )
+from planner.terminal import check_writable, console_for_output, run_command
 from planner.timing import cost_with_times
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
@@ -299,4 +299,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(command=benchmark, name="python -m experiments.benchmark")
+    run_command(benchmark, "python -m experiments.benchmark")

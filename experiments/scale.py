@@ -28,7 +28,6 @@ from rich.table import Table
 from cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from cost_model.roofline import reduction_seconds
 from model.config import PRESETS, preset
-from planner.cli import check_writable, console_for_output, main
 from planner.costing import cost_problem
 from planner.plan import write_json
 from planner.planning import NoPlanError, solve
@@ -36,6 +35,7 @@ from planner.plot import plt, save_figure
 from planner.problem import Problem
 from planner.sizes import format_seconds, format_size, parse_size
 from planner.solvers import Frontier
+from planner.terminal import check_writable, console_for_output, run_command
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "scale.png"
@@ -253,4 +253,4 @@ def command(
 
 
 if __name__ == "__main__":
-    main(command=command, name="experiments.scale")
+    run_command(command, "python -m experiments.scale")

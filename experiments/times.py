@@ -24,7 +24,6 @@ from cost_model.times import Measured, Roofline, Shapes, local_name
 from experiments.interleaved import interleaved
 from model.chain import Step
 from model.config import EvoformerConfig, InputShape
-from planner.cli import CHECK_FAILED, console_for_output, main
 from planner.costing import Costed, cost_problem
 from planner.plan import Plan, write_json
 from planner.planning import solve
@@ -33,6 +32,7 @@ from planner.profiling import Measurement, profile_problem
 from planner.report import new_table
 from planner.sizes import format_seconds, format_size
 from planner.solvers import Frontier
+from planner.terminal import CHECK_FAILED, console_for_output, run_command
 from planner.timing import time_source
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
@@ -175,4 +175,4 @@ def _summary(rows: list[dict], name: str) -> dict:
 
 
 if __name__ == "__main__":
-    main(command=times, name="python -m experiments.times")
+    run_command(times, "python -m experiments.times")

@@ -18,6 +18,11 @@ def mask_bias(mask: Tensor) -> Tensor:
     return (mask - 1.0).mul_(large)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """[*, a, b, c] to [*, b, a, c], in a tensor of its own: columns become the rows of attention."""
+    return x.transpose(-2, -3).contiguous()
+
+
 class GatedAttention(nn.Module):
     """softmax(q k / sqrt(c) + biases) v, gated by a sigmoid, projected back without its output bias.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import GatedAttention, mask_bias
+from model.attention import GatedAttention, mask_bias, transposed
 from model.config import EvoformerConfig
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
@@ -68,9 +68,9 @@ class MSAColumnAttention(Submodule):
         )
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
-        columns = cheap(_transposed, m)
+        columns = cheap(transposed, m)
         update = self.attention(columns, msa_mask.transpose(-1, -2), None, part)
-        return _transposed(update)
+        return transposed(update)
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.attention.linear_o.bias)
@@ -131,8 +131,3 @@ class MSAColumnGlobalAttention(Submodule):
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.linear_o.bias)
-
-
-def _transposed(m: Tensor) -> Tensor:
-    """Rows and columns changed about, in a tensor of its own."""
-    return m.transpose(-2, -3).contiguous()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from model.attention import GatedAttention
+from model.attention import GatedAttention, transposed
 from model.config import EvoformerConfig
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
@@ -49,13 +49,8 @@ class TriangleAttention(Submodule):
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         if self.starting:
             return self.attention(z, pair_mask, context, part)
-        update = self.attention(cheap(_transposed, z), pair_mask.transpose(-1, -2), context, part)
-        return _transposed(update)
+        update = self.attention(cheap(transposed, z), pair_mask.transpose(-1, -2), context, part)
+        return transposed(update)
 
     def finish(self, update: Tensor) -> Tensor:
         return update.add_(self.attention.linear_o.bias)
-
-
-def _transposed(z: Tensor) -> Tensor:
-    """Rows and columns changed about, in a tensor of its own."""
-    return z.transpose(-2, -3).contiguous()

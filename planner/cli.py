@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.errors import RunError
-from planner.sizes import format_size
+from planner.flags import AUTO, problem_of, problem_options
+from planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from planner.timing import Times
-from planner.flags import AUTO, problem_of, problem_options
 
-BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
 ROOFLINE_WIDTH = 150
 
 
@@ -72,7 +64,7 @@ def plan(
 
     solver(solver_name)  # a wrong name is said before the work
     try:
-        with _progress("loading torch") as update:
+        with progress("loading torch") as update:
             if auto:
                 costed, found = solve_for_fewest_ranks(problem, solver_name, update, times, cache)
             else:
@@ -105,7 +97,7 @@ def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
     from planner.plan import write_json
     from planner.roofline import print_roofline, roofline, roofline_to_json
 
-    with _progress("tracing") as update:
+    with progress("tracing") as update:
         costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
     rows = roofline(costed)
     # A discarding run of whole does what its forward does, where it has one.
@@ -144,7 +136,7 @@ def profile(
     from planner.profiling import profile_problem
     from planner.report_times import print_profile, profile_to_json
 
-    with _progress("loading torch") as update:
+    with progress("loading torch") as update:
         measured, calibration, calibrated = profile_problem(
             problem, cache, repeats, max_pieces, again, compiled, update
         )
@@ -172,18 +164,23 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
     from planner.plan import load_plan, write_json
     from planner.replay import replay
     from planner.report import print_plan, print_schedule, print_timeline, step_names
-    from planner.timing import cost_of_plan
+    from planner.timing import MissingTimesError, cost_of_plan
 
-    found = load_plan(plan_file)
-    with _progress("tracing") as update:
-        costed, times_lost = cost_of_plan(found, cache, update)
-        update("comparing")
-        others = alternatives(found, costed)
-    console = console_for_output()
+    found, console = load_plan(plan_file), console_for_output()
     print_plan(found, console)
     console.print()
     print_schedule(found, console)
     console.print()
+    try:
+        with progress("tracing") as update:
+            costed, times_lost = cost_of_plan(found, cache, update)
+            update("comparing")
+            others = alternatives(found, costed)
+    except MissingTimesError as error:
+        console.print(f"no memory over time, and no alternatives: {error}", highlight=False)
+        if json_path:
+            write_json(json_path, {"plan": found.to_json()})
+        return
     result = replay(found.sequence(), costed.table)
     print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
     console.print()
@@ -225,7 +222,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
         from planner.verify import simulate_plan, verify_on, verify_plan
 
         found = load_plan(plan_file)
-        with _progress("preparing") as update:
+        with progress("preparing") as update:
             if blocks is not None and blocks < found.problem.config.n_block:
                 found = shorten_plan(found, blocks, progress=update)
             elif blocks is not None and blocks > found.problem.config.n_block:
@@ -276,7 +273,7 @@ def sweep(
     if not problem.training:
         raise ValueError("sweep is for training; for inference ask plan for one budget after another")
 
-    with _progress("loading torch") as update:
+    with progress("loading torch") as update:
         from planner.timing import cost_with_times
 
         problem = problem.model_copy(update={"budget_bytes": None})
@@ -345,67 +342,6 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
     sys.exit(0 if document["ok"] else CHECK_FAILED)
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on a terminal; nothing where output goes to a file."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(what) as status:
-        yield lambda text: status.update(text)
-
-
-def console_for_output(width: int = 110) -> Console:
-    """As wide as the terminal, or wide enough for every table."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
-
-
-def check_writable(*paths: str | None) -> None:
-    """Refuse a path that cannot be written before the work is done."""
-    for path in filter(None, paths):
-        parent = Path(path).absolute().parent
-        if not parent.is_dir():
-            raise ValueError(f"{path}: folder {parent} does not exist; make it first")
-        if Path(path).is_dir():
-            raise ValueError(f"{path}: is a folder; name a file")
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path}: is not an ordinary file; name one")
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"{path}: folder {parent} is not writable; name another")
-
-
-def main(arguments: list[str] | None = None, command: click.Command = cli, name: str = "evoplan") -> None:
-    """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
-
-    def fail(message: str, code: int) -> NoReturn:
-        click.echo(f"{name}: {' '.join(message.split())}", err=True)
-        sys.exit(code)
-
-    try:
-        command.main(args=arguments, prog_name=name, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-    except click.ClickException as error:
-        fail(f"{error.format_message()} (see {name} --help)", BAD_INPUT)
-    except click.exceptions.Abort:
-        fail("interrupted", 130)
-    except MemoryError:
-        fail(
-            "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
-            CHECK_FAILED,
-        )
-    except RunError as error:
-        fail(str(error), CHECK_FAILED)
-    except (ValueError, OSError) as error:
-        from pydantic import ValidationError
-
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
-        least = getattr(error, "least_feasible_bytes", None)
-        if least is not None:
-            fail(f"{error} = {format_size(least)}", INFEASIBLE)
-        fail(str(error), BAD_INPUT)
+def main(arguments: list[str] | None = None) -> None:
+    """The program `evoplan`."""
+    run_command(cli, "evoplan", arguments)

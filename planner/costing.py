@@ -16,7 +16,7 @@ from cost_model.times import Roofline, TimeSource
 from model.chain import Chain, Plannable, Step
 from model.parallel import ParallelEvoformer
 from model.ranks import Ranks
-from model.strategy import WHOLE, Strategy
+from model.strategy import Strategy
 from model.trunk import build_model
 from planner.plan import Prediction
 from planner.problem import Problem
@@ -185,12 +185,12 @@ def costed_step_name(costed: Costed, step: int) -> str:
 
 
 def only_whole(costed: Costed) -> tuple[str, ...]:
-    """Kinds of steps that offer no strategy but whole: all that can be chosen is when to run them again."""
+    """Kinds of steps that offer no pieces: what can be chosen is what to keep and when to run them again."""
     steps = Chain.of(costed.model).steps
     kinds = (
         kind_of(step.name)
         for step, options in zip(steps, costed.table.options, strict=True)
-        if step.parameters and {option.strategy for option in options} == {WHOLE}
+        if step.parameters and not any(option.strategy.in_pieces for option in options)
     )
     return tuple(dict.fromkeys(kinds))
 

@@ -88,7 +88,7 @@ class Plan(BaseModel):
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
         baselines: the same prediction for what people do by hand.
-        only_whole: kinds of steps that offer no strategy but whole.
+        only_whole: kinds of steps that offer no strategy in pieces.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -59,7 +59,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"peak of each rank: {peaks}", highlight=False)
     if plan.only_whole:
         console.print(
-            f"no strategy but whole: {', '.join(plan.only_whole)}; kept, or run again under a checkpoint",
+            f"never in pieces: {', '.join(plan.only_whole)}; kept, or run again under a checkpoint",
             highlight=False,
         )
     for certificate in plan.solver.certificates:

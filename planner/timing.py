@@ -79,6 +79,9 @@ def cost_of_plan(
 
     Returns:
         The costs; and why they are another kind, where this machine has none of that one.
+
+    Raises:
+        MissingTimesError: the plan runs kernels whose memory is only known where they were profiled.
     """
     kind = plan.costs["time"]
     strategies = strategies_used(plan.sequence())
@@ -92,7 +95,7 @@ def cost_of_plan(
         lost = f"no {kind} times here"
     opaque = opaque_kernels(plan.sequence())
     if opaque:
-        raise ValueError(
+        raise MissingTimesError(
             f"the plan runs {', '.join(opaque)}, of which nothing is known here; "
             "run `evoplan profile` for its model, shapes and dtype first"
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cost_model.times import Measured
-from model import EvoformerConfig, InputShape
+from model import EvoformerConfig, EvoformerStack, InputShape
+from model.kernels import is_opaque
 from model.strategy import LEAN, WHOLE, Strategy
 from planner.alternatives import alternatives, with_strategy
 from planner.costing import cost_problem
@@ -17,6 +18,7 @@ from planner.planning import plan_of, solve
 from planner.problem import Problem
 from planner.schedule import Checkpoint, Run, Sequence, all_runs, final_strategies
 from planner.solvers import BASELINES
+from planner.timing import cost_with_times
 from tests.test_times import cache, run  # noqa: F401  (a fixture)
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)
@@ -61,10 +63,9 @@ def test_show_prints_them_with_the_plans_own_times(
     tmp_path: Path,
 ) -> None:
     out, result = tmp_path / "plan.json", tmp_path / "show.json"
-    problem = Problem(model="custom", config=CONFIG, shape=InputShape(6, 9), budget_bytes=10**9)
-    from planner.timing import cost_with_times
-
-    solve(cost_with_times(problem, "measured", cache)).save(out)
+    costed = cost_with_times(PROBLEM, "measured", cache)
+    none = plan_of(costed, BASELINES["none"](costed.table), SolverReport(name="none", seconds=0.0))
+    none.save(out)
     assert load_plan(out).costs["time"] == Measured.name
     code, printed = run(["show", str(out), "--cache", cache, "--json", str(result)], capsys)
     assert code == 0, printed
@@ -76,3 +77,28 @@ def test_show_prints_them_with_the_plans_own_times(
     code, printed = run(["show", str(out), "--cache", str(tmp_path / "none.sqlite")], capsys)
     assert code == 0, printed
     assert "no measured times here: times below are of the roofline" in printed
+    # A kernel whose memory is known only where it was measured: the plan is shown, what is missing is said.
+    step, opaque = next(
+        (step, cost.strategy)
+        for step, options in enumerate(costed.table.options)
+        for cost in options
+        if is_opaque(cost.strategy)
+    )
+    fused = with_strategy(none.sequence(), frozenset({step}), opaque)
+    plan_of(costed, fused, SolverReport(name="none", seconds=0.0)).save(out)
+    code, printed = run(
+        ["show", str(out), "--cache", str(tmp_path / "none.sqlite"), "--json", str(result)], capsys
+    )
+    assert code == 0, printed
+    assert f"the plan runs {opaque.kernel}, of which nothing is known here" in printed
+    assert set(json.loads(result.read_text())) == {"plan"}
+
+
+def test_a_step_without_an_axis_is_named() -> None:
+    """It can be kept, leaner or not, or run again; the plan says which steps are so."""
+    stack = EvoformerStack(CONFIG)
+    for block in stack.blocks:
+        block.msa_transition.axes = ()
+    costed = cost_problem(PROBLEM, stack)
+    assert solve(costed).only_whole == ("msa_transition",)
+    assert solve(cost_problem(PROBLEM)).only_whole == ()

@@ -1,0 +1,86 @@
+"""Where commands meet the terminal: exit codes, one line per error, progress, paths to write to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from planner.errors import RunError
+from planner.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal; nothing where output goes to a file."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda text: status.update(text)
+
+
+def console_for_output(width: int = 110) -> Console:
+    """As wide as the terminal, or wide enough for every table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
+
+
+def check_writable(*paths: str | None) -> None:
+    """Refuse a path that cannot be written before the work is done."""
+    for path in filter(None, paths):
+        parent = Path(path).absolute().parent
+        if not parent.is_dir():
+            raise ValueError(f"{path}: folder {parent} does not exist; make it first")
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: is a folder; name a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path}: is not an ordinary file; name one")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{path}: folder {parent} is not writable; name another")
+
+
+def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
+    """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
+
+    def fail(message: str, code: int) -> NoReturn:
+        click.echo(f"{name}: {' '.join(message.split())}", err=True)
+        sys.exit(code)
+
+    try:
+        command.main(args=arguments, prog_name=name, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+    except click.ClickException as error:
+        fail(f"{error.format_message()} (see {name} --help)", BAD_INPUT)
+    except click.exceptions.Abort:
+        fail("interrupted", 130)
+    except MemoryError:
+        fail(
+            "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
+            CHECK_FAILED,
+        )
+    except RunError as error:
+        fail(str(error), CHECK_FAILED)
+    except (ValueError, OSError) as error:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
+        least = getattr(error, "least_feasible_bytes", None)
+        if least is not None:
+            fail(f"{error} = {format_size(least)}", INFEASIBLE)
+        fail(str(error), BAD_INPUT)
