@@ -1,4 +1,4 @@
-"""Closed formulas for the arithmetic of one Evoformer block, main or extra. Free of torch.
+"""Closed formulas for the arithmetic of one block, of an Evoformer or of TinyOpenFold. Free of torch.
 
 Matrix products only, a multiply-add counting two, for a submodule that runs whole or in chunks; co-shards
 of the outer product each compute the right factor again. Equal to torch's FlopCounterMode.
@@ -8,9 +8,10 @@ Source: Jumper et al. (2021), Suppl. Alg. 7-15 and 19.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
-from model.config import EvoformerConfig, InputShape
+from model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig
 
 
 class Flops(NamedTuple):
@@ -19,24 +20,29 @@ class Flops(NamedTuple):
     forward: int
     backward: int
 
+    @property
+    def total(self) -> int:
+        """Of a training step."""
+        return self.forward + self.backward
 
-def submodule_flops(config: EvoformerConfig, shape: InputShape) -> dict[str, Flops]:
+
+def submodule_flops(config: EvoformerConfig | TinyOpenFoldConfig, shape: InputShape) -> dict[str, Flops]:
     """FLOPs of each submodule of one block, in the order in which they run.
 
     Both operands of a product need a gradient, and each gradient is a product of the same size: backward is
     twice forward. The one exception is the mean in a global attention, whose left operand is a mask.
     """
     s, r, c_m, c_z = shape.n_seq, shape.n_res, config.c_m, config.c_z
-    c, tri = config.c_opm, config.c_tri
+    c, tri, tiny = config.c_opm, config.c_tri, isinstance(config, TinyOpenFoldConfig)
+    attention = partial(_attention, projections=4 if tiny else 5)  # q, k, v, output, and a gate
     multiplication = r**2 * (5 * c_z * tri + c_z**2) + r**3 * tri
-    triangle_attention = (
-        _attention(r, r, c_z, config.n_head_pair, config.c_head) + r**2 * c_z * config.n_head_pair
-    )
-    is_global = config.column_attention == "global"
-    column_attention = _global_attention if is_global else _attention
+    triangle_bias = 0 if tiny else r**2 * c_z * config.n_head_pair
+    triangle_attention = attention(r, r, c_z, config.n_head_pair, config.c_head) + triangle_bias
+    is_global = not tiny and config.column_attention == "global"
+    column_attention = _global_attention if is_global else attention
     by_mask = {"column_attention": s * r * c_m} if is_global else {}
     multiply_adds = {
-        "row_attention": _attention(s, r, c_m, config.n_head_msa, config.c_head_msa)
+        "row_attention": attention(s, r, c_m, config.n_head_msa, config.c_head_msa)
         + r**2 * c_z * config.n_head_msa,
         "column_attention": column_attention(r, s, c_m, config.n_head_msa, config.c_head_msa),
         "msa_transition": 2 * s * r * config.transition_factor * c_m**2,
@@ -54,16 +60,34 @@ def submodule_flops(config: EvoformerConfig, shape: InputShape) -> dict[str, Flo
     }
 
 
-def block_flops(config: EvoformerConfig, shape: InputShape) -> Flops:
+def block_flops(config: EvoformerConfig | TinyOpenFoldConfig, shape: InputShape) -> Flops:
     """FLOPs of one block."""
     submodules = submodule_flops(config, shape).values()
     return Flops(sum(flops.forward for flops in submodules), sum(flops.backward for flops in submodules))
 
 
-def _attention(rows: int, length: int, c_in: int, heads: int, c_head: int) -> int:
-    """Multiply-adds: q, k, v, gate and output; scores and weighted sum."""
+def tiny_openfold_flops(config: TinyOpenFoldConfig, shape: InputShape) -> dict[str, Flops]:
+    """FLOPs of each part of a TinyOpenFold training step: the submodules of all blocks, and what is around.
+
+    Features of pairs need no gradient, so backward of their embedding is one product.
+    """
+    pairs = 2 * shape.batch * shape.n_res**2 * config.c_z
+    of_blocks = {
+        name: Flops(config.n_block * flops.forward, config.n_block * flops.backward)
+        for name, flops in submodule_flops(config, shape).items()
+    }
+    embedding = pairs * config.c_pair_features
+    return {
+        "embedding": Flops(embedding, embedding),
+        **of_blocks,
+        "distance_head": Flops(pairs, 2 * pairs),
+    }
+
+
+def _attention(rows: int, length: int, c_in: int, heads: int, c_head: int, projections: int) -> int:
+    """Multiply-adds: the projections; scores and weighted sum."""
     width = heads * c_head
-    return rows * length * width * (5 * c_in + 2 * length)
+    return rows * length * width * (projections * c_in + 2 * length)
 
 
 def _global_attention(rows: int, length: int, c_in: int, heads: int, c_head: int) -> int:

@@ -8,7 +8,7 @@ OPTIMIZER_STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors of a parameter's
 
 
 def static_bytes(
-    parameter_sizes: list[int],
+    parameter_sizes: list[tuple[int, bool]],
     input_bytes: int,
     output_bytes: int,
     dtype: str,
@@ -21,17 +21,18 @@ def static_bytes(
     Gradients count in full: they are allocated before the step (`zero_grad(set_to_none=False)`).
 
     Args:
-        parameter_sizes: elements of each parameter tensor.
+        parameter_sizes: elements of each parameter tensor, and whether it is trained.
         input_bytes: what forward is given and the constants made from it.
         output_bytes: what it returns.
     """
     item = DTYPES[dtype]
     block = device.block_bytes
-    parameters = sum(-(-count * item // block) * block for count in parameter_sizes)
+    parameters = [(-(-count * item // block) * block, trained) for count, trained in parameter_sizes]
+    trained = sum(size for size, trained in parameters if trained) if training else 0
     return {
-        "parameters": parameters,
-        "gradients": parameters if training else 0,
-        "optimizer": OPTIMIZER_STATES[optimizer] * parameters if training else 0,
+        "parameters": sum(size for size, _ in parameters),
+        "gradients": trained,
+        "optimizer": OPTIMIZER_STATES[optimizer] * trained,
         "inputs": input_bytes,
         "outputs": output_bytes,
         "workspace": device.workspace_bytes,

@@ -69,7 +69,9 @@ def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] 
     Args:
         kernels: of attention, besides the formula itself.
     """
-    submodule, strategies = step.submodule, [WHOLE, LEAN]
+    submodule = step.submodule
+    # Without a normalisation (a reshard) there is nothing that could be remade.
+    strategies = [WHOLE, LEAN] if submodule.norms else [WHOLE]
     for axis in submodule.axes:
         if isinstance(axis, IndependentAxis):
             kind, size = "chunk", shape[axis.cuts[submodule.target]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.dropout import dropout_mask
+from model.regions import region
 from model.submodule import Submodule
 
 State = dict[str, Tensor]
@@ -56,7 +57,8 @@ class Plannable(nn.Module):
         del tensors, named
         seed = self.draw_seed(dropout_seed)
         for step in Chain.of(self).steps:
-            state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
+            with region(step.name):
+                state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
         return self.results(state)
 
 

@@ -8,7 +8,7 @@ c_z = channels of the pair representation z [*, r, r, c_z].
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 ColumnAttention = Literal["gated", "global"]
 
@@ -104,12 +104,68 @@ class TrunkConfig:
         return {"e": e, **self.main.state_shapes(shape)}
 
 
-ModelConfig = EvoformerConfig | TrunkConfig
+@dataclass(frozen=True)
+class TinyOpenFoldConfig:
+    """Widths of TinyOpenFold; the defaults are the original's, with 2,653,760 parameters.
+
+    Its heads share the width of their stream, and it drops nothing.
+
+    Source: AMD's HPCTrainingExamples, TinyOpenFold, version 1.
+    """
+
+    n_block: int = 4
+    c_m: int = 64
+    c_z: int = 128
+    n_head_msa: int = 4
+    n_head_pair: int = 4
+    c_opm: int = 32
+    transition_factor: int = 4
+    n_token: int = 21  # 20 amino acids, and unknown
+    c_pair_features: int = 65
+
+    def __post_init__(self) -> None:
+        _require_positive(**vars(self))
+        for what, c, heads in (("c_m", self.c_m, self.n_head_msa), ("c_z", self.c_z, self.n_head_pair)):
+            if c % heads:
+                raise ValueError(f"{what} = {c} is no multiple of its {heads} heads; choose one that is")
+
+    masks: ClassVar[dict[str, str]] = {}
+
+    @property
+    def c_head_msa(self) -> int:
+        """Width of one head on m."""
+        return self.c_m // self.n_head_msa
+
+    @property
+    def c_head(self) -> int:
+        """Width of one head on z."""
+        return self.c_z // self.n_head_pair
+
+    @property
+    def c_tri(self) -> int:
+        """Width of the triangle products' operands."""
+        return self.c_z
+
+    def with_dropout(self, rate: float) -> TinyOpenFoldConfig:
+        """The same model: without dropout is what it is."""
+        if rate:
+            raise ValueError("TinyOpenFold drops nothing; leave --dropout out")
+        return self
+
+    def state_shapes(self, shape: InputShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of m and z, the batch first."""
+        return {
+            "m": (shape.batch, shape.n_seq, shape.n_res, self.c_m),
+            "z": (shape.batch, shape.n_res, shape.n_res, self.c_z),
+        }
+
+
+ModelConfig = EvoformerConfig | TrunkConfig | TinyOpenFoldConfig
 
 
 def with_blocks(config: ModelConfig, n_block: int) -> ModelConfig:
     """The model's first blocks; the main stack keeps at least one."""
-    if isinstance(config, EvoformerConfig):
+    if not isinstance(config, TrunkConfig):
         return replace(config, n_block=n_block)
     left = n_block - config.extra.n_block
     if left < 1:
@@ -180,6 +236,9 @@ PRESETS: dict[str, Preset] = {
         EvoformerConfig(n_block=4, c_m=64, c_z=64),
         InputShape(32, 64),
         "4 blocks, c_m = c_z = 64, AlphaFold 2's heads and widths; trains on a laptop",
+    ),
+    "tiny-openfold": Preset(
+        TinyOpenFoldConfig(), InputShape(16, 64, batch=4), "the stack of TinyOpenFold at its defaults"
     ),
 }
 

@@ -24,11 +24,12 @@ class _MeanSquare(torch.autograd.Function):
         return x * (grad * (2 / ctx.count**0.5)), None
 
 
-def mean_square(m: Tensor, z: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
-    """A loss whose gradient depends on every entry of both streams. m [*, s, r, c_m], z [*, r, r, c_z].
+def mean_square(*tensors: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
+    """A loss whose gradient depends on every entry of some tensors.
 
     Args:
-        counts: entries of the whole m and z where these are parts: the loss of the whole is the parts' sum.
+        counts: entries of the whole tensors where these are parts: the loss of the whole is the parts' sum.
     """
-    of_m, of_z = counts or (m.numel(), z.numel())
-    return _MeanSquare.apply(m, of_m) + _MeanSquare.apply(z, of_z)
+    counts = counts or tuple(tensor.numel() for tensor in tensors)
+    first, *others = (_MeanSquare.apply(x, count) for x, count in zip(tensors, counts, strict=True))
+    return sum(others, first)

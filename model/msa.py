@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import GatedAttention, mask_bias, transposed
+from model.attention import Attention, mask_bias, transposed
 from model.config import EvoformerConfig
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
@@ -30,7 +30,7 @@ class MSARowAttentionWithPairBias(Submodule):
         super().__init__()
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m), "z": nn.LayerNorm(config.c_z)})
         self.linear_b = nn.Linear(config.c_z, config.n_head_msa, bias=False)
-        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head_msa)
+        self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.dropout = config.dropout_msa
         self.axes = (
             IndependentAxis("seq", {"m": -3, "msa_mask": -2}),
@@ -61,7 +61,7 @@ class MSAColumnAttention(Submodule):
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
-        self.attention = GatedAttention(config.c_m, config.n_head_msa, config.c_head_msa)
+        self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.axes = (
             IndependentAxis("res", {"m": -2, "msa_mask": -1}),
             ReductionAxis("head", config.n_head_msa),

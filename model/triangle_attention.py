@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from model.attention import GatedAttention, transposed
+from model.attention import Attention, transposed
 from model.config import EvoformerConfig
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
@@ -31,7 +31,7 @@ class TriangleAttention(Submodule):
         self.starting = node == "starting"
         self.norms = nn.ModuleDict({"z": nn.LayerNorm(config.c_z)})
         self.linear_b = nn.Linear(config.c_z, config.n_head_pair, bias=False)
-        self.attention = GatedAttention(config.c_z, config.n_head_pair, config.c_head)
+        self.attention = Attention(config.c_z, config.n_head_pair, config.c_head)
         self.dropout = config.dropout_pair
         dim, name = (-3, "row") if self.starting else (-2, "column")
         self.dropout_shared_dim = dim

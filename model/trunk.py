@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from model.chain import Plannable, State
-from model.config import EvoformerConfig, ModelConfig, TrunkConfig
+from model.config import EvoformerConfig, ModelConfig, TinyOpenFoldConfig, TrunkConfig
 from model.evoformer import EvoformerStack, mask_constants
+from model.tiny_openfold import TinyOpenFoldStack
 
 # What the extra stack's blocks call m, its mask and its pair counts.
 EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}
@@ -52,6 +53,8 @@ class EvoformerTrunk(Plannable):
         return {"e": e, "m": m, "z": z}, constants
 
 
-def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk:
+def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOpenFoldStack:
     """The model that a configuration describes."""
+    if isinstance(config, TinyOpenFoldConfig):
+        return TinyOpenFoldStack(config)
     return EvoformerStack(config) if isinstance(config, EvoformerConfig) else EvoformerTrunk(config)

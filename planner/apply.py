@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from cost_model.liveness import Liveness
 from model.chain import Chain, Plannable, State, Step
 from model.execution import Gradients, ParameterGradients, PiecewiseRun, WholeRun, record, run_discarded
+from model.regions import region
 from model.strategy import Strategy
 from planner.host import Host, check_away, moves
 from planner.schedule import Checkpoint, Run, Sequence, needs_forward
@@ -66,9 +67,10 @@ class Tape:
     def run(self, step: Step, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]) -> Tensor:
         """Run one step's forward; its new target belongs to the caller."""
         tensors = step.tensors(state, self.constants, self.seed)
-        if not recorded:
-            return run_discarded(step.submodule, strategy, tensors)
-        kept, output = record(step.submodule, strategy, tensors)
+        with region(step.name):
+            if not recorded:
+                return run_discarded(step.submodule, strategy, tensors)
+            kept, output = record(step.submodule, strategy, tensors)
         self._records.append(_RecordedStep(step, kept))
         return output
 
@@ -79,7 +81,8 @@ class Tape:
             if isinstance(top, _KeptEntry) and step.index in top.part.span:
                 self._run_again(top.part.body, top.entry)
             elif isinstance(top, _RecordedStep) and top.step is step:
-                return top.kept.vjp(grad)
+                with region(f"{step.name} backward"):
+                    return top.kept.vjp(grad)
             elif top.first < step.index:
                 break
             # Else no gradient reached the steps of this record: nothing depends on them.
@@ -184,7 +187,8 @@ class PlannedModule(nn.Module):
                 break
             step = self.chain.steps[run.step]
             tensors, in_place = step.tensors(state, constants, seed), self.liveness.owns_target(run.step)
-            state[step.target] = run_discarded(step.submodule, run.strategy, tensors, in_place)
+            with region(step.name):
+                state[step.target] = run_discarded(step.submodule, run.strategy, tensors, in_place)
             del tensors
             for name in self.liveness.last_reads(run.step):
                 del state[name]

@@ -155,7 +155,7 @@ def cost_problem(
         times,
         None if only is None else used,
     )
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)
     static = static_bytes(
         sizes, table.input_bytes, outputs, problem.dtype, where, problem.optimizer, problem.training

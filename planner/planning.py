@@ -269,7 +269,7 @@ def make_plan(
     """Plan a model for inputs like these.
 
     Args:
-        stack: an EvoformerStack, or an EvoformerTrunk.
+        stack: an EvoformerStack, an EvoformerTrunk or a TinyOpenFoldStack.
         inputs: m [b, s, r, c_m], z [b, r, r, c_z] (for a trunk e [b, s_e, r, c_e] before them), and
             optionally masks; only shapes and dtype count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from cost_model.devices import DTYPES, Device, Link, link_of
 from model.alignment import alignment_shape
-from model.config import EvoformerConfig, InputShape, TrunkConfig
+from model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
 
 Mode = Literal["training", "inference"]
 Optimizer = Literal["none", "sgd", "adamw"]
+
+
+def _kind_of_config(config: Any) -> str:
+    """Which model's configuration it is, or in a plan file will be."""
+    names = config if isinstance(config, dict) else vars(config)
+    return "trunk" if "extra" in names else "tiny-openfold" if "c_pair_features" in names else "stack"
 
 
 class Problem(BaseModel):
@@ -30,7 +36,12 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    config: Annotated[TrunkConfig | EvoformerConfig, Field(union_mode="left_to_right")]
+    config: Annotated[
+        Annotated[EvoformerConfig, Tag("stack")]
+        | Annotated[TrunkConfig, Tag("trunk")]
+        | Annotated[TinyOpenFoldConfig, Tag("tiny-openfold")],
+        Discriminator(_kind_of_config),
+    ]
     shape: InputShape
     dtype: str = "float32"
     mode: Mode = "training"
@@ -64,6 +75,8 @@ class Problem(BaseModel):
                 raise ValueError(
                     f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
                 )
+        if self.ranks > 1 and isinstance(self.config, TinyOpenFoldConfig):
+            raise ValueError("TinyOpenFold's inputs are not shared by ranks; plan for 1 rank")
         return self
 
     @property

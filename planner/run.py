@@ -150,7 +150,14 @@ def _snapshots(
         return None, 0
     if not plan.problem.training:
         raise CommonError("snapshots are of a training; this plan is for inference")
-    snapshots = Snapshots(settings.snapshots, plan, settings.seed, world)
+    problem = plan.problem
+    about = {
+        "model": problem.model_dump(mode="json")["config"],
+        "dtype": problem.dtype,
+        "optimizer": problem.optimizer,
+        "seed": settings.seed,
+    }
+    snapshots = Snapshots(settings.snapshots, about, world)
     newest = snapshots.newest()
     if not settings.resume:
         if newest:

@@ -10,18 +10,17 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from planner.errors import RunError
-from planner.plan import Plan, write_json
-from planner.training import Training
+from planner.plan import write_json
 from planner.world import World
 
 KEPT = 2
@@ -29,22 +28,25 @@ _ABOUT = "snapshot.json"
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
 
 
+class Trained(Protocol):
+    """What can be snapshot: parameters by names that no plan changes, and the optimizer that moves them."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+
+    def finite(self) -> bool:
+        """Whether all parameters are."""
+
+
 class Snapshots:
     """The snapshots of one training, in a folder that all ranks see; all ranks call every method.
 
     Args:
-        seed: of the training; with the plan it says what a snapshot is of.
+        about: what has to be the same where a training goes on: plain types, by what they are called.
     """
 
-    def __init__(self, folder: str | Path, plan: Plan, seed: int, world: World) -> None:
-        self.folder, self.world = Path(folder), world
-        problem = plan.problem
-        self.about: dict[str, Any] = {
-            "model": problem.model_dump(mode="json")["config"],
-            "dtype": problem.dtype,
-            "optimizer": problem.optimizer,
-            "seed": seed,
-        }
+    def __init__(self, folder: str | Path, about: dict[str, Any], world: World) -> None:
+        self.folder, self.about, self.world = Path(folder), about, world
         if world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(f"{_UNFINISHED}*"):
@@ -56,8 +58,12 @@ class Snapshots:
         steps = self._steps() if self.world.first else []
         return self.world.gathered_objects(max(steps, default=0))[0]
 
-    def save(self, step: int, training: Training) -> None:
-        """Write a snapshot after `step` steps; RunError where they led nowhere."""
+    def save(self, step: int, training: Trained, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a snapshot after `step` steps; RunError where they led nowhere.
+
+        Args:
+            notes: plain types that `load` is to give back.
+        """
         if not training.finite():
             raise RunError(f"parameters are not finite after step {step}; try a smaller --learning-rate")
         unfinished = self.folder / f"{_UNFINISHED}{step}"
@@ -66,7 +72,7 @@ class Snapshots:
         )
         if not self.world.first:
             return
-        write_json(unfinished / _ABOUT, {**self.about, "step": step})
+        write_json(unfinished / _ABOUT, {**self.about, "step": step, "notes": notes})
         _sync(unfinished / _ABOUT)
         _sync(unfinished)
         unfinished.rename(self._path(step))
@@ -74,8 +80,11 @@ class Snapshots:
         for old in self._steps()[:-KEPT]:
             shutil.rmtree(self._path(old))
 
-    def load(self, step: int, training: Training) -> None:
+    def load(self, step: int, training: Trained) -> Any:
         """Bring parameters and optimizer back to where they were after `step` steps.
+
+        Returns:
+            The notes taken then.
 
         Raises:
             ValueError: the snapshot is of another training; the message says what differs.
@@ -100,7 +109,9 @@ class Snapshots:
             for name, parameter in training.parameters.items():
                 prefix = f"optimizer/{name}/"
                 states = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-                training.optimizer.state[parameter] = states
+                if states:
+                    training.optimizer.state[parameter] = states
+        return about.get("notes")
 
     @property
     def _alone(self) -> bool:
@@ -113,7 +124,7 @@ class Snapshots:
         return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*[0-9]"))
 
 
-def _tensors(training: Training) -> dict[str, Tensor]:
+def _tensors(training: Trained) -> dict[str, Tensor]:
     """Everything that a snapshot holds, by name; the tensors themselves."""
     tensors = {f"parameters/{name}": p.detach() for name, p in training.parameters.items()}
     if training.optimizer is not None:

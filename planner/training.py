@@ -53,7 +53,7 @@ class Training:
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         else:
-            self.program = _data_parallel(self.program, world)
+            self.program = data_parallel(self.program, world)
         self.optimizer = self._optimizer(problem.optimizer, learning_rate)
 
     @property
@@ -100,7 +100,8 @@ class Training:
         return makers[name]()
 
 
-def _data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
+def data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
+    """The program with gradients summed over the ranks of a replica and averaged over replicas."""
     parallel = DistributedDataParallel(
         program,
         device_ids=[world.device] if world.device.type == "cuda" else None,

@@ -12,6 +12,7 @@ from model.chain import Plannable
 from model.loss import mean_square
 from model.parallel import ParallelEvoformer
 from model.trunk import build_model
+from planner.apply import PlannedModule
 from planner.costing import device_of
 from planner.problem import Problem
 
@@ -73,11 +74,13 @@ class Trial:
         self.module, self.training, self.share, self.inputs = module, problem.training, share, inputs
         whole = problem.state_shapes()
         self.state = {name: inputs[name] for name in whole}
-        self.counts = tuple(torch.Size(whole[name]).numel() for name in ("m", "z"))
+        stack = module.stack if isinstance(module, PlannedModule) else module
+        self.counts = tuple(torch.Size(whole[name]).numel() for name in stack.outputs)
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if self.training:
             for tensor in self.state.values():
                 tensor.requires_grad_()
-            for parameter in module.parameters():
+            for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -86,7 +89,7 @@ class Trial:
 
     def loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """A loss of every entry of the results; of several ranks, this one's part of their sum."""
-        return mean_square(*outputs, self.counts)
+        return mean_square(*outputs, counts=self.counts)
 
     def run(self) -> None:
         """The step."""
@@ -112,7 +115,7 @@ class Trial:
         if not self.training:
             with torch.no_grad():
                 return list(self.module(**self.inputs)), []
-        leaves = [*self.state.values(), *self.module.parameters()]
+        leaves = [*self.state.values(), *self.parameters]
         loss = self.loss(self.outputs())
         gradients = list(torch.autograd.grad(loss, leaves))
         loss = loss.detach()
@@ -124,7 +127,7 @@ class Trial:
         """Bytes of parameters, gradients and inputs."""
         tensors = [*self.module.parameters(), *self.inputs.values()]
         if self.training:
-            tensors += [parameter.grad for parameter in self.module.parameters()]
+            tensors += [parameter.grad for parameter in self.parameters]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

@@ -13,7 +13,7 @@ from cost_model import measure
 from cost_model.scratch import CpuScratch
 from cost_model.trace import Trace, fake_copy, fake_tensors
 from model.chain import Plannable
-from model.config import ModelConfig, TrunkConfig
+from model.config import EvoformerConfig, ModelConfig, TrunkConfig
 from model.parallel import ParallelEvoformer
 from model.pieces import sampled_pieces
 from model.ranks import Ranks
@@ -93,6 +93,8 @@ def without_rates(config: ModelConfig) -> ModelConfig:
 
     if isinstance(config, TrunkConfig):
         return TrunkConfig(without_rates(config.extra), without_rates(config.main))
+    if not isinstance(config, EvoformerConfig):
+        return config
     return replace(
         config, dropout_msa=dropping(config.dropout_msa), dropout_pair=dropping(config.dropout_pair)
     )

@@ -1,0 +1,1 @@
+"""FLOPs, utilisation and arithmetic intensity of TinyOpenFold, on one device or several."""

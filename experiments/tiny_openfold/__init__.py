@@ -1,0 +1,1 @@
+"""TinyOpenFold: trained and profiled on one device or several, planned or not."""

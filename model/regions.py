@@ -1,0 +1,45 @@
+"""Names for parts of a run: profilers print them, memory is counted by them.
+
+A region is open while its code runs; the innermost open one is where an operator belongs.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch.profiler import record_function
+
+# Logits and softmax weights of attention: what grows with the cube of a length.
+SCORES = "attention_scores"
+
+_open: list[str] = []
+
+
+class _Region:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shown = record_function(name) if torch.autograd._profiler_enabled() else None
+
+    def __enter__(self) -> None:
+        _open.append(self.name)
+        if self.shown is not None:
+            self.shown.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _open.pop()
+        if self.shown is not None:
+            self.shown.__exit__(kind, error, trace)
+
+
+def region(name: str) -> AbstractContextManager[None]:
+    """Open a region; inside compiled code, which has no parts, there is none."""
+    return nullcontext() if torch.compiler.is_compiling() else _Region(name)
+
+
+def open_regions() -> tuple[str, ...]:
+    """Names of the open regions, the outermost first."""
+    return tuple(_open)
