@@ -70,16 +70,16 @@ class Attention(nn.Module):
             attended = attend(q, k, v, bias, pair_bias).transpose(-2, -3).flatten(-2)
             del q, k, v
             return self._projected(x, attended, width)
+        logits = q @ k.transpose(-1, -2)  # [*, rows, heads, n, n]
+        del q, k
+        # In place: the backward of a product does not read its result.
+        if key_mask is not None:
+            logits += mask_bias(key_mask)[..., None, None, :]
+        if pair_bias is not None:
+            logits += pair_bias.unsqueeze(-4)
         with region(SCORES):
-            logits = q @ k.transpose(-1, -2)  # [*, rows, heads, n, n]
-            del q, k
-            # In place: the backward of a product does not read its result.
-            if key_mask is not None:
-                logits += mask_bias(key_mask)[..., None, None, :]
-            if pair_bias is not None:
-                logits += pair_bias.unsqueeze(-4)
             weights = logits.softmax(dim=-1)
-            del logits
+        del logits
         v = self._split(F.linear(x, self.linear_v.weight[width]))
         attended = (weights @ v).transpose(-2, -3).flatten(-2)  # [*, rows, n, heads * c]
         del weights, v

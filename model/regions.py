@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch.profiler import record_function
 
-# Logits and softmax weights of attention: what grows with the cube of a length.
+# The softmax weights of attention, which grow with the cube of a length.
 SCORES = "attention_scores"
 
 _open: list[str] = []

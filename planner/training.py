@@ -100,15 +100,19 @@ class Training:
         return makers[name]()
 
 
-def data_parallel(program: nn.Module, world: World) -> DistributedDataParallel:
-    """The program with gradients summed over the ranks of a replica and averaged over replicas."""
+def data_parallel(program: nn.Module, world: World, find_unused: bool = True) -> DistributedDataParallel:
+    """The program with gradients summed over the ranks of a replica and averaged over replicas.
+
+    Args:
+        find_unused: whether some parameters may get no gradient.
+    """
     parallel = DistributedDataParallel(
         program,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Nothing depends on the last pair steps. It also keeps the buckets as they are made first; rebuilt
-        # ones would be there beside them for a while.
-        find_unused_parameters=True,
+        # Nothing depends on a masked-MSA model's last pair steps. It also keeps the buckets as they are made
+        # first; rebuilt ones would be there beside them for a while.
+        find_unused_parameters=find_unused,
     )
     parallel.register_comm_hook(world.replicas, _sum_of_ranks_mean_of_replicas)
     return parallel

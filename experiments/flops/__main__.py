@@ -78,8 +78,7 @@ def _one(
     **sizes: int,
 ) -> bool:
     with progress("loading torch") as update:
-        from cost_model.devices import device as device_of_table
-        from cost_model.local import local_cuda
+        from cost_model.local import local_cpu, local_cuda
         from experiments.flops import documents
         from experiments.flops.counts import analytic, by_deepspeed, counted, counted_step
         from experiments.flops.plot import plot_roofline
@@ -91,12 +90,12 @@ def _one(
 
         recipe, world = _recipe(**sizes), World()
         world.device = device_asked(device_name, world)
-        device = local_cuda() if world.device.type == "cuda" else device_of_table("cpu")
         update("counting")
         formula = analytic(recipe.config, recipe.shape)
         found, works = counted(recipe)
         whole = counted_step(recipe)
         update("running")
+        device = local_cuda() if world.device.type == "cuda" else local_cpu()
         training = TinyTraining(recipe, world)
         for number in range(WARMUP_STEPS):
             training.step(training.batch(number))

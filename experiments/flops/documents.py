@@ -184,8 +184,8 @@ def optimization_targets(works: Mapping[str, Work], device: Device) -> list[dict
     return [
         {
             "target": name,
-            "reason": f"{100 * bound.predicted_seconds / step:.0f} % of the predicted time, {bound.bound}-bound "
-            f"at {bound.intensity:.1f} FLOP/byte in {bound.launches} kernels",
+            "reason": f"{100 * bound.predicted_seconds / step:.0f} % of the predicted time, "
+            f"{bound.bound}-bound at {bound.intensity:.1f} FLOP/byte in {bound.launches} kernels",
             "expected_improvement": f"at most {step / (step - lost):.2f}x for the step, if its traffic and "
             "launches were hidden (fused kernels, or a plan with lean or tiled runs)",
         }

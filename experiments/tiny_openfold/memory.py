@@ -98,7 +98,7 @@ def measure_parts(training: TinyTraining, number: int, peak: int) -> Memory:
     return Memory(peak, parts)
 
 
-def plan_for(recipe: Recipe, problem: Problem, budget: int, progress: Progress) -> Plan:
+def plan_for(recipe: Recipe, problem: Problem, budget: int, progress: Progress = lambda _: None) -> Plan:
     """The fastest plan of the stack with which a whole step fits a budget.
 
     Raises:
@@ -167,10 +167,10 @@ def _parts(
 def _live_bytes(training: TinyTraining, batch: Mapping[str, Tensor]) -> int:
     """What is there before a step."""
     parameters = list(training.parameters.values())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Between steps there are none, but the buckets in which several processes sum them.
+    buckets = 0 if training.world.mesh is None else _nbytes(p for p in parameters if p.requires_grad)
     assert training.optimizer is not None
-    states = _nbytes(_states(training.optimizer))
-    return _nbytes([*parameters, *gradients, *batch.values()]) + states
+    return _nbytes([*parameters, *batch.values()]) + buckets + _nbytes(_states(training.optimizer))
 
 
 def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:

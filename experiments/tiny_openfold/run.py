@@ -97,7 +97,8 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
         made = []
         if world.first:
             with Console(stderr=True).status("planning") as status:
-                made.append(plan_for(recipe, problem, options.memory, status.update).to_json())
+                found = plan_for(recipe, problem, options.memory, status.update)
+                made.append(found.model_dump(mode="json"))
         return Plan.model_validate(world.gathered_objects(made)[0][0])
     assert options.plan_path is not None
     plan = load_plan(options.plan_path)
@@ -178,6 +179,8 @@ def train(
                     snapshots.save(number + 1, training, notes)
     summary = output.summary_of(course.losses, course.results, training.recipe.shape.batch, course.peaks)
     output.print_summary(summary, say)
+    if training.compiled and profiler.enable_memory_profiling:
+        say("\nCompiled code has no regions: the peak cannot be split, nor predicted.")
     if memory:
         output.print_memory(memory["predicted"], memory["measured"], say)
     if world.first:
@@ -216,7 +219,7 @@ def _measured_step(
     """A step whose peak is measured; with memory profiling also what it is made of."""
     peak, result = measure_peak(training, number)
     course.peaks.append(peak)
-    if profiler.enable_memory_profiling:
+    if profiler.enable_memory_profiling and not training.compiled:
         shares = training.world.replicas if training.world.mesh is not None else 1
         memory["predicted"] = predict(training.recipe, device_of(problem), plan, shares)
         memory["measured"] = measure_parts(training, number, peak)
