@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from cost_model import measure
+from model.config import TinyOpenFoldConfig
 from planner.data import alignment_for, batch_for
 from planner.errors import CommonError, RunError
 from planner.plan import Plan
@@ -71,6 +72,10 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     world = World() if world is None else world
     console = console if world.first else Console(quiet=True)
     problem = plan.problem
+    if isinstance(problem.config, TinyOpenFoldConfig):
+        raise ValueError(
+            "run trains on alignments; for TinyOpenFold use `python -m experiments.tiny_openfold --plan FILE`"
+        )
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
     alignment = alignment_for(problem, settings.msa, settings.seed)

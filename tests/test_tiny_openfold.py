@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cost_model.flops import submodule_flops, tiny_openfold_flops
 from cost_model.steps import offered_strategies
-from experiments.flops.counts import COMPONENTS, analytic, counted, counted_step
+from experiments.flops.counts import COMPONENTS, analytic, by_deepspeed, counted, counted_step
 from experiments.tiny_openfold.training import Recipe
 from model.chain import Chain
 from model.config import InputShape, TinyOpenFoldConfig, preset
@@ -218,6 +218,15 @@ def test_counters_agree(config: TinyOpenFoldConfig, shape: InputShape) -> None:
     total = sum(flops.total for flops in formula.values())
     assert counted_step(recipe) == total
     assert sum(work.flops for work in works.values()) == total
+
+
+def test_deepspeed_agrees() -> None:
+    """On matrix products; it adds its estimates of elementwise operators, under a hundredth."""
+    pytest.importorskip("deepspeed")
+    recipe = Recipe(TinyOpenFoldConfig(n_block=2, c_m=32, c_z=64), InputShape(8, 32, batch=2))
+    found = by_deepspeed(recipe)
+    assert found.products == sum(flops.forward for flops in analytic(recipe.config, recipe.shape).values())
+    assert 0 < found.elementwise < 0.01 * found.products
 
 
 def test_components_leave_nothing_out() -> None:

@@ -2,7 +2,8 @@
 
 - `analytic`: the closed formulas of `cost_model.flops`.
 - `counted`: torch's FlopCounterMode, component after component, and `counted_step`, the whole step at once.
-- `by_deepspeed`: DeepSpeed's profiler where it is installed. It counts the forward pass.
+- `by_deepspeed`: DeepSpeed's profiler where it is installed. It counts the forward pass, and besides matrix
+  products what it estimates of the elementwise operators that it knows.
 
 All count one step: nothing adds up over steps.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -99,7 +101,19 @@ def counted_step(recipe: Recipe) -> int:
         return counter.get_total_flops()
 
 
-def by_deepspeed(recipe: Recipe) -> int | None:
+class DeepSpeedCount(NamedTuple):
+    """FLOPs of a forward pass.
+
+    Attributes:
+        products: two for each multiply-add of a matrix product: what the others count.
+        elementwise: its estimates of normalisations (5 an element), softmax, activations, gates and sums (1).
+    """
+
+    products: int
+    elementwise: int
+
+
+def by_deepspeed(recipe: Recipe) -> DeepSpeedCount | None:
     """FLOPs of the forward pass by DeepSpeed's profiler; None where it is not installed."""
     if find_spec("deepspeed") is None:
         return None
@@ -112,7 +126,8 @@ def by_deepspeed(recipe: Recipe) -> int | None:
     profiler.start_profile()
     with torch.no_grad():
         model(batch["tokens"], batch["pair_features"])
-    found = int(profiler.get_total_flops())
+    products = 2 * int(profiler.get_total_macs())
+    found = DeepSpeedCount(products, int(profiler.get_total_flops()) - products)
     profiler.end_profile()
     return found
 

@@ -12,6 +12,7 @@ from cost_model.devices import Device
 from cost_model.flops import Flops
 from cost_model.roofline import balance, bounds
 from cost_model.trace import Work
+from experiments.flops.counts import DeepSpeedCount
 from experiments.tiny_openfold.memory import Memory
 from experiments.tiny_openfold.output import model_config
 from experiments.tiny_openfold.training import Recipe, StepResult
@@ -28,7 +29,7 @@ def flops_document(
     formula: Mapping[str, Flops],
     counted: Mapping[str, Flops],
     whole_step: int,
-    deepspeed: int | None,
+    deepspeed: DeepSpeedCount | None,
     works: Mapping[str, Work],
     steps: list[StepResult],
 ) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def flops_document(
             "counters": {
                 "analytic": total,
                 "flop_counter_mode": whole_step,
-                "deepspeed_forward": deepspeed,
+                "deepspeed_forward": None if deepspeed is None else deepspeed.products,
+                "deepspeed_forward_elementwise": None if deepspeed is None else deepspeed.elementwise,
                 "analytic_forward": sum(flops.forward for flops in formula.values()),
             },
             "detailed_profile": [
@@ -249,6 +251,15 @@ def several_document(
         },
         "timestamp": datetime.now().isoformat(),
     }  # fmt: skip
+
+
+def counters_agree(profile: Mapping[str, Any]) -> bool:
+    """Whether all counters found the same number of FLOPs."""
+    counters = profile["flops_analysis"]["counters"]
+    deepspeed = counters["deepspeed_forward"]
+    return counters["analytic"] == counters["flop_counter_mode"] and (
+        deepspeed is None or deepspeed == counters["analytic_forward"]
+    )
 
 
 def _seconds(profile: Mapping[str, Any]) -> float:

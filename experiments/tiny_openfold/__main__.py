@@ -103,7 +103,8 @@ def command(timeout: float, validate_setup: bool, **flags: Any) -> None:
 def _run(world: Any, **flags: Any) -> None:
     from experiments.tiny_openfold.output import BANNER
     from experiments.tiny_openfold.profiling import SORT_BY, ProfilerConfig
-    from experiments.tiny_openfold.run import set_up, train
+    from experiments.tiny_openfold.run import Run
+    from experiments.tiny_openfold.setup import set_up
     from experiments.tiny_openfold.training import Recipe
 
     everything, use_amp, amp_dtype = (
@@ -135,7 +136,7 @@ def _run(world: Any, **flags: Any) -> None:
     recipe = Recipe(config, shape, rate, task, amp_dtype if use_amp else None)
     if amp_dtype and not use_amp:
         raise ValueError("--amp-dtype is of --use-amp: add it")
-    train(*set_up(recipe, options, world, use_amp), options, profiler)
+    Run(*set_up(recipe, options, world, use_amp), options, profiler).go()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ from datetime import datetime
 from statistics import mean
 from typing import Any
 
+import click
+import torch
+
 from experiments.tiny_openfold.memory import Memory
 from experiments.tiny_openfold.profiling import ProfilerConfig, system_info
 from experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
 from planner.plan import Plan
 from planner.sizes import format_size
+from planner.world import World
 
 MIB = 2**20
 RULE = "=" * 70
@@ -21,7 +25,12 @@ TINY OPENFOLD
      A small AlphaFold 2 Evoformer, trained and profiled
 {"=" * 80}"""
 
-Print = Callable[[str], None]
+Print = Callable[[str], Any]
+
+
+def printer(world: World) -> Print:
+    """Prints on the first process and nowhere else."""
+    return click.echo if world.first else lambda _: None
 
 
 def model_config(recipe: Recipe) -> dict[str, Any]:
@@ -43,6 +52,20 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         "dropout": 0.0,
         "norm_eps": 1e-5,
     }
+
+
+def print_device(device: torch.device, world: World, say: Print) -> None:
+    """Where it runs."""
+    say("Deterministic execution environment configured")
+    say(f"   Device: {'CUDA' if device.type == 'cuda' else 'CPU'}")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        say(f"   GPU: {properties.name}")
+        say(f"   Memory: {properties.total_memory / 1e9:.1f} GB")
+    if world.size > 1:
+        say(f"\n   Multi-GPU mode: {world.size} processes, DDP")
+    else:
+        say(f"\n   Single GPU mode: Using {device}")
 
 
 def print_setup(

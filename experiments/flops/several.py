@@ -1,0 +1,79 @@
+"""Several devices at once, each profiled by a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from experiments.flops.documents import counters_agree, several_document
+from experiments.flops.output import print_several
+from experiments.flops.single import PROFILE, recipe_of
+from planner.errors import RunError
+from planner.plan import write_json
+from planner.terminal import CHECK_FAILED, progress
+
+SEVERAL = "flops_profile_multi_gpu.json"
+
+
+def profile_several(folder: Path, devices: str | None, num_steps: int, sizes: Mapping[str, int]) -> bool:
+    """Each device in a process of its own: the first alone, then all at once.
+
+    Args:
+        devices: numbers with commas between; None for all GPUs.
+
+    Returns:
+        Whether the counters agree everywhere.
+    """
+    gpus = torch.cuda.device_count()
+    names = [str(number) for number in range(gpus)] if devices is None else _numbers(devices)
+    if not names:
+        raise ValueError("--multi-gpu: no GPU here; give --devices 0,1 to let processes share the cores")
+    wrong = [name for name in names if gpus and int(name) >= gpus]
+    if wrong:
+        raise ValueError(f"--devices {','.join(wrong)}: this machine has {gpus} GPUs, numbered from 0")
+    threads = max(1, (os.cpu_count() or 1) // len(names))
+    flags = {**sizes, "num_steps": num_steps}
+    arguments = [part for name, n in flags.items() for part in (f"--{name.replace('_', '-')}", str(n))]
+
+    def start(name: str, where: Path) -> subprocess.Popen[str]:
+        own = ["--device", name if gpus else "cpu", "--output-dir", str(where)]
+        environment = os.environ | ({} if gpus else {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.flops", *arguments, *own],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def finish(process: subprocess.Popen[str], name: str, where: Path) -> Any:
+        _, errors = process.communicate()
+        if process.returncode not in (0, CHECK_FAILED):
+            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+            raise RunError(f"device {name}: {last}")
+        return json.loads((where / PROFILE).read_text(encoding="utf-8"))
+
+    with progress(f"device {names[0]} alone") as update:
+        where = folder / "alone"
+        alone = finish(start(names[0], where), names[0], where)
+        update(f"devices {', '.join(names)} at once")
+        folders = [folder / f"gpu_{name}" for name in names]
+        running = [start(name, where) for name, where in zip(names, folders, strict=True)]
+        together = [finish(*each) for each in zip(running, names, folders, strict=True)]
+    document = several_document(recipe_of(**sizes), names, alone, together)
+    write_json(folder / SEVERAL, document)
+    print_several(document)
+    click.echo(f"\n   Results saved to: {folder / SEVERAL}")
+    return all(counters_agree(profile) for profile in (alone, *together))
+
+
+def _numbers(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(name.isdecimal() for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"--devices {text!r}: give different numbers of GPUs with commas between, as 0,1")
+    return names
