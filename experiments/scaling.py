@@ -7,6 +7,7 @@ that share the cores.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -24,7 +25,6 @@ from planner.terminal import CHECK_FAILED, check_writable, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 COLUMNS = ("num_gpus", "batch_size", "run", "throughput_samples_per_sec")
-_SPEED = re.compile(r"Average training speed:\s*([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def command(
             found = _run(folder, count, batch_per_gpu * count, run, steps, extra, timeout)
             results.append(found)
             said = (
-                f"failed: {found.why}" if found.throughput is None else f"{found.throughput:.1f} samples/sec"
+                f"failed: {found.why}" if found.throughput is None else f"{found.throughput:.2f} samples/sec"
             )
             click.echo(f"{count} x {batch_per_gpu} samples, run {run}: {said}")
             _write_table(folder / TABLE, results)  # what there is, should the study be stopped
@@ -139,11 +139,10 @@ def _run(
             if isinstance(error, subprocess.TimeoutExpired):
                 return Result(count, batch, run, None, f"not over after {timeout:g} seconds (see {log})")
             raise
-    text = log.read_text(errors="replace")
-    speed = _SPEED.search(text)
-    if code or speed is None:
-        return Result(count, batch, run, None, f"{_reason(text)} (see {log})")
-    return Result(count, batch, run, float(speed.group(1)))
+    if code:
+        return Result(count, batch, run, None, f"{_reason(log.read_text(errors='replace'))} (see {log})")
+    found = json.loads((folder / name / "performance_summary.json").read_text(encoding="utf-8"))
+    return Result(count, batch, run, found["performance_summary"]["avg_training_speed"])
 
 
 def _reason(text: str) -> str:
@@ -169,11 +168,11 @@ def summarise(results: list[Result]) -> str:
         if not found:
             lines.append(f"{count:<6} {'-':<22} {'-':<9} {'-':<11} {failed[count]} failed")
             continue
-        deviation = f" +- {stdev(found):.1f}" if len(found) > 1 else ""
+        deviation = f" +- {stdev(found):.2f}" if len(found) > 1 else ""
         speedup = mean(found) / mean(good[least])
         efficiency = 100 * speedup * least / count
         ran = f"{len(found)}" + (f", {failed[count]} failed" if count in failed else "")
-        throughput = f"{mean(found):.1f}{deviation}"
+        throughput = f"{mean(found):.2f}{deviation}"
         lines.append(f"{count:<6} {throughput:<22} {f'{speedup:.2f}x':<9} {f'{efficiency:.1f}%':<11} {ran}")
     if least > 1:
         lines.append(f"Speedup and efficiency are over {least} devices: none ran on fewer.")

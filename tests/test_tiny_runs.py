@@ -270,8 +270,8 @@ def test_summary_of_runs() -> None:
         Result(4, 16, 1, None, "y"),
     ]  # fmt: skip
     lines = summarise(results).splitlines()
-    assert lines[1].split() == ["1", "11.0", "+-", "1.4", "1.00x", "100.0%", "2"]
-    assert lines[2].split() == ["2", "16.5", "1.50x", "75.0%", "1,", "1", "failed"]
+    assert lines[1].split() == ["1", "11.00", "+-", "1.41", "1.00x", "100.0%", "2"]
+    assert lines[2].split() == ["2", "16.50", "1.50x", "75.0%", "1,", "1", "failed"]
     assert lines[3].split()[:2] == ["4", "-"]
 
 
