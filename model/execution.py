@@ -108,7 +108,7 @@ class PiecewiseRun:
         with torch.no_grad(), using(strategy.kernel):  # autograd is on for one piece at a time
             gradients = _Gradients(self.submodule, self.tensors, grad)
             product(self.submodule, strategy, self.tensors, grad, gradients)
-        return gradients.of_state, gradients.of_parameters
+            return gradients.of_state, gradients.rounded()
 
 
 Run = WholeRun | PiecewiseRun
@@ -187,8 +187,16 @@ class _Gradients:
         for name, term in zip(self.parameters, grads[len(leaves) :], strict=True):
             if term is not None:
                 total = self.of_parameters.get(name)
-                self.of_parameters[name] = term if total is None else total.add_(term)
+                # In half precision the sum is taken in single: a whole run rounds once, not at every piece.
+                wide = term.float() if term.element_size() == 2 else term
+                self.of_parameters[name] = wide if total is None else total.add_(wide)
         return dict(zip(leaves, grads, strict=False))
+
+    def rounded(self) -> ParameterGradients:
+        """Gradients of the parameters in the parameters' own dtype."""
+        for name, total in self.of_parameters.items():
+            self.of_parameters[name] = None if total is None else total.to(self.parameters[name].dtype)
+        return self.of_parameters
 
     def add_slices(self, grads: Mapping[str, Tensor | None], cuts: Mapping[str, int], span: slice) -> None:
         """Add gradients of slices of the state to those of the whole."""

@@ -243,6 +243,12 @@ def print_verification(found: Verification, console: Console) -> None:
             console.print(
                 f"largest {name} error {error:.2g} (tolerance {found.tolerances[name]:.0e})", highlight=False
             )
+    if found.gradient_error_beyond_rounding is not None:
+        console.print(
+            "against single precision the plan's gradients are off by at most "
+            f"{found.gradient_error_beyond_rounding:.2g} more than the plain model's",
+            highlight=False,
+        )
     console.print("ok" if found.ok else "FAILED", style="green" if found.ok else "red")
 
 

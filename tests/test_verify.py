@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import EvoformerConfig, EvoformerStack, InputShape
+from model.dropout import dropout_mask
 from planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
 from planner.costing import Costed, cost_problem
 from planner.planning import solve
@@ -91,3 +92,34 @@ def test_python_interface() -> None:
         apply_plan(EvoformerStack(CONFIG).double(), plan)
     with pytest.raises(ValueError, match=r"z is .* need"):
         make_plan(stack, (m, z[:, 1:]))
+
+
+def test_half_precision_is_judged_by_what_is_right() -> None:
+    """Chunks add up a normalisation's bias gradient better than a whole run in bfloat16 does."""
+    config = EvoformerConfig(
+        n_block=1, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16
+    )
+    problem = Problem(
+        model="custom",
+        config=config.with_dropout(0.2),
+        shape=InputShape(6, 48),
+        dtype="bfloat16",
+        optimizer="none",
+    )
+    costed = cost_problem(problem)
+    with pytest.raises(NoPlanError) as error:
+        solve(replace(costed, problem=problem.model_copy(update={"budget_bytes": 1})))
+    least = problem.model_copy(update={"budget_bytes": error.value.least_feasible_bytes})
+    found = verify_plan(None, solve(replace(costed, problem=least)), repeats=1)
+    assert found.max_gradient_error > found.tolerances["gradient"]
+    assert found.gradient_error_beyond_rounding < 0.02
+    assert found.ok
+
+
+def test_masks_do_not_depend_on_the_dtype() -> None:
+    submodule = next(EvoformerStack(CONFIG).train().blocks[0].submodules())[1]
+    submodule.dropout = 0.3
+    dtypes = torch.float32, torch.bfloat16
+    masks = [dropout_mask(submodule, torch.empty(4, 6, 5, dtype=dtype), 7, 1) for dtype in dtypes]
+    assert torch.equal(masks[0] == 0, masks[1] == 0)
+    assert 0 < (masks[0] == 0).sum() < masks[0].numel()
