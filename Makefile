@@ -42,5 +42,5 @@ venv: .venv/.installed-test
 
 # Keeps .venv.
 clean:
-	rm -rf build demo *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf build demo pytorch_profiles flops_analysis scaling_study_* *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

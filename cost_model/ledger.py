@@ -22,7 +22,7 @@ class Ledger(Trace):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._events: list[tuple[int, int]] = []  # (number of a storage, its bytes, negative when freed)
+        self._events: list[tuple[int, int]] = []  # a storage's number; its bytes, less than 0 when freed
         self._regions: list[Regions] = []  # of each storage, by number
         self._numbers: dict[int, int] = {}  # of those that live, by key
 
@@ -49,6 +49,10 @@ class Ledger(Trace):
         number = self._numbers.pop(key, None)
         if number is not None:
             self._events.append((number, -size))
+
+    def made(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether some of these tensors were made since the last reset."""
+        return any(tensor.untyped_storage()._cdata in self._numbers for tensor in tensors)
 
     def at_peak(self, apart: Iterable[Tensor] = ()) -> tuple[Counter[Regions], int]:
         """Bytes by region of what lives when most bytes do, and the bytes of some tensors among it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -13,20 +15,29 @@ PRODUCT, COPY = 2048, 2**25  # rows of a square matrix; elements of a tensor bey
 ROUNDS = 5
 
 
-def local_cuda() -> Device:
-    """This machine's first GPU.
+def local_cuda(index: int = 0) -> Device:
+    """A GPU of this machine.
 
     Raises:
         ValueError: there is none.
     """
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here; name one of the table with --device, or plan for cpu")
-    properties = torch.cuda.get_device_properties(0)
-    words = properties.name.lower().replace("-", " ").split()
-    known = next((d for name, d in DEVICES.items() if name.split("-")[0] in words), DEVICES["a100-40gb"])
+    properties = torch.cuda.get_device_properties(index)
+    known = named(properties.name, properties.total_memory)
+    source = f"{properties.name}; {known.source if known else 'not in the table, taken for an A100'}"
     return replace(
-        known, name="cuda", memory_bytes=properties.total_memory, source=f"{properties.name}; {known.source}"
+        known or DEVICES["a100-40gb"], name="cuda", memory_bytes=properties.total_memory, source=source
     )
+
+
+def named(name: str, memory_bytes: int) -> Device | None:
+    """The device of the table that a driver's name is of; of several sizes the nearest. None: of none."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    # "RTX 4090" is one name, "A100-SXM4-80GB" is three.
+    spelled = {*words, *(first + second for first, second in pairwise(words))}
+    found = [device for key, device in DEVICES.items() if key.split("-")[0] in spelled]
+    return min(found, key=lambda device: abs((device.memory_bytes or 0) - memory_bytes), default=None)
 
 
 def local_cpu(dtype: str = "float32") -> Device:

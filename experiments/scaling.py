@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from experiments.tiny_openfold.options import ProfilerConfig
 from planner.terminal import CHECK_FAILED, check_writable, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
@@ -55,11 +56,15 @@ class _Counts(click.ParamType):
 @click.option("--batch-per-gpu", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
 @click.option(
-    "--runs", type=click.IntRange(1), default=1, show_default=True, help="Of each, for a deviation."
+    "--runs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of each number, for a mean and a deviation.",
 )
 @click.option("--amp", is_flag=True, help="Mixed precision.")
-@click.option("--profile", is_flag=True, help="PyTorch's profiler in each run.")
-@click.option("--output-dir", type=click.Path(), help="Else scaling_study_ and the time.")
+@click.option("--profile", is_flag=True, help="PyTorch's profiler in each run; needs 9 steps.")
+@click.option("--output-dir", type=click.Path(), help="Else a new folder, scaling_study_ and the time.")
 @click.option("--seq-len", type=click.IntRange(1), help="Residues; else the model's default.")
 @click.option("--num-seqs", type=click.IntRange(1), help="Sequences; else the model's default.")
 @click.option("--num-blocks", type=click.IntRange(1), help="Else the model's default.")
@@ -81,6 +86,9 @@ def command(
 
     Exit code 1 where a run failed; the others are reported all the same.
     """
+    needed = ProfilerConfig(enable_pytorch_profiler=profile).steps_needed
+    if steps < needed:
+        raise ValueError(f"--profile needs {needed} steps; give --steps {needed} or more")
     folder = Path(output_dir or f"scaling_study_{datetime.now():%Y%m%d_%H%M%S}")
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(str(folder / SUMMARY))

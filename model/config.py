@@ -160,6 +160,10 @@ class TinyOpenFoldConfig:
         }
 
 
+# What TinyOpenFold is trained on (`model.tiny_data`).
+Task = Literal["random", "distance"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
 ModelConfig = EvoformerConfig | TrunkConfig | TinyOpenFoldConfig
 
 

@@ -14,10 +14,12 @@ from torch.profiler import record_function
 # The softmax weights of attention, which grow with the cube of a length.
 SCORES = "attention_scores"
 
-_open: list[str] = []
+_open: list[str] = []  # of the thread that runs the model; backward of a GPU runs in another, and opens none
 
 
 class _Region:
+    """An open region; a profiler that runs is told."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.shown = record_function(name) if torch.autograd._profiler_enabled() else None

@@ -115,8 +115,8 @@ class Submodule(nn.Module):
         raise NotImplementedError
 
     def finish(self, update: Tensor, *inputs: Tensor) -> Tensor:
-        """What follows the reduction; may write into `update`."""
-        raise NotImplementedError
+        """What follows the reduction, if anything; may write into `update`."""
+        return update
 
     @property
     def reads(self) -> tuple[str, ...]:

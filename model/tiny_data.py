@@ -7,21 +7,17 @@ whose distances are asked for.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import InputShape, TinyOpenFoldConfig
+from model.config import InputShape, Task, TinyOpenFoldConfig
 from model.tiny_openfold import LARGEST_DISTANCE
-
-Task = Literal["random", "distance"]
-TASKS = get_args(Task)
 
 STEP = 3.8  # Angstrom between neighbours along the chain, as between alpha carbons
 STIFFNESS = 0.85  # correlation of neighbouring steps' directions
 NOISE = 0.05  # chance that a residue is another one in one sequence
+SIZE = 7.0  # Angstrom: root mean square distance of a chain's residues from their centre
 
 
 def tiny_batch(
@@ -54,6 +50,8 @@ def _chains(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row k of the alignment says where each residue lies along direction k, in as many bins as tokens.
 
+    The directions are part of the task: the same for every batch and seed.
+
     The features of a pair are its clipped offset along the chain, one-hot (Suppl. Alg. 4 of AlphaFold 2).
     """
     b, s, r = shape.batch, shape.n_seq, shape.n_res
@@ -81,6 +79,6 @@ def _smooth_walk(b: int, r: int, generator: torch.Generator) -> Tensor:
         steps.append(step)
     places = STEP * torch.stack(steps, dim=1).cumsum(dim=1)
     places = places - places.mean(dim=1, keepdim=True)
-    # A long chain would leave the range of the answers: it is drawn together to the size of a compact one.
+    # A long chain would leave the range of the answers: every chain is scaled to one size.
     size = places.pow(2).sum(-1).mean(-1).sqrt()[:, None, None]
-    return places * (0.35 * LARGEST_DISTANCE / size)
+    return places * (SIZE / size)

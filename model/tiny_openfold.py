@@ -56,9 +56,6 @@ class TinyRowAttention(Submodule):
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         return self.attention(m, None, context, part)
 
-    def finish(self, update: Tensor) -> Tensor:
-        return update
-
 
 class TinyAttention(Submodule):
     """Attention along the columns of m or, normalised twice, along the rows or columns of z; no bias."""
@@ -67,7 +64,7 @@ class TinyAttention(Submodule):
 
     def __init__(
         self, config: TinyOpenFoldConfig, target: Literal["m", "z"], along: Literal["row", "column"]
-    ):
+    ) -> None:
         super().__init__()
         on_m = target == "m"
         self.target, self.piece_inputs, self.along_rows = target, (target,), along == "row"
@@ -82,9 +79,6 @@ class TinyAttention(Submodule):
         if self.along_rows:
             return self.attention(x, None, None, part)
         return transposed(self.attention(cheap(transposed, x), None, None, part))
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update
 
 
 class TinyTransition(Submodule):
@@ -105,14 +99,11 @@ class TinyTransition(Submodule):
         hidden = F.linear(x.flatten(0, -2), self.linear_1.weight[part]).relu_()
         return F.linear(hidden.unflatten(0, x.shape[:-1]), self.linear_2.weight[:, part])
 
-    def finish(self, update: Tensor) -> Tensor:
-        return update
-
 
 class TinyOuterProductMean(Submodule):
     """z_ij += W mean_s (a_si outer a_sj): both factors are the same projection.
 
-    It is made once for the pieces and once for what they share: 0.3 % more arithmetic than once in all.
+    The projection runs twice, in the context and in the pieces: 0.3 % more arithmetic.
     """
 
     target = "z"
@@ -141,9 +132,6 @@ class TinyOuterProductMean(Submodule):
         weight = self.linear_out.weight.unflatten(-1, (-1, c_b))[:, part].flatten(-2)
         return F.linear(outer, weight)
 
-    def finish(self, update: Tensor) -> Tensor:
-        return update
-
 
 class TinyTriangleMultiplication(Submodule):
     """z_ij += gate * W sum_k (a_ik b_jk) (outgoing) or W sum_k (a_ki b_kj) (incoming), z normalised twice."""
@@ -159,8 +147,12 @@ class TinyTriangleMultiplication(Submodule):
         c = config.c_z
         self.outgoing = edges == "outgoing"
         self.norms = nn.ModuleDict({"z": _twice(c)})
-        for name in ("a", "a_gate", "b", "b_gate", "out", "gate"):
-            setattr(self, f"linear_{name}", nn.Linear(c, c, bias=False))
+        self.linear_a = nn.Linear(c, c, bias=False)
+        self.linear_a_gate = nn.Linear(c, c, bias=False)
+        self.linear_b = nn.Linear(c, c, bias=False)
+        self.linear_b_gate = nn.Linear(c, c, bias=False)
+        self.linear_out = nn.Linear(c, c, bias=False)
+        self.linear_gate = nn.Linear(c, c, bias=False)
         # As in `TriangleMultiplication`: pieces are rows i (outgoing) or columns j (incoming) of both.
         dim, name = (-3, "row") if self.outgoing else (-2, "column")
         self.context_dim, self.context_cuts = dim + 1, {"z": dim}

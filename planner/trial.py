@@ -135,9 +135,9 @@ class Trial:
 def beyond_rounding(plain: Trial, planned: Trial, problem: Problem) -> float:
     """How much further a planned step's gradients are from single precision's than the plain step's are.
 
-    For half precision, where two ways to add up are both off: on a CPU torch's bfloat16 sum over a few thousand
-    positions, of a normalisation's bias gradient, may be wrong by a quarter of the largest entry. Of each tensor
-    the largest error, less the plain step's; over the largest entry of any gradient.
+    For half precision, where two ways to add up are both off: on a CPU torch's bfloat16 sum over a few
+    thousand positions, of a normalisation's bias gradient, may be wrong by a quarter of the largest entry. Of
+    each tensor the largest error, less the plain step's; over the largest entry of any gradient.
     """
     inputs = {name: tensor.detach().float() for name, tensor in plain.inputs.items()}
     exact = Trial(

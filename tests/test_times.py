@@ -15,6 +15,7 @@ import pytest
 
 from cost_model.calibrate import Calibration, fit
 from cost_model.devices import DEVICES, DTYPES, Device, Link, device
+from cost_model.local import named
 from cost_model.roofline import bounds, seconds
 from cost_model.times import MissingTimesError, TimesCache, Timing, key_of
 from cost_model.trace import Work
@@ -301,3 +302,23 @@ def test_calibration_finds_the_constants_that_made_the_times() -> None:
     assert applied.peak_flops["float64"] == DEVICES["cpu"].peak_flops["float64"]
     with pytest.raises(ValueError, match="too few to calibrate"):
         fit(measured[:5], DEVICES["cpu"], "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "key"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40gb"),
+        ("Tesla V100-SXM2-32GB", 31.7, "v100-32gb"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090-24gb"),
+        ("NVIDIA H200", 139.8, "h200-141gb"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80gb"),
+        ("NVIDIA L4", 22.0, "l4-24gb"),
+        ("NVIDIA L40S", 44.4, None),
+        ("AMD Instinct MI250X/MI250", 64.0, "mi250x-64gb"),
+        ("AMD Instinct MI300X", 192.0, "mi300x-192gb"),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, gib: float, key: str | None) -> None:
+    found = named(name, int(gib * 2**30))
+    assert (found.name if found else None) == key

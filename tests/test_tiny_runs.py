@@ -61,7 +61,7 @@ def test_the_peak_is_predicted(recipe: Recipe) -> None:
     training, peak = measured(recipe)
     predicted = predict(recipe, device("cpu"))
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.005)
-    found = measure_parts(training, 1, peak)
+    found = measure_parts(training, 1, peak, device("cpu"))
     assert sum(found.parts.values()) == found.peak_bytes == peak
     assert sum(predicted.parts.values()) == predicted.peak_bytes
     for name, size in found.parts.items():
@@ -141,7 +141,7 @@ def test_a_run_and_a_planned_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--memory", "1MB"), "the least that does is"),
+        (("--memory", "1MB"), "the one that needs least takes"),
         (("--memory", "1GB", "--use-amp"), "a plan is for one dtype"),
         (("--memory", "1GB", "--enable-torch-compile"), "leave --enable-torch-compile out"),
         (("--device", "7"), "0 GPUs here"),

@@ -21,7 +21,13 @@ ANALYSES = ("detailed", "intensity", "roofline")
 @click.option("--msa-dim", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--pair-dim", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--num-blocks", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--num-steps", type=click.IntRange(1), default=10, show_default=True, help="Timed.")
+@click.option(
+    "--num-steps",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Timed steps; 5 of warm-up come before.",
+)
 @click.option("--output-dir", type=click.Path(), default="./flops_analysis", show_default=True)
 @click.option("--device", help="Number of a GPU, cpu or cuda; else the first GPU, or the CPU without one.")
 @click.option("--multi-gpu", is_flag=True, help="All GPUs at once.")
@@ -29,7 +35,7 @@ ANALYSES = ("detailed", "intensity", "roofline")
 @click.option("--detailed", is_flag=True, help="Print every component, counted both ways.")
 @click.option("--intensity", is_flag=True, help="Also write computational_intensity.json.")
 @click.option("--roofline", is_flag=True, help="Also write roofline_data.json and roofline.png.")
-@click.option("--all", "everything", is_flag=True, help="All three.")
+@click.option("--all", "everything", is_flag=True, help="All three analyses.")
 def command(
     output_dir: str,
     device: str | None,
@@ -56,7 +62,7 @@ def command(
             )
         from experiments.flops.several import profile_several
 
-        agree = profile_several(folder, devices, num_steps, sizes)
+        agree = profile_several(folder, devices, num_steps, sizes, wanted)
     else:
         with progress("loading torch") as update:
             from experiments.flops.single import profile_single

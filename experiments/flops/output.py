@@ -8,6 +8,7 @@ import click
 
 
 def print_profile(profile: dict[str, Any], detailed: bool) -> None:
+    """What flops_profile.json says, and where it is wanted every component counted both ways."""
     analysis, efficiency = profile["flops_analysis"], profile["efficiency_metrics"]
     total, counters = analysis["total_flops"], analysis["counters"]
     click.echo("FLOPS Analysis Summary:")
@@ -38,16 +39,18 @@ def print_profile(profile: dict[str, Any], detailed: bool) -> None:
         click.echo(f"   {row['component']:<25} {numbers} {row['bytes_moved'] / 1e9:12.3f}")
 
 
-def print_intensity(said: dict[str, Any]) -> None:
+def print_intensity(found: dict[str, Any]) -> None:
+    """What computational_intensity.json says."""
     click.echo("\nComputational Intensity Analysis:")
-    click.echo(f"   Arithmetic Intensity: {said['arithmetic_intensity_flops_per_byte']:.2f} FLOPS/byte")
-    click.echo(f"   Device Balance: {said['device_balance_flops_per_byte']:.2f} FLOPS/byte")
-    click.echo(f"   Memory Bandwidth Used: {said['memory_bandwidth_used_gb_per_sec']:.1f} GB/s")
-    click.echo(f"   Memory Bandwidth Utilization: {said['memory_bandwidth_utilization_percent']:.1f}%")
-    click.echo(f"   Classification: {said['memory_bound_vs_compute_bound']}")
+    click.echo(f"   Arithmetic Intensity: {found['arithmetic_intensity_flops_per_byte']:.2f} FLOPS/byte")
+    click.echo(f"   Device Balance: {found['device_balance_flops_per_byte']:.2f} FLOPS/byte")
+    click.echo(f"   Memory Bandwidth Used: {found['memory_bandwidth_used_gb_per_sec']:.1f} GB/s")
+    click.echo(f"   Memory Bandwidth Utilization: {found['memory_bandwidth_utilization_percent']:.1f}%")
+    click.echo(f"   Classification: {found['memory_bound_vs_compute_bound']}")
 
 
 def print_several(document: dict[str, Any]) -> None:
+    """What flops_profile_multi_gpu.json says of all devices together."""
     found = document["aggregate_metrics"]
     click.echo("Aggregate Multi-GPU Summary:")
     click.echo(f"   Number of GPUs: {found['num_gpus']}")

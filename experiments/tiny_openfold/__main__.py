@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from model.config import InputShape, TinyOpenFoldConfig
+from experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
+from model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
 from planner.flags import Size
 from planner.terminal import check_writable, progress, run_command
 
-TASKS = ("random", "distance")  # model.tiny_data knows them, and imports torch
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run goes, besides what it trains."""
-
-    num_steps: int
-    device: str | None
-    no_data_parallel: bool
-    enable_torch_compile: bool
-    plan_path: str | None
-    memory: int | None
-    snapshots: str
-    save_every: int | None
-    resume: bool
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -38,7 +23,11 @@ class Options:
 @click.option("--num-seqs", type=click.IntRange(1), default=16, show_default=True, help="Sequences.")
 @click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True, help="Residues.")
 @click.option(
-    "--num-steps", type=click.IntRange(1), default=50, show_default=True, help="After 5 of warm-up."
+    "--num-steps",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Timed steps; 5 of warm-up come before.",
 )
 @click.option(
     "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="In all; processes share it."
@@ -50,8 +39,8 @@ class Options:
     "--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True,
     help="random: the original's noise; distance: a chain in space that the alignment encodes.",
 )  # fmt: skip
-@click.option("--use-amp", is_flag=True, help="Mixed precision, in what the device does best.")
-@click.option("--amp-dtype", type=click.Choice(["bfloat16", "float16"]), help="Of --use-amp.")
+@click.option("--use-amp", is_flag=True, help="Mixed precision: bfloat16, or float16 on GPUs without it.")
+@click.option("--amp-dtype", type=click.Choice(["bfloat16", "float16"]), help="The dtype of --use-amp.")
 @click.option("--device", help="Number of a GPU, cpu or cuda; else the first GPU, or the CPU without one.")
 @click.option("--no-data-parallel", is_flag=True, help="Refuse to run on several devices.")
 @click.option("--enable-torch-compile", is_flag=True, help="Compile the model.")
@@ -68,75 +57,94 @@ class Options:
 )
 @click.option("--enable-pytorch-profiler", is_flag=True, help="Write traces for TensorBoard and Perfetto.")
 @click.option("--enable-memory-profiling", is_flag=True, help="Say what the peak is made of.")
-@click.option("--enable-all-profiling", is_flag=True, help="All three kinds.")
-@click.option("--profile-operators", is_flag=True, help="Write a table of operators.")
+@click.option("--enable-all-profiling", is_flag=True, help="Traces, memory, and the table of operators.")
+@click.option("--profile-operators", is_flag=True, help="Write a table of operators, operators.txt.")
 @click.option("--profile-dir", type=click.Path(), default="./pytorch_profiles", show_default=True)
-@click.option("--sort-by", default="cuda_time_total", show_default=True, help="Column of that table.")
 @click.option(
-    "--warmup-steps", type=click.IntRange(0), default=3, show_default=True, help="Before the profile."
+    "--sort-by",
+    default="cuda_time_total",
+    show_default=True,
+    help="Column that the table of operators is sorted by.",
+)
+@click.option(
+    "--warmup-steps",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Timed steps before the profile.",
 )
 @click.option("--profile-steps", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--validate-setup", is_flag=True, help="Three small steps, to see that all works here.")
+@click.option(
+    "--validate-setup",
+    is_flag=True,
+    help="Three steps of two samples, to see that all works here; writes nothing.",
+)
 @click.option(
     "--timeout", type=click.FloatRange(1, 86400), default=60, show_default=True,
     help="Seconds after which a process that hangs ends the run.",
 )  # fmt: skip
-def command(timeout: float, validate_setup: bool, **flags: Any) -> None:
+def command(
+    timeout: float,
+    use_amp: bool,
+    amp_dtype: str | None,
+    learning_rate: float,
+    task: Task,
+    msa_dim: int,
+    pair_dim: int,
+    num_blocks: int,
+    num_seqs: int,
+    seq_len: int,
+    batch_size: int,
+    enable_all_profiling: bool,
+    **flags: Any,
+) -> None:
     """Train TinyOpenFold on one device, or on several under torchrun, planned or not.
 
     Prints the loss, the speed and the peak memory, and writes performance_summary.json to --profile-dir.
     """
-    if validate_setup:
-        flags |= {"num_steps": VALIDATION_STEPS, "batch_size": VALIDATION_BATCH, "save_every": None}
-        flags |= {"resume": False, "enable_pytorch_profiler": False, "enable_all_profiling": False}
-        flags |= {"profile_operators": False}
-    Path(flags["profile_dir"]).mkdir(parents=True, exist_ok=True)
-    check_writable(str(Path(flags["profile_dir"]) / "performance_summary.json"))
-    with progress("loading torch"):
-        from planner.world import joined
-    with joined(timeout) as world:
-        _run(world, **flags)
-        if validate_setup and world.first:
-            click.echo("Validation successful! Environment ready.")
-
-
-def _run(world: Any, **flags: Any) -> None:
-    from experiments.tiny_openfold.output import BANNER
-    from experiments.tiny_openfold.profiling import SORT_BY, ProfilerConfig
-    from experiments.tiny_openfold.run import Run
-    from experiments.tiny_openfold.setup import set_up
-    from experiments.tiny_openfold.training import Recipe
-
-    everything, use_amp, amp_dtype = (
-        flags.pop(name) for name in ("enable_all_profiling", "use_amp", "amp_dtype")
-    )
-    fields = ProfilerConfig.__dataclass_fields__
-    profiler = ProfilerConfig(**{name: flags.pop(name) for name in fields})
-    if everything:
+    profiler = ProfilerConfig(**{field.name: flags.pop(field.name) for field in fields(ProfilerConfig)})
+    if enable_all_profiling:
         profiler = replace(
             profiler, enable_pytorch_profiler=True, enable_memory_profiling=True, profile_operators=True
         )
+    options = Options(**flags)
+    if options.validate_setup:
+        batch_size, profiler = VALIDATION_BATCH, ProfilerConfig(profile_dir=profiler.profile_dir)
+        options = replace(options, num_steps=VALIDATION_STEPS, save_every=None, resume=False)
+    _check(profiler, options, learning_rate)
+    if amp_dtype is not None and not use_amp:
+        raise ValueError("--amp-dtype is of --use-amp: add it")
+    config = TinyOpenFoldConfig(n_block=num_blocks, c_m=msa_dim, c_z=pair_dim)
+    shape = InputShape(num_seqs, seq_len, batch_size)
+    with progress("loading torch"):
+        from experiments.tiny_openfold.output import BANNER
+        from experiments.tiny_openfold.run import Run
+        from experiments.tiny_openfold.setup import set_up
+        from experiments.tiny_openfold.training import Recipe
+        from planner.world import joined
+    with joined(timeout) as world:
+        if world.first:
+            click.echo(BANNER)
+        recipe = Recipe(config, shape, learning_rate, task, amp_dtype)
+        Run(*set_up(recipe, options, world, use_amp), options, profiler).go()
+
+
+def _check(profiler: ProfilerConfig, options: Options, learning_rate: float) -> None:
+    """Refuse flags that make no sense together."""
     if profiler.sort_by not in SORT_BY:
         raise ValueError(f"--sort-by {profiler.sort_by}: choose one of {', '.join(SORT_BY)}")
-    if profiler.steps_needed > flags["num_steps"]:
+    if profiler.steps_needed > options.num_steps:
         raise ValueError(
             f"a profile needs {profiler.steps_needed} steps (--warmup-steps, one more, --profile-steps), "
-            f"--num-steps is {flags['num_steps']}; give more"
+            f"--num-steps is {options.num_steps}; give more"
         )
-    config = TinyOpenFoldConfig(
-        n_block=flags.pop("num_blocks"), c_m=flags.pop("msa_dim"), c_z=flags.pop("pair_dim")
-    )
-    shape = InputShape(flags.pop("num_seqs"), flags.pop("seq_len"), flags.pop("batch_size"))
-    rate, task = flags.pop("learning_rate"), flags.pop("task")
-    if rate != rate:
+    if learning_rate != learning_rate:
         raise ValueError("--learning-rate nan is not a number; give one like 3e-4")
-    if world.first:
-        click.echo(BANNER)
-    options = Options(**flags)
-    recipe = Recipe(config, shape, rate, task, amp_dtype if use_amp else None)
-    if amp_dtype and not use_amp:
-        raise ValueError("--amp-dtype is of --use-amp: add it")
-    Run(*set_up(recipe, options, world, use_amp), options, profiler).go()
+    if options.resume and options.save_every is None:
+        raise ValueError("--resume goes on saving: add --save-every")
+    if not options.validate_setup:
+        Path(profiler.profile_dir).mkdir(parents=True, exist_ok=True)
+        check_writable(str(Path(profiler.profile_dir) / "performance_summary.json"))
 
 
 if __name__ == "__main__":

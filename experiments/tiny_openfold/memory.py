@@ -42,7 +42,11 @@ class Memory:
 
 
 def part_of(regions: Regions) -> str:
-    """Which part of the memory a storage belongs to, from the regions that it was made in."""
+    """Which part of the memory a storage belongs to, from the regions that it was made in.
+
+    What is made outside a step and the alignment's embedding (features of pairs, the head, the loss) counts
+    to the pair activations.
+    """
     if SCORES in regions:
         return "attention_scores"
     inner = regions[-1] if regions else "backward"
@@ -70,7 +74,7 @@ def predict(recipe: Recipe, where: Device, plan: Plan | None = None, shares: int
         for parameter in parameters if shares > 1 else ():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         ledger.reset()
-        run_step(model, batch, None, None, recipe.amp, "cpu")
+        run_step(model, batch, None, None, recipe.amp, "cpu")  # which fake tensors claim to be on
         states = _states_bytes(parameters)
         peak = ledger.peak_bytes + states + where.workspace_bytes
         return Memory(peak, _parts(ledger, parameters, states, batch, peak))
@@ -84,16 +88,23 @@ def measure_peak(training: TinyTraining, number: int) -> tuple[int, StepResult]:
     return before + taken, results[0]
 
 
-def measure_parts(training: TinyTraining, number: int, peak: int) -> Memory:
+def measure_parts(training: TinyTraining, number: int, peak: int, where: Device) -> Memory:
     """What a measured peak is made of, by a step that does not train."""
     batch, parameters = training.batch(number), list(training.parameters.values())
-    recipe = training.recipe
-    with Ledger() as ledger:
-        ledger.given([*parameters, *batch.values(), *(p.grad for p in parameters if p.grad is not None)])
-        run_step(training.program, batch, None, None, recipe.amp, training.device.type)
     assert training.optimizer is not None
-    states = _nbytes(_states(training.optimizer))
-    parts = _parts(ledger, parameters, states, batch, peak)
+
+    def step() -> None:
+        run_step(training.program, batch, None, None, training.recipe.amp, training.device.type)
+
+    buckets: list[Tensor] = []
+    if training.world.mesh is not None:  # in which several processes sum; gradients are views of them
+        step()
+        buckets = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        training.optimizer.zero_grad()
+    with Ledger(where.block_bytes) as ledger:
+        ledger.given([*parameters, *batch.values(), *buckets])
+        step()
+    parts = _parts(ledger, parameters, _nbytes(_states(training.optimizer)), batch, peak)
     training.optimizer.zero_grad()
     return Memory(peak, parts)
 
@@ -116,7 +127,8 @@ def plan_for(recipe: Recipe, problem: Problem, budget: int, progress: Progress =
             if needed <= budget:
                 return plan
             raise NoPlanError(
-                f"no plan fits a step into {budget} bytes; the least that does is {needed} bytes", needed
+                f"no plan fits a step into {budget} bytes; the one that needs least takes {needed} bytes",
+                needed,
             ) from None
         over = predict(recipe, where, plan).peak_bytes - budget
         if over <= 0:
@@ -129,11 +141,11 @@ def _least_bytes(costed: Costed) -> int:
         solve(replace(costed, problem=costed.problem.model_copy(update={"budget_bytes": 1})))
     except NoPlanError as error:
         return error.least_feasible_bytes
-    raise AssertionError("a plan in one byte")
+    raise AssertionError("a plan in a single byte")
 
 
 def empty_batch(recipe: Recipe, b: int) -> dict[str, Tensor]:
-    """A batch without data, for fake tensors."""
+    """A batch of the right shapes and dtypes; what it holds is left open."""
     s, r = recipe.shape.n_seq, recipe.shape.n_res
     return {
         "tokens": torch.empty(b, s, r, dtype=torch.int64),
@@ -150,7 +162,7 @@ def _parts(
     by_region, fresh = ledger.at_peak(gradients)
     parts = {
         "parameters": _nbytes(parameters),
-        "gradients": fresh or _nbytes(gradients),  # where they were there before, none is fresh
+        "gradients": fresh if ledger.made(gradients) else _nbytes(gradients),
         "optimizer_states": states,
         "inputs": _nbytes(batch.values()),
         "msa_activations": 0,

@@ -12,7 +12,8 @@ import click
 import torch
 
 from experiments.tiny_openfold.memory import Memory
-from experiments.tiny_openfold.profiling import ProfilerConfig, system_info
+from experiments.tiny_openfold.options import ProfilerConfig
+from experiments.tiny_openfold.profiling import system_info
 from experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
 from planner.plan import Plan
 from planner.sizes import format_size
@@ -82,7 +83,6 @@ def print_setup(
     say(f"   Sequence length: {recipe.shape.n_res}")
     say(f"   Total parameters: {count:,}")
     say(f"   Model size: {count * 4 / 1e6:.1f} MB (FP32)")
-    say(f"   Device: {training.device}")
     if plan is not None:
         budget = plan.problem.budget_bytes
         within = "no budget" if budget is None else f"a budget of {format_size(budget)}"
@@ -111,7 +111,12 @@ def step_line(step: int, steps: int, loss: float, result: StepResult, batch: int
 def summary_of(
     losses: list[float], results: list[StepResult], batch: int, peaks: list[int]
 ) -> dict[str, Any]:
-    """Averages over the timed steps of this process since it started."""
+    """Averages over the timed steps that this process has run.
+
+    Args:
+        losses: of all timed steps, those before a snapshot included.
+        peaks: bytes; on a CPU of one step.
+    """
     return {
         "total_samples": batch * len(results),
         "avg_training_speed": mean(batch / result.seconds for result in results),

@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+from experiments.tiny_openfold.options import ProfilerConfig
+
 OPERATORS = "operators.txt"
 ROWS = 40
-
-
-@dataclass(frozen=True)
-class ProfilerConfig:
-    """What to profile, by the names that performance_summary.json has.
-
-    Attributes:
-        warmup_steps: timed steps before the profile; one more warms the profiler up.
-        sort_by: a column of the table of operators; those of a GPU stand for the CPU's where there is none.
-    """
-
-    enable_pytorch_profiler: bool = False
-    enable_memory_profiling: bool = False
-    profile_operators: bool = False
-    profile_dir: str = "./pytorch_profiles"
-    sort_by: str = "cuda_time_total"
-    warmup_steps: int = 3
-    profile_steps: int = 5
-
-    @property
-    def steps_needed(self) -> int:
-        """Timed steps until the trace is written."""
-        return self.warmup_steps + 1 + self.profile_steps if self.enabled else 0
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the profiler runs."""
-        return self.enable_pytorch_profiler or self.profile_operators
-
-
-# Names that older versions of torch used for what a GPU takes.
-_COLUMNS = ("cpu_time", "cpu_time_total", "self_cpu_time_total", "cpu_memory_usage", "self_cpu_memory_usage")
-SORT_BY = (*_COLUMNS, *(name.replace("cpu", "cuda") for name in _COLUMNS),
-           *(name.replace("cpu", "device") for name in _COLUMNS), "count")  # fmt: skip
 
 
 class StepProfiler:
@@ -85,8 +52,9 @@ class StepProfiler:
         if self.config.enable_pytorch_profiler:
             tensorboard_trace_handler(self.config.profile_dir, worker_name=f"rank{self.rank}")(profiler)
         if self.config.profile_operators and self.rank == 0:
-            column = self.config.sort_by.replace("cuda", "device" if self.kind == "cuda" else "cpu")
-            column = column if self.kind == "cuda" else column.replace("device", "cpu")
+            column = self.config.sort_by.replace("cuda", "device")
+            if self.kind != "cuda":
+                column = column.replace("device", "cpu")
             table = profiler.key_averages().table(sort_by=column, row_limit=ROWS)
             (Path(self.config.profile_dir) / OPERATORS).write_text(table, encoding="utf-8")
 

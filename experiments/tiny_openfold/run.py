@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,14 +15,12 @@ from rich.progress import Progress
 from cost_model.devices import Device
 from experiments.tiny_openfold import output
 from experiments.tiny_openfold.memory import Memory, measure_parts, measure_peak, predict
-from experiments.tiny_openfold.profiling import ProfilerConfig, StepProfiler
+from experiments.tiny_openfold.options import Options, ProfilerConfig
+from experiments.tiny_openfold.profiling import StepProfiler
 from experiments.tiny_openfold.training import WARMUP_STEPS, StepResult, TinyTraining
 from planner.errors import CommonError, RunError
 from planner.plan import Plan, write_json
 from planner.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from experiments.tiny_openfold.__main__ import Options
 
 SUMMARY = "performance_summary.json"
 
@@ -84,7 +81,7 @@ class Run:
                     profiler = StepProfiler(self.profiler, self.training.device.type, self.world.rank)
                     stack.enter_context(profiler)
                 result = (self._measured_step if number == measured_at else self._step)(number)
-                self._take_down(number, result)
+                self._record(number, result)
                 if profiler is not None:
                     profiler.step()
                 if snapshots is not None and self._is_due(number):
@@ -111,12 +108,12 @@ class Run:
         if self.profiler.enable_memory_profiling and not self.training.compiled:
             self.memory = {
                 "predicted": predict(self.training.recipe, self.device, self.plan, self.world.replicas),
-                "measured": measure_parts(self.training, number, peak),
+                "measured": measure_parts(self.training, number, peak, self.device),
             }
         return result
 
-    def _take_down(self, number: int, result: StepResult) -> None:
-        """Keep what a timed step gave, and print every tenth; RunError where its loss is no number."""
+    def _record(self, number: int, result: StepResult) -> None:
+        """Check a step's loss; keep what a timed step gave, and print every tenth."""
         losses = self.world.gathered(torch.tensor([result.loss], dtype=torch.float64)).flatten()
         if not losses.isfinite().all():
             raise RunError(
@@ -132,16 +129,14 @@ class Run:
             self.say(output.step_line(step, steps, self.losses[-1], result, batch, self.peaks[-1]))
 
     def _is_due(self, number: int) -> bool:
-        step = number + 1 - WARMUP_STEPS
-        assert self.options.save_every is not None
-        return step > 0 and (step % self.options.save_every == 0 or number + 1 == self.last)
+        """Whether a snapshot is to be written after a step."""
+        step, every = number + 1 - WARMUP_STEPS, self.options.save_every
+        return every is not None and step > 0 and (step % every == 0 or number + 1 == self.last)
 
     def _snapshots(self) -> Snapshots | None:
         """Where snapshots go, if anywhere; the newest is gone on from where that is asked for."""
         options, folder = self.options, self.options.snapshots
         if options.save_every is None:
-            if options.resume:
-                raise CommonError("--resume goes on saving: add --save-every")
             return None
         snapshots = Snapshots(folder, asdict(self.training.recipe), self.world)
         newest = snapshots.newest()
@@ -177,7 +172,9 @@ class Run:
             self.say("\nCompiled code has no regions: the peak cannot be split, nor predicted.")
         if self.memory:
             output.print_memory(self.memory["predicted"], self.memory["measured"], self.say)
-        if self.world.first:
+        if self.world.first and self.options.validate_setup:
+            self.say("Validation successful! Environment ready.")
+        elif self.world.first:
             path = Path(profiler.profile_dir) / SUMMARY
             write_json(path, output.document(training, steps, profiler, summary, self.losses, self.memory))
             self.say(f"\nPerformance data saved to: {path}")

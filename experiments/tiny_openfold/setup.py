@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -11,15 +10,13 @@ from rich.console import Console
 from cost_model.devices import Device
 from experiments.tiny_openfold import output
 from experiments.tiny_openfold.memory import plan_for
+from experiments.tiny_openfold.options import Options
 from experiments.tiny_openfold.training import Recipe, TinyTraining
 from planner.costing import device_of
 from planner.errors import CommonError
 from planner.plan import Plan, load_plan
 from planner.problem import Problem
 from planner.world import World
-
-if TYPE_CHECKING:
-    from experiments.tiny_openfold.__main__ import Options
 
 
 def set_up(

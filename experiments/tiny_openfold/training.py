@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cost_model import measure
-from model.config import InputShape, TinyOpenFoldConfig
+from model.config import InputShape, Task, TinyOpenFoldConfig
 from model.regions import region
-from model.tiny_data import Task, tiny_batch
+from model.tiny_data import tiny_batch
 from model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
 from planner.apply import PlannedModule
 from planner.plan import Plan
@@ -136,11 +136,12 @@ def run_step(
     amp: str | None,
     kind: str,
 ) -> StepResult:
-    """A step of any program, real or on fake tensors.
+    """A step of any program, on real tensors or on fake ones.
 
     Args:
-        optimizer, scaler: None on fake tensors, where neither is needed.
+        optimizer, scaler: None to stop before the update: gradients stay, and the loss is not read.
         amp: dtype of mixed precision, by name.
+        kind: of device, cpu or cuda.
     """
     kept: list[Tensor] = []
 
