@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import Any
 import click
 
 from experiments.tiny_openfold.options import ProfilerConfig
-from planner.terminal import CHECK_FAILED, check_writable, run_command
+from planner.terminal import CHECK_FAILED, make_folder, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
+SECONDS_TO_END = 15
 COLUMNS = ("num_gpus", "batch_size", "run", "throughput_samples_per_sec")
 
 
@@ -89,9 +91,7 @@ def command(
     needed = ProfilerConfig(enable_pytorch_profiler=profile).steps_needed
     if steps < needed:
         raise ValueError(f"--profile needs {needed} steps; give --steps {needed} or more")
-    folder = Path(output_dir or f"scaling_study_{datetime.now():%Y%m%d_%H%M%S}")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(str(folder / SUMMARY))
+    folder = make_folder(output_dir or f"scaling_study_{datetime.now():%Y%m%d_%H%M%S}")
     extra = [part for name, value in sizes.items() if value for part in (_flag(name), str(value))]
     extra += ["--use-amp"] * amp + ["--enable-pytorch-profiler"] * profile
     settings = {
@@ -100,6 +100,8 @@ def command(
         "started": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
     (folder / CONFIG).write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    # As Ctrl-C does, so that no run outlives the study.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = []
     for count in gpus:
         for run in range(1, runs + 1):
@@ -141,16 +143,37 @@ def _run(
         )
         try:
             code = process.wait(timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return Result(count, batch, run, None, f"not over after {timeout:g} seconds (see {log})")
-            raise
+        except subprocess.TimeoutExpired:
+            return Result(count, batch, run, None, f"not over after {timeout:g} seconds (see {log})")
+        finally:
+            _end(process)
     if code:
         return Result(count, batch, run, None, f"{_reason(log.read_text(errors='replace'))} (see {log})")
     found = json.loads((folder / name / "performance_summary.json").read_text(encoding="utf-8"))
     return Result(count, batch, run, found["performance_summary"]["avg_training_speed"])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Torchrun ends its ranks when it is told to; what is left then is killed."""
+    if process.poll() is not None:
+        return
+    family = _descendants(process.pid)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_END)
+    for pid in (*family, process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        with suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
 
 
 def _reason(text: str) -> str:

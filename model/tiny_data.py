@@ -81,4 +81,4 @@ def _smooth_walk(b: int, r: int, generator: torch.Generator) -> Tensor:
     places = places - places.mean(dim=1, keepdim=True)
     # A long chain would leave the range of the answers: every chain is scaled to one size.
     size = places.pow(2).sum(-1).mean(-1).sqrt()[:, None, None]
-    return places * (SIZE / size)
+    return places * (SIZE / size.clamp_min(1e-6))  # a single residue has none

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from planner.errors import RunError
 from planner.plan import write_json
+from planner.watch import first_line
 from planner.world import World
 
 KEPT = 2
 _ABOUT = "snapshot.json"
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
+_NAME = re.compile(_PREFIX + r"(\d{8,})")
 
 
 class Trained(Protocol):
@@ -50,7 +54,7 @@ class Snapshots:
         if world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         world.barrier()
 
     def newest(self) -> int:
@@ -75,6 +79,7 @@ class Snapshots:
         write_json(unfinished / _ABOUT, {**self.about, "step": step, "notes": notes})
         _sync(unfinished / _ABOUT)
         _sync(unfinished)
+        shutil.rmtree(self._path(step), ignore_errors=True)  # what a damaged one left
         unfinished.rename(self._path(step))
         _sync(self.folder)
         for old in self._steps()[:-KEPT]:
@@ -90,21 +95,23 @@ class Snapshots:
             ValueError: the snapshot is of another training; the message says what differs.
         """
         path = self._path(step)
-        about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
+        with _whole(path):
+            about = dict(json.loads((path / _ABOUT).read_text(encoding="utf-8")))
         for what, ours in self.about.items():
             if about.get(what) != ours:
                 raise ValueError(
                     f"{path} is of another {what} than the plan and flags given; name another folder"
                 )
-        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = _tensors(training)
-        # A fresh optimizer has no states yet.
-        for key, stored in found.items():
-            if key not in tensors:
-                tensors[key] = torch.empty(
-                    stored.size, dtype=stored.properties.dtype, device=self.world.device
-                )
-        _on_disk(path, lambda: dcp.load(tensors, checkpoint_id=path, no_dist=self._alone))
+        with _whole(path):
+            found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            # A fresh optimizer has no states yet.
+            for key, stored in found.items():
+                if key not in tensors:
+                    tensors[key] = torch.empty(
+                        stored.size, dtype=stored.properties.dtype, device=self.world.device
+                    )
+            _on_disk(path, lambda: dcp.load(tensors, checkpoint_id=path, no_dist=self._alone))
         if training.optimizer is not None:
             for name, parameter in training.parameters.items():
                 prefix = f"optimizer/{name}/"
@@ -121,7 +128,8 @@ class Snapshots:
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*[0-9]"))
+        names = (path.parent.name for path in self.folder.glob(f"{_PREFIX}*/{_ABOUT}"))
+        return sorted(int(match.group(1)) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def _tensors(training: Trained) -> dict[str, Tensor]:
@@ -142,7 +150,18 @@ def _on_disk(path: Path, work: Callable[[], object]) -> None:
             work()
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise OSError(f"{path}: snapshot of rank {rank} failed ({str(reason).splitlines()[0]})") from None
+        raise OSError(f"{path}: snapshot of rank {rank} failed ({first_line(reason)})") from None
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Reading a snapshot that somebody may have damaged: whatever that leads to, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}); delete it, to go on from the one before or anew"
+        ) from None
 
 
 def _sync(path: Path) -> None:

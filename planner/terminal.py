@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
+NO_MEMORY = "this machine's memory is not enough; use smaller sizes, fewer blocks or a smaller --memory"
 
 
 @contextmanager
@@ -51,6 +52,23 @@ def check_writable(*paths: str | None) -> None:
             raise ValueError(f"{path}: folder {parent} is not writable; name another")
 
 
+def make_folder(path: str) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        ValueError: it cannot be made, or written to; the message names it.
+    """
+    if not path:
+        raise ValueError("a folder without a name; name one")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be made a folder ({error.strerror}); name another") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path}: folder is not writable; name another")
+    return Path(path)
+
+
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
     """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
 
@@ -67,12 +85,13 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
     except click.exceptions.Abort:
         fail("interrupted", 130)
     except MemoryError:
-        fail(
-            "this machine's memory is not enough; use --simulate, fewer blocks or a smaller budget",
-            CHECK_FAILED,
-        )
-    except RunError as error:
-        fail(str(error), CHECK_FAILED)
+        fail(NO_MEMORY, CHECK_FAILED)
+    except RuntimeError as error:
+        if isinstance(error, RunError):
+            fail(str(error), CHECK_FAILED)
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        fail(NO_MEMORY, CHECK_FAILED)
     except (ValueError, OSError) as error:
         from pydantic import ValidationError
 

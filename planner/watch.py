@@ -260,4 +260,4 @@ def _ended(handle: int) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Of what an error says: torch's own say more than people can use."""
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cost_model.devices import device
-from experiments.scaling import Result, summarise
+from experiments.scaling import Result, _descendants, summarise
 from experiments.tiny_openfold.memory import measure_parts, measure_peak, plan_for, predict
 from experiments.tiny_openfold.training import Recipe, TinyTraining
 from model.config import InputShape, TinyOpenFoldConfig
@@ -55,7 +55,11 @@ def measured(recipe: Recipe, plan: Plan | None = None) -> tuple[TinyTraining, in
     return training, measure_peak(training, 1)[0]
 
 
-@pytest.mark.parametrize("recipe", CASES, ids=["default", "tiny", "bfloat16", "odd"])
+# So small that what the loss holds counts.
+CASES.append(Recipe(TinyOpenFoldConfig(n_block=1, c_m=64, c_z=12), InputShape(1, 53)))
+
+
+@pytest.mark.parametrize("recipe", CASES, ids=["default", "tiny", "bfloat16", "odd", "small"])
 def test_the_peak_is_predicted(recipe: Recipe) -> None:
     """Asked: within 3 %; the parts too, wherever they are more than odds and ends."""
     training, peak = measured(recipe)
@@ -85,13 +89,15 @@ def test_a_plan_halves_the_peak_and_changes_no_loss() -> None:
     assert planned.parameters.keys() == plain.parameters.keys()
 
 
-def test_the_least_that_a_step_needs_is_said() -> None:
-    recipe = CASES[3]
+@pytest.mark.parametrize("recipe", CASES[3:], ids=["odd", "small"])
+def test_the_least_that_a_step_needs_is_said(recipe: Recipe) -> None:
+    """And its plan keeps to it, to the byte."""
     with pytest.raises(NoPlanError) as error:
         plan_for(recipe, problem(recipe), 1)
     least = error.value.least_feasible_bytes
     plan = plan_for(recipe, problem(recipe), least)
     assert predict(recipe, device("cpu"), plan).peak_bytes <= least
+    assert measured(recipe, plan)[1] <= least
 
 
 def test_scores_and_states_are_those_of_the_seed_list() -> None:
@@ -153,7 +159,10 @@ def test_a_run_and_a_planned_run(tmp_path: Path) -> None:
         (("--learning-rate", "nan"), "not a number"),
         (("--amp-dtype", "float16"), "add it"),
         (("--num-blocks", "0"), "num-blocks"),
-        (("--profile-dir", "/proc/none"), "/proc/none"),
+        (("--profile-dir", "/proc/none"), "/proc/none: cannot be made a folder"),
+        (("--profile-dir", "/dev/null"), "/dev/null: cannot be made a folder"),
+        (("--save-every", "1", "--snapshots", "/dev/null"), "/dev/null: cannot be made a folder"),
+        (("--seq-len", "20000"), "a step needs "),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], line: str, tmp_path: Path) -> None:
@@ -166,6 +175,40 @@ def test_errors_are_one_line(arguments: tuple[str, ...], line: str, tmp_path: Pa
     assert said.startswith("python -m experiments.tiny_openfold: ")
     assert line in said
     assert not list(tmp_path.iterdir())
+
+
+def test_one_residue(tmp_path: Path) -> None:
+    """Its distance is 0, and nothing is divided by it."""
+    done = alone(*TRAIN, "--seq-len", "1", "--num-steps", "1", "--profile-dir", str(tmp_path))
+    assert done.code == 0, done.err
+
+
+def test_snapshots_that_are_damaged_or_not_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    saving = ("--save-every", "2", "--snapshots", str(folder), "--profile-dir", str(tmp_path))
+    assert alone(*TRAIN, *saving, "--num-steps", "4").code == 0
+    second = max(path.name for path in folder.glob("step-*"))
+    assert second == "step-00000009"
+    done = alone(*TRAIN, *saving, "--num-steps", "4", "--resume")
+    assert (done.code, "to go on give more --num-steps" in done.err) == (2, True)
+    # What is no snapshot of ours is left alone.
+    (folder / "step-old9").mkdir()
+    (folder / "step-99999999").mkdir()
+    (folder / ".unfinished-8").write_text("")
+    for name, content in ((".metadata", b""), (".metadata", b"x" * 20), ("snapshot.json", b"[1]")):
+        file = folder / second / name
+        before = file.read_bytes()
+        file.write_bytes(content)
+        done = alone(*TRAIN, *saving, "--num-steps", "6", "--resume")
+        assert done.code == 2, done.err
+        assert f"{second} is damaged" in done.err
+        assert "Traceback" not in done.err
+        file.write_bytes(before)
+    # Without its description it is unfinished, and the one before counts.
+    (folder / second / "snapshot.json").unlink()
+    done = alone(*TRAIN, *saving, "--num-steps", "6", "--resume")
+    assert done.code == 0, done.err
+    assert "Resumed after step 2" in done.out
 
 
 def _killed_and_resumed(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
@@ -262,6 +305,32 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None
     assert "2 x 1 samples, run 1: failed: " in done.out
     assert "1 failed" in (tmp_path / "summary.txt").read_text()
     assert (tmp_path / "summary.csv").read_text().count("\n") == 2
+
+
+def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
+    study = (
+        "-m",
+        "experiments.scaling",
+        "--gpus",
+        "2",
+        "--steps",
+        "1000000",
+        "--seq-len",
+        "8",
+        "--num-seqs",
+        "2",
+    )
+    with started([sys.executable, *study, "--num-blocks", "1", "--output-dir", str(tmp_path)]) as process:
+        deadline = time.time() + 60
+        while "Step" not in "".join(path.read_text() for path in tmp_path.glob("*.log")):
+            assert time.time() < deadline
+            time.sleep(0.2)
+        family = _descendants(process.pid)
+        assert len(family) >= 3
+        process.terminate()
+        process.wait(40)
+    time.sleep(0.5)
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
 
 
 def test_summary_of_runs() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from planner.terminal import CHECK_FAILED, check_writable, progress, run_command
+from planner.terminal import CHECK_FAILED, make_folder, progress, run_command
 
-PROFILE = "flops_profile.json"
 ANALYSES = ("detailed", "intensity", "roofline")
 
 
@@ -52,9 +50,7 @@ def command(
     asked = {name: flags.pop(name) for name in ANALYSES}
     wanted = [name for name in ANALYSES if asked[name] or everything]
     sizes: dict[str, int] = flags
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(str(folder / PROFILE))
+    folder = make_folder(output_dir)
     if multi_gpu or devices is not None:
         if device is not None:
             raise ValueError(

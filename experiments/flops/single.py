@@ -12,7 +12,7 @@ from experiments.flops import documents
 from experiments.flops.counts import analytic, by_deepspeed, counted, counted_step
 from experiments.flops.output import print_intensity, print_profile
 from experiments.flops.plot import plot_roofline
-from experiments.tiny_openfold.memory import predict
+from experiments.tiny_openfold.memory import check_fits, predict
 from experiments.tiny_openfold.setup import device_asked
 from experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
 from model.config import InputShape, TinyOpenFoldConfig
@@ -53,7 +53,9 @@ def profile_single(
     update("counting")
     formula, whole = analytic(recipe.config, recipe.shape), counted_step(recipe)
     found, works = counted(recipe)
-    device = local_cuda(world.device.index or 0) if world.device.type == "cuda" else local_cpu()
+    on_gpu = world.device.type == "cuda"
+    device = local_cuda(world.device.index or 0) if on_gpu else local_cpu()
+    check_fits(recipe, device, world)
     training = TinyTraining(recipe, world)
     steps = _timed(training, num_steps, update)
     parameters = list(training.parameters.values())

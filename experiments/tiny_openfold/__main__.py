@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
 from model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
 from planner.flags import Size
-from planner.terminal import check_writable, progress, run_command
+from planner.terminal import make_folder, progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 
@@ -111,11 +110,11 @@ def command(
     if options.validate_setup:
         batch_size, profiler = VALIDATION_BATCH, ProfilerConfig(profile_dir=profiler.profile_dir)
         options = replace(options, num_steps=VALIDATION_STEPS, save_every=None, resume=False)
-    _check(profiler, options, learning_rate)
     if amp_dtype is not None and not use_amp:
         raise ValueError("--amp-dtype is of --use-amp: add it")
     config = TinyOpenFoldConfig(n_block=num_blocks, c_m=msa_dim, c_z=pair_dim)
     shape = InputShape(num_seqs, seq_len, batch_size)
+    _check(profiler, options, learning_rate)
     with progress("loading torch"):
         from experiments.tiny_openfold.output import BANNER
         from experiments.tiny_openfold.run import Run
@@ -143,8 +142,9 @@ def _check(profiler: ProfilerConfig, options: Options, learning_rate: float) -> 
     if options.resume and options.save_every is None:
         raise ValueError("--resume goes on saving: add --save-every")
     if not options.validate_setup:
-        Path(profiler.profile_dir).mkdir(parents=True, exist_ok=True)
-        check_writable(str(Path(profiler.profile_dir) / "performance_summary.json"))
+        make_folder(profiler.profile_dir)
+    if options.save_every is not None:
+        make_folder(options.snapshots)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,13 @@ from model.regions import SCORES
 from model.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
 from planner.apply import PlannedModule
 from planner.costing import Costed, Progress, cost_problem, kind_of
+from planner.errors import CommonError
 from planner.plan import Plan
 from planner.planning import NoPlanError, solve
 from planner.problem import Problem
+from planner.sizes import format_size
+from planner.trial import available_bytes
+from planner.world import World
 
 OF_MSA = ("row_attention", "column_attention", "msa_transition", MSA_EMBEDDING)
 
@@ -78,6 +82,22 @@ def predict(recipe: Recipe, where: Device, plan: Plan | None = None, shares: int
         states = _states_bytes(parameters)
         peak = ledger.peak_bytes + states + where.workspace_bytes
         return Memory(peak, _parts(ledger, parameters, states, batch, peak))
+
+
+def check_fits(recipe: Recipe, where: Device, world: World, plan: Plan | None = None) -> None:
+    """Refuse a step that this machine's memory cannot hold, before it is tried.
+
+    Raises:
+        ValueError: says what it needs, what there is, and what to do.
+    """
+    sharing = world.local_size if where.kind == "cpu" else 1  # processes that share this memory
+    needed = sharing * predict(recipe, where, plan, world.size).peak_bytes
+    available = available_bytes(where.kind)
+    if needed > available:
+        raise CommonError(
+            f"a step needs {format_size(needed)}, this machine has {format_size(available)} free; "
+            "use smaller sizes, or less with --memory"
+        )
 
 
 def measure_peak(training: TinyTraining, number: int) -> tuple[int, StepResult]:

@@ -85,10 +85,16 @@ class Run:
                 if profiler is not None:
                     profiler.step()
                 if snapshots is not None and self._is_due(number):
-                    notes = {"losses": self.losses, "scaler": self.training.scaler.state_dict()}
-                    snapshots.save(number + 1, self.training, notes)
+                    self._save(snapshots, number + 1)
                 advance()
         self._report()
+        if snapshots is not None:  # after the summary: a run that is killed here has it, or does this again
+            self._save(snapshots, self.last)
+        self.say("\nTraining completed successfully!")
+
+    def _save(self, snapshots: Snapshots, steps: int) -> None:
+        notes = {"losses": self.losses, "scaler": self.training.scaler.state_dict()}
+        snapshots.save(steps, self.training, notes)
 
     def _step(self, number: int) -> StepResult:
         """A step, and on a GPU its peak."""
@@ -129,9 +135,9 @@ class Run:
             self.say(output.step_line(step, steps, self.losses[-1], result, batch, self.peaks[-1]))
 
     def _is_due(self, number: int) -> bool:
-        """Whether a snapshot is to be written after a step."""
+        """Whether a snapshot is to be written after a step that is not the last."""
         step, every = number + 1 - WARMUP_STEPS, self.options.save_every
-        return every is not None and step > 0 and (step % every == 0 or number + 1 == self.last)
+        return every is not None and step > 0 and step % every == 0 and number + 1 < self.last
 
     def _snapshots(self) -> Snapshots | None:
         """Where snapshots go, if anywhere; the newest is gone on from where that is asked for."""
@@ -147,6 +153,8 @@ class Run:
             raise CommonError(f"{held}; to go on give more --num-steps")
         if newest:
             notes = snapshots.load(newest, self.training)
+            if not isinstance(notes, dict) or not notes.keys() >= {"losses", "scaler"}:
+                raise CommonError(f"{folder}: its snapshots are of another program; name another folder")
             self.losses += notes["losses"]
             self.training.scaler.load_state_dict(notes["scaler"])
             self.first = newest
@@ -181,4 +189,3 @@ class Run:
             if profiler.enabled:
                 self.say(f"PyTorch profiling data saved to: {profiler.profile_dir}")
                 self.say(f"   Launch TensorBoard: tensorboard --logdir {profiler.profile_dir}")
-        self.say("\nTraining completed successfully!")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cost_model.devices import Device
 from experiments.tiny_openfold import output
-from experiments.tiny_openfold.memory import plan_for
+from experiments.tiny_openfold.memory import check_fits, plan_for
 from experiments.tiny_openfold.options import Options
 from experiments.tiny_openfold.training import Recipe, TinyTraining
 from planner.costing import device_of
@@ -45,6 +45,8 @@ def set_up(
     plan = _plan(recipe, options, problem, world)
     if plan is not None and options.enable_torch_compile:
         raise CommonError("a plan compiles what it wants compiled; leave --enable-torch-compile out")
+    if not options.enable_torch_compile:  # compiled code keeps less, nobody knows how much
+        check_fits(recipe, device_of(problem), world, plan)
     training = TinyTraining(
         recipe, world, plan, options.enable_torch_compile and _compiles(recipe, world, say)
     )
