@@ -194,9 +194,7 @@ class _Gradients:
 
     def rounded(self) -> ParameterGradients:
         """Gradients of the parameters in the parameters' own dtype."""
-        for name, total in self.of_parameters.items():
-            self.of_parameters[name] = None if total is None else total.to(self.parameters[name].dtype)
-        return self.of_parameters
+        return {name: total.to(self.parameters[name].dtype) for name, total in self.of_parameters.items()}
 
     def add_slices(self, grads: Mapping[str, Tensor | None], cuts: Mapping[str, int], span: slice) -> None:
         """Add gradients of slices of the state to those of the whole."""
