@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from experiments.tiny_openfold.options import ProfilerConfig
+from planner.flags import Number
 from planner.terminal import CHECK_FAILED, make_folder, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
@@ -71,7 +72,7 @@ class _Counts(click.ParamType):
 @click.option("--num-seqs", type=click.IntRange(1), help="Sequences; else the model's default.")
 @click.option("--num-blocks", type=click.IntRange(1), help="Else the model's default.")
 @click.option(
-    "--timeout", type=click.FloatRange(1, 86400), default=3600, show_default=True, help="Seconds for one run."
+    "--timeout", type=Number(1, 86400), default=3600, show_default=True, help="Seconds for one run."
 )
 def command(
     gpus: list[int],

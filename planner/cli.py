@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.flags import AUTO, problem_of, problem_options
+from planner.flags import AUTO, Number, problem_of, problem_options
 from planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 
 if TYPE_CHECKING:
@@ -292,9 +292,7 @@ def sweep(
 @click.argument("plan_file", type=click.Path())
 @click.option("--msa", type=click.Path(), help="A3M or FASTA alignment; random data if not given.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True)
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, 1e3, min_open=True), default=2e-4, show_default=True
-)
+@click.option("--learning-rate", type=Number(0, 1e3, min_open=True), default=2e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
 @click.option(
     "--replicas",
@@ -305,7 +303,7 @@ def sweep(
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(1, 86400),
+    type=Number(1, 86400),
     default=60,
     show_default=True,
     help="Seconds after which a rank that hangs ends the run.",
@@ -325,8 +323,6 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
 
     with joined(timeout) as world:
         check_writable(json_path)
-        if flags["learning_rate"] != flags["learning_rate"]:
-            raise ValueError("--learning-rate nan is not a number; give one like 2e-4")
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
             raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
         from planner.plan import load_plan, write_json

@@ -33,6 +33,16 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Number(click.FloatRange):
+    """A number within a range; nan, which every comparison lets through, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is not a number; give one {self._describe_range()}", param, ctx)
+        return number
+
+
 class _Dropout(click.ParamType):
     name = "P|off"
 

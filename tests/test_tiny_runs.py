@@ -169,6 +169,7 @@ def test_a_run_and_a_planned_run(tmp_path: Path) -> None:
         (("--enable-pytorch-profiler", "--num-steps", "5"), "a profile needs 9 steps"),
         (("--sort-by", "beauty"), "choose one of"),
         (("--learning-rate", "nan"), "not a number"),
+        (("--timeout", "nan"), "not a number"),
         (("--amp-dtype", "float16"), "add it"),
         (("--num-blocks", "0"), "num-blocks"),
         (("--profile-dir", "/proc/none"), "/proc/none: cannot be made a folder"),

@@ -9,7 +9,7 @@ import click
 
 from experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
 from model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
-from planner.flags import Size
+from planner.flags import Number, Size
 from planner.terminal import make_folder, progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
@@ -31,9 +31,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 @click.option(
     "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="In all; processes share it."
 )
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, 1e3, min_open=True), default=3e-4, show_default=True
-)
+@click.option("--learning-rate", type=Number(0, 1e3, min_open=True), default=3e-4, show_default=True)
 @click.option(
     "--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True,
     help="random: the original's noise; distance: a chain in space that the alignment encodes.",
@@ -79,7 +77,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
     help="Three steps of two samples, to see that all works here; writes nothing.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(1, 86400), default=60, show_default=True,
+    "--timeout", type=Number(1, 86400), default=60, show_default=True,
     help="Seconds after which a process that hangs ends the run.",
 )  # fmt: skip
 def command(
@@ -114,7 +112,7 @@ def command(
         raise ValueError("--amp-dtype is of --use-amp: add it")
     config = TinyOpenFoldConfig(n_block=num_blocks, c_m=msa_dim, c_z=pair_dim)
     shape = InputShape(num_seqs, seq_len, batch_size)
-    _check(profiler, options, learning_rate)
+    _check(profiler, options)
     with progress("loading torch"):
         from experiments.tiny_openfold.output import BANNER
         from experiments.tiny_openfold.run import Run
@@ -128,7 +126,7 @@ def command(
         Run(*set_up(recipe, options, world, use_amp), options, profiler).go()
 
 
-def _check(profiler: ProfilerConfig, options: Options, learning_rate: float) -> None:
+def _check(profiler: ProfilerConfig, options: Options) -> None:
     """Refuse flags that make no sense together."""
     if profiler.sort_by not in SORT_BY:
         raise ValueError(f"--sort-by {profiler.sort_by}: choose one of {', '.join(SORT_BY)}")
@@ -137,8 +135,6 @@ def _check(profiler: ProfilerConfig, options: Options, learning_rate: float) -> 
             f"a profile needs {profiler.steps_needed} steps (--warmup-steps, one more, --profile-steps), "
             f"--num-steps is {options.num_steps}; give more"
         )
-    if learning_rate != learning_rate:
-        raise ValueError("--learning-rate nan is not a number; give one like 3e-4")
     if options.resume and options.save_every is None:
         raise ValueError("--resume goes on saving: add --save-every")
     if not options.validate_setup:
