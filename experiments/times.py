@@ -32,7 +32,7 @@ from planner.profiling import Measurement, profile_problem
 from planner.report import new_table
 from planner.sizes import format_seconds, format_size
 from planner.solvers import Frontier
-from planner.terminal import CHECK_FAILED, console_for_output, run_command
+from planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
 from planner.timing import time_source
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
@@ -103,8 +103,12 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each step's time.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
-def times(rounds: int, repeats: int, cache: str | None) -> None:
+@click.option(
+    "--json", "json_path", type=click.Path(), help="Where the result goes; else experiments/results."
+)
+def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -> None:
     """Predicted beside measured step times; 1 if one is off by more than 15 % or the order is wrong."""
+    check_writable(json_path)
     console = console_for_output()
     problems = [problem_of(*case) for case in CASES]
     steps = [profile_problem(problem, cache, repeats, MAX_PIECES, progress=_say)[0] for problem in problems]
@@ -136,7 +140,7 @@ def times(rounds: int, repeats: int, cache: str | None) -> None:
             highlight=False,
         )
     write_json(
-        RESULTS,
+        json_path or RESULTS,
         {"torch": torch.__version__, "device": local_name("cpu"), "summary": summary, "runs": everything},
     )
     kept = summary["measured"]
