@@ -16,6 +16,7 @@ from planner.costing import device_of
 from planner.errors import CommonError
 from planner.plan import Plan, load_plan
 from planner.problem import Problem
+from planner.watch import first_line
 from planner.world import World
 
 
@@ -116,6 +117,6 @@ def _compiles(recipe: Recipe, world: World, say: output.Print) -> bool:
         trial.device = world.device
         trial.step(trial.batch(0))
     except Exception as error:  # whatever a compiler may raise
-        say(f"   torch.compile does not work here ({str(error).splitlines()[0]}); running eager.")
+        say(f"   torch.compile does not work here ({first_line(error)}); running eager.")
         return False
     return True

@@ -1,0 +1,119 @@
+"""`python -m experiments.scaling` and `python -m experiments.flops` as people run them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.scaling import Result, _descendants, summarise
+from tests.torchrun import alone, started
+
+SIZES = ["--num-blocks", "1", "--seq-len", "12", "--num-seqs", "3", "--batch-size", "1", "--num-steps", "2"]
+
+
+def test_a_scaling_study(tmp_path: Path) -> None:
+    """1 and 2 processes; 3 fail, for want of a batch that divides, and the others are reported."""
+    sizes = ("--seq-len", "12", "--num-seqs", "3", "--num-blocks", "1")
+    study = ("-m", "experiments.scaling", "--gpus", "1 2", "--batch-per-gpu", "1", "--steps", "3", *sizes)
+    done = alone(*study, "--output-dir", str(tmp_path / "study"))
+    assert done.code == 0, done.err + done.out
+    with (tmp_path / "study" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["num_gpus"] for row in rows] == ["1", "2"]
+    assert list(rows[0]) == ["num_gpus", "batch_size", "run", "throughput_samples_per_sec"]
+    for name in ("config.txt", "summary.txt", "scaling.png", "gpu1_batch1_run1.log", "gpu2_batch2_run1.log"):
+        assert (tmp_path / "study" / name).stat().st_size > 0
+    assert "Efficiency" in done.out
+
+
+def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+    study = ("-m", "experiments.scaling", "--gpus", "1 2", "--steps", "2", "--timeout", "8", "--runs", "1")
+    sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1", "--batch-per-gpu", "1")
+    # A file where the second run's folder would be.
+    (tmp_path / "gpu2_batch2_run1").write_text("in the way")
+    done = alone(*study, *sizes, "--timeout", "100", "--output-dir", str(tmp_path))
+    assert done.code == 1
+    assert "2 x 1 samples, run 1: failed: " in done.out
+    assert "1 failed" in (tmp_path / "summary.txt").read_text()
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 2
+
+
+def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
+    study = (
+        "-m",
+        "experiments.scaling",
+        "--gpus",
+        "2",
+        "--steps",
+        "1000000",
+        "--seq-len",
+        "8",
+        "--num-seqs",
+        "2",
+    )
+    with started([sys.executable, *study, "--num-blocks", "1", "--output-dir", str(tmp_path)]) as process:
+        deadline = time.time() + 60
+        while "Step" not in "".join(path.read_text() for path in tmp_path.glob("*.log")):
+            assert time.time() < deadline
+            time.sleep(0.2)
+        family = _descendants(process.pid)
+        assert len(family) >= 3
+        process.terminate()
+        process.wait(40)
+    time.sleep(0.5)
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+
+
+def test_summary_of_runs() -> None:
+    results = [
+        Result(1, 4, 1, 10.0), Result(1, 4, 2, 12.0), Result(2, 8, 1, 16.5), Result(2, 8, 2, None, "x"),
+        Result(4, 16, 1, None, "y"),
+    ]  # fmt: skip
+    lines = summarise(results).splitlines()
+    assert lines[1].split() == ["1", "11.00", "+-", "1.41", "1.00x", "100.0%", "2"]
+    assert lines[2].split() == ["2", "16.50", "1.50x", "75.0%", "1,", "1", "failed"]
+    assert lines[3].split()[:2] == ["4", "-"]
+
+
+# --- FLOPs ----------------------------------------------------------------------------------
+
+
+def test_flops_from_the_command_line(tmp_path: Path) -> None:
+    done = alone("-m", "experiments.flops", *SIZES, "--all", "--output-dir", str(tmp_path))
+    assert done.code == 0, done.err
+    profile = json.loads((tmp_path / "flops_profile.json").read_text())
+    assert set(profile) == {
+        "model_info", "profiling_config", "flops_analysis", "performance_metrics", "efficiency_metrics",
+        "step_by_step_results", "timestamp",
+    }  # fmt: skip
+    analysis = profile["flops_analysis"]
+    assert sum(analysis["evoformer_breakdown"].values()) == analysis["total_flops"]
+    assert analysis["total_flops"] == analysis["avg_flops_per_step"]
+    assert analysis["counters"]["analytic"] == analysis["counters"]["flop_counter_mode"]
+    assert {row["flops"] for row in profile["step_by_step_results"]} == {analysis["total_flops"]}
+    assert 0 < profile["efficiency_metrics"]["mfu_percent"] < 100
+    intensity = json.loads((tmp_path / "computational_intensity.json").read_text())
+    assert intensity["memory_bound_vs_compute_bound"] in ("memory_bound", "compute_bound")
+    roofline = json.loads((tmp_path / "roofline_data.json").read_text())
+    assert roofline["optimization_targets"][0].keys() == {"target", "reason", "expected_improvement"}
+    assert (tmp_path / "roofline.png").stat().st_size > 0
+
+
+def test_flops_of_several_devices(tmp_path: Path) -> None:
+    done = alone("-m", "experiments.flops", *SIZES, "--devices", "0,1", "--output-dir", str(tmp_path))
+    assert done.code == 0, done.err
+    document = json.loads((tmp_path / "flops_profile_multi_gpu.json").read_text())
+    found, comparison = document["aggregate_metrics"], document["comparison"]
+    assert found["num_gpus"] == 2
+    assert comparison["speedup"] == pytest.approx(
+        comparison["multi_gpu_throughput"] / comparison["single_gpu_throughput"]
+    )
+    assert found["multi_gpu_efficiency_percent"] == pytest.approx(50 * comparison["speedup"])
+    done = alone("-m", "experiments.flops", *SIZES, "--devices", "a", "--output-dir", str(tmp_path))
+    assert done.code == 2
+    assert "give different numbers of GPUs" in done.err
