@@ -101,9 +101,11 @@ class Bench:
         return solve(replace(self.costed, problem=problem))
 
 
-def run_size(problem: Problem, cache: str | None, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run_size(
+    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything about one size."""
-    profile_problem(problem, cache, 5, MAX_PIECES, progress=say)
+    profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
     costed = cost_with_times(problem, "measured", cache)
     bench = Bench(costed, problem.device)
     hand = by_hand(costed)
@@ -119,7 +121,7 @@ def run_size(problem: Problem, cache: str | None, rounds: int, say: Callable[[st
     times = interleaved(runs, rounds, problem.device)
     return {
         "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
-        "dtype": problem.dtype, "rounds": rounds,
+        "dtype": problem.dtype, "compiled": compiled, "rounds": rounds,
         "runs": {
             name: {
                 "peak_bytes": bench.peaks[name],
@@ -153,7 +155,8 @@ def _comparisons(hand: list[str], times: dict[str, list[float]], peaks: dict[str
 
 
 def _title(found: dict[str, Any]) -> str:
-    return f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}"
+    compiled = ", torch.compile" if found["compiled"] else ""
+    return f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}{compiled}"
 
 
 def print_size(found: dict[str, Any], console: Console) -> None:
@@ -203,9 +206,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         panel.set_xscale("log")
         panel.set_xlabel("measured peak, MiB")
         panel.set_ylabel("measured step time, s")
-        panel.set_title(
-            f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}", fontsize=9
-        )
+        panel.set_title(_title(found), fontsize=9)
     panels[0][0].plot([], [], "o", color="tab:blue", label="planned for the same peak")
     panels[0][0].plot([], [], "x", color="tab:red", label="by hand")
     panels[0][0].legend(fontsize=8)
@@ -220,6 +221,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")
 @click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
@@ -230,6 +232,7 @@ def benchmark(
     rounds: int,
     device: str,
     dtype: str,
+    compiled: bool,
     cap: int | None,
     cache: str | None,
     json_path: str | None,
@@ -247,7 +250,7 @@ def benchmark(
         if cap is not None:
             document["sizes"].append(under_cap(problem, cap, cache, rounds))
             continue
-        found = run_size(problem, cache, rounds, _say)
+        found = run_size(problem, cache, rounds, compiled, _say)
         document["sizes"].append(found)
         print_size(found, console)
     path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
@@ -261,7 +264,7 @@ def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
     """The sizes of a document, and those that the file has from the same device and torch."""
 
     def size(found: dict[str, Any]) -> tuple:
-        return tuple(found.get(key) for key in ("s", "r", "blocks", "dtype", "cap_bytes"))
+        return tuple(found.get(key) for key in ("s", "r", "blocks", "dtype", "compiled", "cap_bytes"))
 
     new = document["sizes"]
     try:

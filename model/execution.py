@@ -50,7 +50,7 @@ def run_discarded(
 def _whole(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
     """The new target of a run that is not in pieces."""
     if strategy.kernel == COMPILED and not isinstance(tensors[submodule.target], FakeTensor):
-        return _compiled_target()(submodule, tensors)
+        return _compiled_target(submodule.attends)(submodule, tensors)
     return _new_target(submodule, tensors)
 
 
@@ -59,11 +59,13 @@ def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:
 
 
 @cache
-def _compiled_target() -> Callable[[Submodule, Tensors], Tensor]:
+def _compiled_target(attends: bool) -> Callable[[Submodule, Tensors], Tensor]:
     """Compiled once for each kind of submodule, shapes and grad mode; parameters are arguments of it."""
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 256)  # beyond it torch runs the rest as it is written
-    return torch.compile(_new_target, dynamic=False, fullgraph=True)
+    # Patterns of attention take our five dimensions for four: they fail, or put something else in its place.
+    options = {"pattern_matcher": False} if attends else None
+    return torch.compile(_new_target, dynamic=False, fullgraph=True, options=options)
 
 
 class WholeRun:

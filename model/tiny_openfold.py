@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.attention import Attention, transposed
 from model.chain import Plannable, State
 from model.config import TinyOpenFoldConfig
+from model.layout import channels_first, channels_last
 from model.regions import region
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
@@ -167,7 +168,7 @@ class TinyTriangleMultiplication(Submodule):
             product = _operand(z, self.linear_a, self.linear_a_gate, part) @ context.transpose(-1, -2)
         else:
             product = context.transpose(-1, -2) @ _operand(z, self.linear_b, self.linear_b_gate, part)
-        return product.movedim(-3, -1).contiguous()  # [*, i, j, c]
+        return channels_last(product)  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
         return cheap(torch.sigmoid, self.linear_gate(z)) * self.linear_out(update)
@@ -177,11 +178,7 @@ def _operand(z: Tensor, linear: nn.Linear, gate_linear: nn.Linear, part: slice) 
     """[*, c, r, r]: one operand of the product, channels first."""
     gate = cheap(torch.sigmoid, F.linear(z, gate_linear.weight[part]))
     operand = cheap(torch.mul, gate, F.linear(z, linear.weight[part]))
-    return cheap(_channels_first, operand)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.movedim(-1, -3).contiguous()
+    return cheap(channels_first, operand)
 
 
 class TinyOpenFoldBlock(nn.Module):

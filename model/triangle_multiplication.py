@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import EvoformerConfig
+from model.layout import channels_first, channels_last
 from model.remake import cheap
 from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
@@ -63,7 +64,7 @@ class TriangleMultiplication(Submodule):
         else:
             b = _operand(z, pair_mask, self.linear_b, self.linear_b_gate, part)
             product = context.transpose(-1, -2) @ b  # a[c, k, i] b[c, k, j]
-        return product.movedim(-3, -1).contiguous()  # [*, i, j, c]
+        return channels_last(product)  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
         update = self.linear_out(cheap(self.norm_product, update))
@@ -77,8 +78,4 @@ def _operand(z: Tensor, mask: Tensor, linear: nn.Linear, gate_linear: nn.Linear,
     del gate
     operand = cheap(torch.mul, opening, F.linear(z, linear.weight[part], linear.bias[part]))
     del opening
-    return cheap(_channels_first, operand)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.movedim(-1, -3).contiguous()
+    return cheap(channels_first, operand)

@@ -12,7 +12,7 @@ from cost_model.calibrate import Calibration, fit
 from cost_model.devices import Device
 from cost_model.profile import bytes_taken, largest_error, time_step, with_data
 from cost_model.steps import StepCost, opaque_strategies
-from cost_model.times import Key, TimesCache, Timing, key_of
+from cost_model.times import Key, MeasuredBytes, TimesCache, Timing, key_of
 from cost_model.trace import Work
 from model.chain import Chain, Step
 from model.kernels import KERNELS
@@ -37,6 +37,7 @@ class Measurement:
         cost: by the roofline; None where it cannot be traced.
         timing: what was measured; None where it was not.
         reason: why not.
+        taken: bytes that were measured, of a strategy that cannot be traced.
     """
 
     step: Step
@@ -44,6 +45,14 @@ class Measurement:
     cost: StepCost | None
     timing: Timing | None
     reason: str | None = None
+    taken: MeasuredBytes | None = None
+
+    @property
+    def preserved_bytes(self) -> int | None:
+        """What a forward keeps for its backward."""
+        if self.cost is not None:
+            return self.cost.preserved_bytes
+        return self.taken and self.taken.preserved
 
     def pairs(self) -> list[tuple[Work, float]]:
         """Work and seconds of each phase that was measured."""
@@ -140,7 +149,8 @@ class _Profiler:
         """A strategy that cannot be traced: kept only if it does what whole does, and with its memory."""
         timing = self._known(step, strategy)
         if timing is not None:
-            return Measurement(step, strategy, None, timing)
+            taken = self.cache.get_bytes(self._key(step, strategy))
+            return Measurement(step, strategy, None, timing, taken=taken)
         missing = KERNELS[strategy.kernel].missing if strategy.kernel in KERNELS else None
         if missing:
             return Measurement(step, strategy, None, None, missing)
@@ -156,7 +166,7 @@ class _Profiler:
             said = str(reason).strip().splitlines() or [type(reason).__name__]
             return Measurement(step, strategy, None, None, said[0])
         self.cache.put(self._key(step, strategy), timing, taken=taken)
-        return Measurement(step, strategy, None, timing)
+        return Measurement(step, strategy, None, timing, taken=taken)
 
     def _known(self, step: Step, strategy: Strategy) -> Timing | None:
         return None if self.again else self.cache.get(self._key(step, strategy))

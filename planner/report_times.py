@@ -43,7 +43,7 @@ def print_profile(measured: list[Measurement], calibration: Calibration, console
                 format_seconds(timing.forward or timing.discard),
                 format_seconds(timing.backward),
                 f"{timing.spread:.0%}",
-                "-" if cost is None else format_size(cost.preserved_bytes),
+                "-" if row.preserved_bytes is None else format_size(row.preserved_bytes),
                 "-" if predicted is None else f"{predicted / _total(timing):.2f} x",
             )
             name = ""
@@ -79,6 +79,7 @@ def profile_to_json(
                 "step": kind_of(row.step.name),
                 "strategy": str(row.strategy),
                 **({"reason": row.reason} if row.timing is None else row.timing._asdict()),
+                "preserved_bytes": row.preserved_bytes,
                 "roofline": row.cost
                 and {
                     "discard": row.cost.discard_seconds,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from cost_model.allocator import keep_freed_memory
 from planner.errors import RunError
 from planner.sizes import format_size
 
@@ -70,7 +71,11 @@ def make_folder(path: str) -> Path:
 
 
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
-    """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed)."""
+    """Run a command: one line per error, exit codes 2 (bad input), 3 (no plan fits), 1 (a check failed).
+
+    Steps are timed and run with the allocator in the same state, whichever command does it.
+    """
+    keep_freed_memory()
 
     def fail(message: str, code: int) -> NoReturn:
         click.echo(f"{name}: {' '.join(message.split())}", err=True)

@@ -102,7 +102,7 @@ def test_half_precision_is_judged_by_what_is_right() -> None:
     problem = Problem(
         model="custom",
         config=config.with_dropout(0.2),
-        shape=InputShape(6, 48),
+        shape=InputShape(6, 96),
         dtype="bfloat16",
         optimizer="none",
     )
