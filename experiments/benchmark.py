@@ -155,7 +155,7 @@ def _comparisons(hand: list[str], times: dict[str, list[float]], peaks: dict[str
 
 
 def _title(found: dict[str, Any]) -> str:
-    compiled = ", torch.compile" if found["compiled"] else ""
+    compiled = ", torch.compile" if found.get("compiled") else ""
     return f"{found['blocks']} blocks, s={found['s']}, r={found['r']}, {found['dtype']}{compiled}"
 
 
@@ -190,20 +190,29 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     sizes = document["sizes"]
-    figure, panels = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.2), squeeze=False)
-    for panel, found in zip(panels[0], sizes, strict=True):
+    rows, columns = -(-len(sizes) // 2), min(2, len(sizes))
+    figure, panels = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
+    for panel in panels.flat[len(sizes) :]:
+        panel.remove()
+    for panel, found in zip(panels.flat, sizes, strict=False):
         for name, row in found["runs"].items():
             planned = name.startswith("plan")
             style = {"marker": "o", "color": "tab:blue"} if planned else {"marker": "x", "color": "tab:red"}
             peak = row["peak_bytes"] / 2**20
             panel.plot(peak, row["seconds"], linestyle="none", **style)
             if not planned:
+                # Often where the one without kernels is: its name goes elsewhere.
+                beside = name.endswith("+kernels")
                 panel.annotate(
-                    name, (peak, row["seconds"]), xytext=(4, 4), textcoords="offset points", fontsize=7
-                )
-        panel.set_xscale("log")
+                    name, (peak, row["seconds"]), xytext=(7, -3) if beside else (0, 6), fontsize=7,
+                    textcoords="offset points", ha="left" if beside else "center",
+                )  # fmt: skip
+        panel.margins(x=0.1, y=0.1)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.set_xlabel("measured peak, MiB")
         panel.set_ylabel("measured step time, s")
         panel.set_title(_title(found), fontsize=9)
