@@ -12,7 +12,6 @@ With --cap a GPU's memory is limited to that many bytes, and a plan for it has t
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from planner.solvers.baselines import (
     keep_everything,
     square_root,
 )
-from planner.terminal import check_writable, console_for_output, run_command
+from planner.terminal import check_writable, console_for_output, progress, run_command
 from planner.timing import cost_with_times
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
@@ -259,7 +258,8 @@ def benchmark(
         if cap is not None:
             document["sizes"].append(under_cap(problem, cap, cache, rounds))
             continue
-        found = run_size(problem, cache, rounds, compiled, _say)
+        with progress("measuring") as say:
+            found = run_size(problem, cache, rounds, compiled, say)
         document["sizes"].append(found)
         print_size(found, console)
     path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
@@ -304,10 +304,6 @@ def under_cap(problem: Problem, cap: int, cache: str | None, rounds: int) -> dic
         "dtype": problem.dtype, "cap_bytes": cap, "peak_bytes": bench.peaks["plan"],
         "reserved_bytes": torch.cuda.max_memory_reserved(), "seconds": float(np.median(seconds)),
     }  # fmt: skip
-
-
-def _say(text: str) -> None:
-    print(f"\r{text:100}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from planner.profiling import Measurement, profile_problem
 from planner.report import new_table
 from planner.sizes import format_seconds, format_size
 from planner.solvers import Frontier
-from planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
+from planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 from planner.timing import time_source
 from planner.trial import Trial, random_inputs, random_stack
 from planner.verify import apply_plan
@@ -111,7 +111,10 @@ def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -
     check_writable(json_path)
     console = console_for_output()
     problems = [problem_of(*case) for case in CASES]
-    steps = [profile_problem(problem, cache, repeats, MAX_PIECES, progress=_say)[0] for problem in problems]
+    with progress("measuring") as say:
+        steps = [
+            profile_problem(problem, cache, repeats, MAX_PIECES, progress=say)[0] for problem in problems
+        ]
     everything = []
     for number, problem in enumerate(problems):
         source = time_source(problem, "measured", cache)
@@ -146,10 +149,6 @@ def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -
     kept = summary["measured"]
     good = kept["largest_error"] <= TOLERANCE and min(kept["spearman"]) >= LEAST_CORRELATION
     sys.exit(0 if good else CHECK_FAILED)
-
-
-def _say(text: str) -> None:
-    print(f"\r{text:100}", end="", file=sys.stderr, flush=True)
 
 
 def _other_sources(costed: Costed, elsewhere: list[Measurement]) -> dict[str, Costed]:
