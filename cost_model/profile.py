@@ -120,8 +120,8 @@ def largest_error(
                 return [run_discarded(step.submodule, strategy, tensors)]
         run, output = record(step.submodule, strategy, tensors)
         # Random, as in training: a slope's partial sums grow and cancel, and magnify harmless rounding.
-        torch.manual_seed(0)
-        of_state, of_parameters = run.vjp(torch.randn(output.shape, dtype=output.dtype, device=output.device))
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        of_state, of_parameters = run.vjp(grad.to(output))
 
         def gradient(found: Tensor | None, of: Tensor) -> Tensor:
             return torch.zeros_like(of) if found is None else found  # None: it was dropped
@@ -133,7 +133,13 @@ def largest_error(
         return [output, *states, vector]
 
     pairs = zip(results(strategy), results(WHOLE), strict=True)
-    return max(float((got - true).abs().max() / true.abs().max()) for got, true in pairs)
+    # Of tensors: Python's max would overlook what is not a number.
+    return float(torch.stack([_relative_error(got, true) for got, true in pairs]).max())
+
+
+def _relative_error(got: Tensor, true: Tensor) -> Tensor:
+    smallest = torch.finfo(true.dtype).tiny  # what should be zero is compared with nothing
+    return ((got - true).abs().max() / true.abs().max().clamp_min(smallest)).double()
 
 
 def bytes_taken(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sqlite3
@@ -31,7 +32,7 @@ from model.strategy import Strategy
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-SCHEMA = 1  # of the file
+SCHEMA = 2  # of the file, and of what its times mean
 _TABLES = """
 create table if not exists times (
     device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
@@ -145,6 +146,11 @@ class TimesCache:
     def __init__(self, path: str | Path, device: str) -> None:
         self.path, self.here = Path(path), (local_name(device), torch.__version__)
 
+    def _damaged(self, what: object) -> ValueError:
+        return ValueError(
+            f"{self.path}: is no cache of times ({what}); delete it or name another with --cache"
+        )
+
     @contextmanager
     def _open(self, write: bool = False) -> Iterator[sqlite3.Connection | None]:
         """The file; None where there is nothing to be read."""
@@ -168,12 +174,12 @@ class TimesCache:
                 if write and schema == 0:
                     connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
                 yield connection if write or schema else None
-        except sqlite3.OperationalError as error:
-            raise ValueError(f"{self.path}: {error}; try again, or name another file with --cache") from None
         except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{self.path}: is no cache of times ({error}); delete it or name another with --cache"
-            ) from None
+            if "locked" in str(error):
+                raise ValueError(
+                    f"{self.path}: {error}; try again, or name another file with --cache"
+                ) from None
+            raise self._damaged(error) from None
         finally:
             connection.close()
 
@@ -186,6 +192,8 @@ class TimesCache:
             row = connection.execute(
                 f"select {', '.join(Timing._fields)} from times where {where}", (*self.here, *key)
             ).fetchone()
+        if row is not None and not all(_is_amount(value) for value in row):
+            raise self._damaged(f"a time of {key.step} is none")
         return None if row is None else Timing(*row)
 
     def get_bytes(self, key: Key) -> MeasuredBytes | None:
@@ -195,7 +203,15 @@ class TimesCache:
                 return None
             where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
             row = connection.execute(f"select bytes from times where {where}", (*self.here, *key)).fetchone()
-        return MeasuredBytes(*json.loads(row[0])) if row and row[0] else None
+        if not (row and row[0]):
+            return None
+        try:
+            taken = MeasuredBytes(*json.loads(row[0]))
+        except (ValueError, TypeError):
+            taken = MeasuredBytes(-1, -1, -1, -1)
+        if not all(isinstance(value, int) and value >= 0 for value in taken):
+            raise self._damaged(f"bytes of {key.step} are none")
+        return taken
 
     def put(
         self, key: Key, found: Timing, cost: StepCost | None = None, taken: MeasuredBytes | None = None
@@ -223,12 +239,15 @@ class TimesCache:
                 "where device = ? and torch = ? and dtype = ?",
                 (*self.here, dtype),
             ).fetchall()
-        return [
-            (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
-            for *times, works in rows
-            for seconds, kernels in zip(times, json.loads(works), strict=False)
-            if seconds > 0 and kernels
-        ]
+        try:
+            return [
+                (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
+                for *times, works in rows
+                for seconds, kernels in zip(times, json.loads(works), strict=False)
+                if seconds > 0 and kernels
+            ]
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
 
     def calibration(self, dtype: str) -> dict[str, float] | None:
         """Fitted constants of a device; None where there are none."""
@@ -297,6 +316,10 @@ class Measured:
         return found
 
 
+def _is_amount(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
+
+
 def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:
     """What a step's time depends on, besides the device and torch."""
     kind, *described, parameters = step.submodule.signature()
@@ -310,6 +333,8 @@ def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:
 def local_name(device: str) -> str:
     """What to call this machine's device, such that times carry over to whatever is called the same."""
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA device here; use --device cpu, or a machine that has one")
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} threads"
 

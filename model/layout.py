@@ -23,12 +23,21 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class _Moved(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: int, destination: int) -> Tensor:
-        ctx.dims = source, destination
-        return x.movedim(source, destination).contiguous()
+    def forward(x: Tensor, source: int, destination: int) -> Tensor:
+        return x.movedim(source, destination).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        _, *ctx.dims = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         source, destination = ctx.dims
         return _Moved.apply(grad, destination, source), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Moved.apply(tangent, *ctx.dims)

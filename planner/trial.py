@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cost_model.allocator import give_back_freed_memory
 from model.chain import Plannable
 from model.loss import mean_square
 from model.parallel import ParallelEvoformer
@@ -48,6 +49,7 @@ def available_bytes(kind: str) -> int:
     """Memory that a run here may take."""
     if kind == "cuda":
         return torch.cuda.mem_get_info()[0]
+    give_back_freed_memory()
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

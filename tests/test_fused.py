@@ -113,9 +113,16 @@ def test_profile_keeps_what_is_exact_and_refuses_what_is_not(
     def one_that_fails(q, k, v, mask, bias):
         raise RuntimeError("no such kernel image\nsome more")
 
+    def without_gradients(q, k, v, mask, bias):
+        out = formula(q, k, v, mask, bias)
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad * float("nan"))
+        return out
+
     absent = Kernel("absent", formula, ("cpu",), opaque=True, needs="no_such_module")
     broken = Kernel("broken", one_that_fails, ("cpu",), opaque=True)
-    for found in (Kernel("wrong", without_bias, ("cpu",), opaque=True), absent, broken):
+    nan = Kernel("nan", without_gradients, ("cpu",), opaque=True)
+    for found in (Kernel("wrong", without_bias, ("cpu",), opaque=True), nan, absent, broken):
         monkeypatch.setitem(KERNELS, found.name, found)
     measured, _, _ = profile_problem(PROBLEM, path, repeats=1, max_pieces=1)
     reasons: dict[str, set] = {}
@@ -127,6 +134,7 @@ def test_profile_keeps_what_is_exact_and_refuses_what_is_not(
     assert "gives the bias no gradient" in said
     assert reasons["wrong column_attention"] == {None}  # there is no bias to drop
     assert all("it is off by" in said for said in reasons["wrong triangle_ending"])
+    assert reasons["nan row_attention"] == {"it is off by nan"}
     assert reasons["absent row_attention"] == {"no_such_module is not installed"}
     assert reasons["broken row_attention"] == {"no such kernel image"}
 

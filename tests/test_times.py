@@ -262,6 +262,27 @@ def test_a_file_that_is_no_cache_is_named(capsys: pytest.CaptureFixture[str], tm
     assert path.read_text().startswith("this is not")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "update times set forward = 'x'",
+        "update times set backward = -5",
+        "update times set discard = 9e999",
+        "update times set bytes = '[1, 2]' where bytes is not null",
+        "update times set bytes = '[-1, 1, 1, 1]' where bytes is not null",
+        "update times set work = 'zzz'",
+        "drop table times",
+    ],
+)
+def test_a_damaged_cache_is_named(damage: str, cache: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.sqlite"
+    path.write_bytes(Path(cache).read_bytes())
+    with sqlite3.connect(path) as connection:
+        connection.execute(damage)
+    with pytest.raises(ValueError, match=r"damaged\.sqlite: is no cache of times"):
+        profile_problem(PROBLEM, str(path), repeats=1, max_pieces=2)
+
+
 def test_profile_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cache, saved, result = (str(tmp_path / name) for name in ("t.sqlite", "here.json", "result.json"))
     shape = ["--n-blocks", "1", "--n-seq", "6", "--n-res", "8", "--c-m", "16", "--c-z", "16"]

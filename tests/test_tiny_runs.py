@@ -227,7 +227,8 @@ def _killed_and_resumed(tmp_path: Path, kills: int, steps: int, seed: int) -> No
     flags = ("--num-steps", str(steps))
     whole = alone(*TRAIN, *flags, "--profile-dir", str(tmp_path / "whole"))
     assert whole.code == 0, whole.err
-    saving = (*flags, "--save-every", "2", "--snapshots", str(tmp_path / "snapshots"))
+    snapshots = tmp_path / "snapshots"
+    saving = (*flags, "--save-every", "2", "--snapshots", str(snapshots))
     saving += ("--resume", "--profile-dir", str(tmp_path / "resumed"))
     cut_short = 0
     for _ in range(kills):
@@ -235,7 +236,9 @@ def _killed_and_resumed(tmp_path: Path, kills: int, steps: int, seed: int) -> No
             for line in process.stdout:
                 if line.startswith("===="):
                     break
-            time.sleep(chance.uniform(0.6, 1.6))
+            while not any(snapshots.glob("[!.]*/*")) and process.poll() is None:
+                time.sleep(0.01)  # a busy machine may take long to get that far
+            time.sleep(chance.uniform(0.1, 1.1))
             process.send_signal(signal.SIGKILL)
             cut_short += process.wait() == -signal.SIGKILL
     assert cut_short == kills
