@@ -1,8 +1,8 @@
 """Attention tile by tile: its logits never exist in full, and nothing has to be projected again in backward.
 
-Kept for backward are q, k, v, the output, and of each row of logits its log-sum-exp. That is kept in its two
-parts, the largest logit and the sum of exponentials, because where every key is masked the logits are -1e9,
-to which float32 cannot add a logarithm. Backward makes each tile's weights again from them.
+Kept for backward are q, k and v. Backward makes each tile's weights again by the same softmax, so neither the
+output nor a log-sum-exp is wanted: recomputing from one takes three passes over the tile where softmax takes
+one, and where every key is masked the logits are -1e9, to which float32 cannot add a logarithm.
 
 A tile is a few rows of the batch; where one row alone is too large, a few of its heads; then a few of its
 queries, with all their keys. So no softmax is ever split over keys: the logits of one query take 400 kB
@@ -71,43 +71,32 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, tile_bytes: int
     ) -> Tensor:
         out = torch.empty_like(q)
-        wanted = any(ctx.needs_input_grad)
-        statistics = q.new_empty((2, *q.shape[:-1], 1), dtype=_working(q)) if wanted else None
         for tile in tiles(q.shape, q.dtype, tile_bytes):
-            b, r, h, i = tile
-            logits = _logits(q, k, mask, bias, tile)
-            if statistics is None:
-                weights = logits.softmax(-1)
-            else:
-                largest, total = statistics[:, b, r, h, i]
-                torch.amax(logits, -1, keepdim=True, out=largest)
-                weights = logits.sub_(largest).exp_()
-                torch.sum(weights, -1, keepdim=True, out=total)
-                weights.div_(total)  # before they are rounded: a sum of 512 values may overflow float16
-            del logits
+            b, r, h, _ = tile
+            weights = _weights(q, k, mask, bias, tile)
             out[tile] = weights.to(q.dtype) @ v[b, r, h]
             del weights
-        ctx.save_for_backward(q, k, v, mask, bias, out, statistics)
+        ctx.save_for_backward(q, k, v, mask, bias)
         ctx.tile_bytes = tile_bytes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, bias, out, statistics = ctx.saved_tensors
+        q, k, v, mask, bias = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         bias_grad = None if bias is None else torch.zeros_like(bias, dtype=_working(q))
         for tile in tiles(q.shape, q.dtype, ctx.tile_bytes):
-            _tile_backward(tile, q, k, v, mask, bias, out, statistics, grad, grads, bias_grad)
+            _tile_backward(tile, q, k, v, mask, bias, grad, grads, bias_grad)
         return *grads, None, None if bias is None else bias_grad.to(bias.dtype), None
 
 
 def _working(x: Tensor) -> torch.dtype:
-    """In what logits and their statistics are: as softmax does it, float32 for half precision."""
+    """In what logits and weights are: as softmax does it, float32 for half precision."""
     return torch.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
-def _logits(q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+def _weights(q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
     """[b, rows, heads, queries, n], with the additions in the order in which eager attention makes them."""
     b, r, h, i = tile
     # Casts stand here and not inside an operator, so that their memory is seen.
@@ -115,7 +104,7 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None, tile: Tile)
     logits += mask[b, r, None, None].to(logits.dtype)
     if bias is not None:
         logits += bias[b, None, h, i].to(logits.dtype)
-    return logits
+    return logits.softmax(-1)
 
 
 def _tile_backward(
@@ -125,28 +114,24 @@ def _tile_backward(
     v: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
     grad: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
     bias_grad: Tensor | None,
 ) -> None:
     """Write a tile's part of the gradients.
 
-    With the weights w = exp(logits - largest) / total: dv = w^T grad and
-    dlogits = w * (grad v^T - sum(grad * out)).
+    With the weights w: dv = w^T grad and dlogits = w * (dw - sum(w * dw)), where dw = grad v^T.
     """
     b, r, h, i = tile
     keys = b, r, h
-    largest, total = statistics[:, b, r, h, i]
     q_grad, k_grad, v_grad = grads
     first = i.start == 0  # of the queries that share these keys
     d = grad[tile]
-    sums = (d.to(largest.dtype) * out[tile].to(largest.dtype)).sum(-1, keepdim=True)
-    weights = _logits(q, k, mask, bias, tile).sub_(largest).exp_().div_(total)
+    weights = _weights(q, k, mask, bias, tile)
     _put(v_grad[keys], weights.to(q.dtype).transpose(-1, -2) @ d, first)
-    logits_grad = (d @ v[keys].transpose(-1, -2)).to(weights.dtype).sub_(sums).mul_(weights)
-    del weights
+    weights_grad = (d @ v[keys].transpose(-1, -2)).to(weights.dtype)
+    logits_grad = torch.ops.aten._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+    del weights, weights_grad
     if bias_grad is not None:
         bias_grad[b, h, i] += logits_grad.sum(1)
     logits_grad = logits_grad.to(q.dtype)

@@ -39,7 +39,7 @@ def gradients(function, leaves, *rest):
 
 def test_torchs_fused_attention_is_the_formula_where_it_may_be_used() -> None:
     q, k, v, mask, bias = attention_inputs((2,), rows=4, n=33, c=8)
-    mask[..., 0, :2] = 0.0  # its log-sum-exp is of no use where no key is there
+    mask[..., 0, :2] = 0.0  # a row without any key
     torch.testing.assert_close(sdpa_attention(q, k, v, mask, None), formula(q, k, v, mask, None))
     for got, true in zip(
         gradients(sdpa_attention, [q, k, v], mask, None),
