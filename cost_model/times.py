@@ -175,7 +175,8 @@ class TimesCache:
                     connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
                 yield connection if write or schema else None
         except sqlite3.DatabaseError as error:
-            if "locked" in str(error):
+            lacks = any(text in str(error) for text in ("no such", "no column"))  # of tables
+            if isinstance(error, sqlite3.OperationalError) and not lacks:  # locked, read-only, a full disk
                 raise ValueError(
                     f"{self.path}: {error}; try again, or name another file with --cache"
                 ) from None
@@ -207,11 +208,11 @@ class TimesCache:
             return None
         try:
             taken = MeasuredBytes(*json.loads(row[0]))
+            if min(taken) >= 0:
+                return taken
         except (ValueError, TypeError):
-            taken = MeasuredBytes(-1, -1, -1, -1)
-        if not all(isinstance(value, int) and value >= 0 for value in taken):
-            raise self._damaged(f"bytes of {key.step} are none")
-        return taken
+            pass
+        raise self._damaged(f"bytes of {key.step} are none")
 
     def put(
         self, key: Key, found: Timing, cost: StepCost | None = None, taken: MeasuredBytes | None = None
