@@ -8,7 +8,7 @@ REQUIREMENTS = setup.cfg pyproject.toml constraints.txt
 .PHONY: demo test slow lint venv clean
 
 demo: .venv/.installed
-	.venv/bin/python -m experiments.demo
+	.venv/bin/python -m evoplan.experiments.demo
 
 test: .venv/.installed-test
 	.venv/bin/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal

@@ -6,7 +6,7 @@ operands), t how many times a transition widens. The formulas are leading terms:
 normalisations, masks, pair biases and weights are left out, below 1 % together at the sizes of
 AlphaFold 2's main stack, 1.1 % at those of its extra stack, where m is 64 wide.
 
-`python -m cost_model.analytic` prints them beside what the traced code holds.
+`python -m evoplan.cost_model.analytic` prints them beside what the traced code holds.
 
 Source: Jumper et al. (2021), Suppl. Alg. 6-15, 18, 19; what is saved follows from the code in `model`.
 `notes` are the MagicCube notes' estimates, which this file corrects.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from model.config import PRESETS, EvoformerConfig, InputShape, override
+from evoplan.model.config import PRESETS, EvoformerConfig, InputShape, override
 
 
 @dataclass(frozen=True)
@@ -296,11 +296,11 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     """Bytes each submodule saves and its forward peak, and what the block holds: run without data."""
     import torch
 
-    from cost_model.trace import Trace, fake_copy, fake_tensors
-    from model import Chain, EvoformerStack
-    from model.evoformer import mask_constants
-    from model.execution import record
-    from model.strategy import WHOLE
+    from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+    from evoplan.model import Chain, EvoformerStack
+    from evoplan.model.evoformer import mask_constants
+    from evoplan.model.execution import record
+    from evoplan.model.strategy import WHOLE
 
     with torch.device("meta"):
         stack = EvoformerStack(replace(config, n_block=1))
@@ -327,10 +327,10 @@ def main(arguments: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cost_model.devices import DTYPES
+    from evoplan.cost_model.devices import DTYPES
 
     stacks = [name for name, chosen in PRESETS.items() if isinstance(chosen.config, EvoformerConfig)]
-    parser = argparse.ArgumentParser(prog="python -m cost_model.analytic", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m evoplan.cost_model.analytic", description=main.__doc__)
     parser.add_argument(
         "--model", choices=stacks, default="alphafold2-finetune", help="(default: %(default)s)"
     )

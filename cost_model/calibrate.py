@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares
 
-from cost_model.devices import Device
-from cost_model.trace import Work
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.trace import Work
 
 LEAST_ROWS = 12
 

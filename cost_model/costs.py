@@ -9,16 +9,16 @@ from functools import cached_property, partial
 import torch
 from torch import nn
 
-from cost_model.devices import Device
-from cost_model.liveness import INPUT, Liveness, Version
-from cost_model.scratch import CpuScratch
-from cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
-from cost_model.times import MissingTimesError, Roofline, TimeSource
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model.chain import Chain, Step
-from model.kernels import kernels_for
-from model.pieces import sampled_pieces
-from model.strategy import WHOLE, Strategy
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
+from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model.chain import Chain, Step
+from evoplan.model.kernels import kernels_for
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.strategy import WHOLE, Strategy
 
 
 @dataclass(frozen=True)

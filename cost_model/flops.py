@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-from model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig
+from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig
 
 
 class Flops(NamedTuple):

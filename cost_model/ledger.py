@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cost_model.trace import Trace
-from model.regions import open_regions
+from evoplan.cost_model.trace import Trace
+from evoplan.model.regions import open_regions
 
 Regions = tuple[str, ...]  # open ones, the outermost first
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from cost_model import measure
-from cost_model.devices import DEVICES, Device
+from evoplan.cost_model import measure
+from evoplan.cost_model.devices import DEVICES, Device
 
 PRODUCT, COPY = 2048, 2**25  # rows of a square matrix; elements of a tensor beyond any cache
 ROUNDS = 5

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cost_model import measure
-from cost_model.times import MeasuredBytes, Timing
-from model.chain import Step
-from model.execution import record, run_discarded
-from model.strategy import WHOLE, Strategy
-from model.submodule import Submodule
+from evoplan.cost_model import measure
+from evoplan.cost_model.times import MeasuredBytes, Timing
+from evoplan.model.chain import Step
+from evoplan.model.execution import record, run_discarded
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.model.submodule import Submodule
 
 Progress = Callable[[str], None]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cost_model.devices import Device, Link
-from cost_model.trace import Work
+from evoplan.cost_model.devices import Device, Link
+from evoplan.cost_model.trace import Work
 
 
 def seconds(work: Work, device: Device, dtype: str, link: Link | None = None) -> float:

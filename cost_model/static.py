@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cost_model.devices import DTYPES, Device
+from evoplan.cost_model.devices import DTYPES, Device
 
 OPTIMIZER_STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors of a parameter's size; sgd with momentum
 

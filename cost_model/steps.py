@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cost_model.trace import Trace, Work
-from model.chain import Step
-from model.execution import record, run_discarded
-from model.kernels import kernels_for
-from model.strategy import COMPILED, LEAN, WHOLE, Strategy
-from model.submodule import IndependentAxis
+from evoplan.cost_model.trace import Trace, Work
+from evoplan.model.chain import Step
+from evoplan.model.execution import record, run_discarded
+from evoplan.model.kernels import kernels_for
+from evoplan.model.strategy import COMPILED, LEAN, WHOLE, Strategy
+from evoplan.model.submodule import IndependentAxis
 
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.

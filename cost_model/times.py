@@ -23,12 +23,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from cost_model.devices import Device, Link
-from cost_model.roofline import seconds
-from cost_model.steps import StepCost, opaque_strategies
-from cost_model.trace import Work
-from model.chain import Step
-from model.strategy import Strategy
+from evoplan.cost_model.devices import Device, Link
+from evoplan.cost_model.roofline import seconds
+from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.trace import Work
+from evoplan.model.chain import Step
+from evoplan.model.strategy import Strategy
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
-from model.pieces import PieceSample
+from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
+from evoplan.model.pieces import PieceSample
 
 
 @dataclass(frozen=True)

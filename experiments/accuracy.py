@@ -1,6 +1,6 @@
 """How close predictions are: predicted against the allocator's measured peak, over a grid of plans.
 
-    python -m experiments.accuracy
+    python -m evoplan.experiments.accuracy
 
 Sizes that do not divide, one to eight blocks, two dtypes, dropout on and off, an extra MSA stack before the
 main one; four to six budgets each from the least feasible up. Ratios are of activations: static bytes
@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
-from planner.costing import cost_problem
-from planner.plan import write_json
-from planner.planning import solve
-from planner.problem import Problem
-from planner.schedule import depth
-from planner.solvers import Frontier
-from planner.verify import verify_plan
+from evoplan.model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.plan import write_json
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers import Frontier
+from evoplan.planner.verify import verify_plan
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 NARROW = EvoformerConfig(c_m=64, c_z=64)

@@ -1,9 +1,9 @@
 """AlphaFold 2's Evoformer under the original benchmark's policies, with the planner beside them.
 
-    python -m experiments.alphafold2 --policy single --schedule large
-    python -m experiments.alphafold2 --policy extra-single --schedule planned --memory 4GiB
-    torchrun --nproc_per_node=2 -m experiments.alphafold2 --policy dap --schedule planned --measure
-    python -m experiments.alphafold2 --tables
+    python -m evoplan.experiments.alphafold2 --policy single --schedule large
+    python -m evoplan.experiments.alphafold2 --policy extra-single --schedule planned --memory 4GiB
+    torchrun --nproc_per_node=2 -m evoplan.experiments.alphafold2 --policy dap --schedule planned --measure
+    python -m evoplan.experiments.alphafold2 --tables
 
 Full sizes are simulated: the schedule is run on tensors without data, and times come from the roofline of
 a device. With --measure a reduced size is run here for real.
@@ -19,17 +19,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cost_model.devices import DEVICES
-from experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
-from planner.costing import Costed, cost_problem
-from planner.flags import Size
-from planner.plan import SolverReport, write_json
-from planner.planning import NoPlanError
-from planner.report import describe_problem, print_rank_verifications, print_verification
-from planner.sizes import format_seconds, format_size
-from planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
-from planner.verify import Verification, verify_on, verify_plan
-from planner.world import World, joined
+from evoplan.cost_model.devices import DEVICES
+from evoplan.experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.flags import Size
+from evoplan.planner.plan import SolverReport, write_json
+from evoplan.planner.planning import NoPlanError
+from evoplan.planner.report import describe_problem, print_rank_verifications, print_verification
+from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
+from evoplan.planner.verify import Verification, verify_on, verify_plan
+from evoplan.planner.world import World, joined
 
 MB = 2**20  # the original tables' unit
 
@@ -57,7 +57,7 @@ def command(
     if tables:
         if policy is not None or json_path is not None:
             raise ValueError("--tables makes all policies' and writes where it always does; give it alone")
-        from experiments.tables import make_tables
+        from evoplan.experiments.tables import make_tables
 
         make_tables(console_for_output())
     elif policy is None:
@@ -138,7 +138,7 @@ def measured(policy: str, schedule: str, world: World, asked: dict[str, Any]) ->
     if world.size == 1:
         results = [verify_plan(None, plan)]
     else:
-        results = verify_on(world, plan, 3, "experiments.alphafold2")
+        results = verify_on(world, plan, 3, "evoplan.experiments.alphafold2")
     if world.first:
         console = console_for_output()
         console.print(f"{policy}, {schedule}: {describe_problem(plan.problem)}", highlight=False)
@@ -158,4 +158,4 @@ def halfway(costed: Costed) -> int:
 
 
 if __name__ == "__main__":
-    run_command(command, "python -m experiments.alphafold2")
+    run_command(command, "python -m evoplan.experiments.alphafold2")

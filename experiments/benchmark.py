@@ -1,6 +1,6 @@
 """Plans against what people do by hand, at equal measured peaks, on this machine.
 
-    python -m experiments.benchmark [--size S,R,BLOCKS ...] [--rounds N] [--device cuda --dtype bfloat16]
+    python -m evoplan.experiments.benchmark [--size S,R,BLOCKS ...] [--rounds N] [--device cuda]
 
 By hand: `none`, `sqrt`, `small` and `large` with attention as the formula is written, and the last two
 again with each step's fastest kernel (`+kernels`). Each is run and its peak measured; then a plan is made
@@ -23,30 +23,30 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cost_model import measure
-from cost_model.times import local_name
-from experiments.interleaved import interleaved
-from model.config import EvoformerConfig, InputShape
-from planner.costing import Costed
-from planner.flags import Size
-from planner.plan import Plan, SolverReport, write_json
-from planner.planning import NoPlanError, plan_of, solve
-from planner.problem import Problem
-from planner.profiling import profile_problem
-from planner.report import new_table
-from planner.schedule import Sequence
-from planner.sizes import format_seconds, format_size
-from planner.solvers.baselines import (
+from evoplan.cost_model import measure
+from evoplan.cost_model.times import local_name
+from evoplan.experiments.interleaved import interleaved
+from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.costing import Costed
+from evoplan.planner.flags import Size
+from evoplan.planner.plan import Plan, SolverReport, write_json
+from evoplan.planner.planning import NoPlanError, plan_of, solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.profiling import profile_problem
+from evoplan.planner.report import new_table
+from evoplan.planner.schedule import Sequence
+from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.solvers.baselines import (
     every_block,
     every_submodule,
     fastest_kernels,
     keep_everything,
     square_root,
 )
-from planner.terminal import check_writable, console_for_output, progress, run_command
-from planner.timing import cost_with_times
-from planner.trial import Trial, random_inputs, random_stack
-from planner.verify import apply_plan
+from evoplan.planner.terminal import check_writable, console_for_output, progress, run_command
+from evoplan.planner.timing import cost_with_times
+from evoplan.planner.trial import Trial, random_inputs, random_stack
+from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("64,96,4", "64,128,4")
@@ -310,4 +310,4 @@ def under_cap(problem: Problem, cap: int, cache: str | None, rounds: int) -> dic
 
 
 if __name__ == "__main__":
-    run_command(benchmark, "python -m experiments.benchmark")
+    run_command(benchmark, "python -m evoplan.experiments.benchmark")

@@ -1,6 +1,6 @@
 """The main job, end to end, on a real alignment: plan, train under the plan, compare, draw.
 
-    python -m experiments.demo
+    python -m evoplan.experiments.demo
 
 Takes s and r from ubiquitin and its relatives, plans AlphaFold 2's Evoformer (four blocks at full
 width) for a quarter of what plain training needs, trains it on a masked-MSA loss under that plan,
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from model.alignment import read_alignment
-from model.config import InputShape, preset
-from planner.costing import cost_problem
-from planner.plan import write_json
-from planner.planning import solve, sweep
-from planner.plot import plot_sweep
-from planner.problem import Problem
-from planner.report import print_plan, print_verification
-from planner.run import Settings, run_plan
-from planner.verify import verify_plan
+from evoplan.model.alignment import read_alignment
+from evoplan.model.config import InputShape, preset
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.plan import write_json
+from evoplan.planner.planning import solve, sweep
+from evoplan.planner.plot import plot_sweep
+from evoplan.planner.problem import Problem
+from evoplan.planner.report import print_plan, print_verification
+from evoplan.planner.run import Settings, run_plan
+from evoplan.planner.verify import verify_plan
 
 ALIGNMENT = Path(__file__).parent / "data" / "ubiquitin.a3m"
 BUDGET = 240 * 2**20

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 
-from cost_model import measure
+from evoplan.cost_model import measure
 
 
 def interleaved(

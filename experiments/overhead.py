@@ -1,6 +1,6 @@
 """What the executor costs: a plan that equals `large` beside the same thing written by hand.
 
-    python -m experiments.overhead [--rounds N]
+    python -m evoplan.experiments.overhead [--rounds N]
 
 By hand is `torch.utils.checkpoint` around each block. Both run interleaved in one process on the same
 model and inputs. The figure is the median of the ratios of neighbouring runs; beside it stands the
@@ -20,15 +20,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cost_model import measure
-from model.chain import Chain, Step
-from model.config import EvoformerConfig
-from model.evoformer import EvoformerStack
-from model.loss import mean_square
-from model.strategy import WHOLE
-from planner.apply import PlannedModule
-from planner.plan import write_json
-from planner.schedule import Checkpoint, Run, Sequence
+from evoplan.cost_model import measure
+from evoplan.model.chain import Chain, Step
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.evoformer import EvoformerStack
+from evoplan.model.loss import mean_square
+from evoplan.model.strategy import WHOLE
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.plan import write_json
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 NARROW = EvoformerConfig(n_block=4, c_m=64, c_z=64)
@@ -102,7 +102,7 @@ def compare(config: EvoformerConfig, s: int, r: int, rounds: int) -> dict:
 
 def main() -> int:
     """Print the ratios, write them as JSON; 0 if the fastest runs keep the limit."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.overhead", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.overhead", description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=25, help="runs of each (default: %(default)s)")
     rounds = parser.parse_args().rounds
     console = Console(width=110)

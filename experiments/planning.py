@@ -1,6 +1,6 @@
 """The planner's own figures: how far from optimal, how fast, and what it gains over recomputing blocks.
 
-    python -m experiments.planning [--skip-long]
+    python -m evoplan.experiments.planning [--skip-long]
 
 AlphaFold 2's Evoformer in float16 on the roofline of an A100. Costs are traced once per shape; deeper stacks
 repeat the steps of one block. Everything else is solver time, on one thread.
@@ -19,14 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cost_model.costs import CostTable
-from model.config import override, preset
-from planner.costing import cost_problem
-from planner.plan import write_json
-from planner.problem import Problem
-from planner.replay import replay
-from planner.solvers import BASELINES, Frontier, cp_sat
-from planner.solvers.bounds import LowerBound
+from evoplan.cost_model.costs import CostTable
+from evoplan.model.config import override, preset
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.plan import write_json
+from evoplan.planner.problem import Problem
+from evoplan.planner.replay import replay
+from evoplan.planner.solvers import BASELINES, Frontier, cp_sat
+from evoplan.planner.solvers.bounds import LowerBound
 
 RESULTS = Path(__file__).parent / "results" / "planning.json"
 DEVICE, DTYPE, GIB = "a100-40gb", "float16", 2**30
@@ -124,7 +124,7 @@ def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict]:
 
 def main() -> int:
     """Print the figures, write them as JSON; 0 if all are as asked."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.planning", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.planning", description=main.__doc__)
     parser.add_argument("--skip-long", action="store_true", help="neither 1,000 blocks nor CP-SAT on 48")
     long = not parser.parse_args().skip_long
     console, tables = Console(width=110), {}

@@ -8,16 +8,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from model.config import override, preset, with_blocks
-from planner.costing import Costed
-from planner.plan import Plan, SolverReport
-from planner.planning import plan_of, solve
-from planner.problem import Mode, Problem
-from planner.replay import replay
-from planner.schedule import Sequence
-from planner.solvers import BASELINES
-from planner.solvers.baselines import evenly_chunked
-from planner.verify import simulate_plan
+from evoplan.model.config import override, preset, with_blocks
+from evoplan.planner.costing import Costed
+from evoplan.planner.plan import Plan, SolverReport
+from evoplan.planner.planning import plan_of, solve
+from evoplan.planner.problem import Mode, Problem
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Sequence
+from evoplan.planner.solvers import BASELINES
+from evoplan.planner.solvers.baselines import evenly_chunked
+from evoplan.planner.verify import simulate_plan
 
 SCHEDULES = ("none", "small", "large", "chunk", "planned")
 SEED_TABLES = Path(__file__).parent / "data" / "seed-tables.json"

@@ -1,7 +1,7 @@
 """Training on 1 to 512 devices, on paper: data parallelism times dynamic axial parallelism.
 
-    python -m experiments.scale
-    python -m experiments.scale --cluster cluster.json --model alphafold2-trunk-finetune --batch 128
+    python -m evoplan.experiments.scale
+    python -m evoplan.experiments.scale --cluster cluster.json --model alphafold2-trunk-finetune --batch 128
 
 One rank of each imagined group is traced and planned for the memory of a device. The cluster is described
 by a JSON file such as
@@ -25,20 +25,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rich import box
 from rich.table import Table
 
-from cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
-from cost_model.roofline import reduction_seconds
-from model.config import PRESETS, preset
-from planner.costing import cost_problem
-from planner.plan import write_json
-from planner.planning import NoPlanError, solve
-from planner.plot import plt, save_figure
-from planner.problem import Problem
-from planner.sizes import format_seconds, format_size, parse_size
-from planner.solvers import Frontier
-from planner.terminal import check_writable, console_for_output, run_command
+from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
+from evoplan.cost_model.roofline import reduction_seconds
+from evoplan.model.config import PRESETS, preset
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.plan import write_json
+from evoplan.planner.planning import NoPlanError, solve
+from evoplan.planner.plot import plt, save_figure
+from evoplan.planner.problem import Problem
+from evoplan.planner.sizes import format_seconds, format_size, parse_size
+from evoplan.planner.solvers import Frontier
+from evoplan.planner.terminal import check_writable, console_for_output, run_command
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "scale.png"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scale.png"
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 
@@ -171,7 +171,7 @@ def read_cluster(path: str | None) -> Cluster:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         cluster = Cluster.model_validate(document)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError(f"{path}: not JSON; see `python -m experiments.scale --help`") from None
+        raise ValueError(f"{path}: not JSON; see `python -m evoplan.experiments.scale --help`") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the description"
@@ -253,4 +253,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run_command(command, "python -m experiments.scale")
+    run_command(command, "python -m evoplan.experiments.scale")

@@ -1,4 +1,4 @@
-"""How TinyOpenFold's throughput grows with devices: python -m experiments.scaling --gpus "1 2 4 8".
+"""How TinyOpenFold's throughput grows with devices: python -m evoplan.experiments.scaling --gpus "1 2 4 8".
 
 Each run is torchrun's, in a process group of its own, with a log of its own. Without GPUs it scales processes
 that share the cores.
@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 
-from experiments.tiny_openfold.options import ProfilerConfig
-from planner.flags import Number
-from planner.terminal import CHECK_FAILED, make_folder, run_command
+from evoplan.experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.planner.flags import Number
+from evoplan.planner.terminal import CHECK_FAILED, make_folder, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
@@ -134,7 +134,7 @@ def _run(
     threads = max(1, (os.cpu_count() or 1) // count)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-        "-m", "experiments.tiny_openfold", "--batch-size", str(batch), "--num-steps", str(steps),
+        "-m", "evoplan.experiments.tiny_openfold", "--batch-size", str(batch), "--num-steps", str(steps),
         "--profile-dir", str(folder / name), *extra,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
@@ -179,7 +179,7 @@ def _descendants(pid: int) -> list[int]:
 
 def _reason(text: str) -> str:
     """The program's own line of what went wrong, if it wrote one."""
-    own = re.search(r"^(?:evoplan|python -m experiments\.tiny_openfold): (.+)$", text, re.MULTILINE)
+    own = re.search(r"^(?:evoplan|python -m evoplan.experiments\.tiny_openfold): (.+)$", text, re.MULTILINE)
     return own.group(1) if own else "no result"
 
 
@@ -247,4 +247,4 @@ def _plot(results: list[Result], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(command, "python -m experiments.scaling")
+    run_command(command, "python -m evoplan.experiments.scaling")

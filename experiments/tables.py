@@ -1,6 +1,6 @@
 """The original benchmark's tables, made anew: its figures, ours for the same schedule, the planner's.
 
-    python -m experiments.alphafold2 --tables
+    python -m evoplan.experiments.alphafold2 --tables
 
 Writes experiments/results/alphafold2.json and docs/alphafold2.md.
 """
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cost_model.devices import DEVICES
-from experiments.policies import POLICIES, figures, plan_under, seed_rows
-from planner.costing import Costed, cost_problem
-from planner.plan import write_atomically, write_json
-from planner.planning import NoPlanError
-from planner.sizes import format_seconds, format_size
+from evoplan.cost_model.devices import DEVICES
+from evoplan.experiments.policies import POLICIES, figures, plan_under, seed_rows
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.plan import write_atomically, write_json
+from evoplan.planner.planning import NoPlanError
+from evoplan.planner.sizes import format_seconds, format_size
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "experiments" / "results" / "alphafold2.json", ROOT / "docs" / "alphafold2.md"
 DEVICE = "v100-32gb"  # the class of GPU that the original tables come from
 MB, GIB = 2**20, 2**30
@@ -117,7 +117,7 @@ def run(policy: str, schedule: str, processes: int) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        command = [sys.executable, *launcher, "-m", "experiments.alphafold2", "--policy", policy]
+        command = [sys.executable, *launcher, "-m", "evoplan.experiments.alphafold2", "--policy", policy]
         command += ["--schedule", schedule, "--measure", "--json", str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
         if done.returncode or not path.exists():
@@ -160,11 +160,11 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
     """The document for people."""
     yield "# AlphaFold 2's Evoformer: the original tables, and the planner beside them\n"
     yield (
-        "Made by `python -m experiments.alphafold2 --tables`; not to be edited. *Original* figures were "
-        "measured by the benchmark that this project grew from, on a GPU of the V100 class (its MB are 2^20 "
-        f"bytes). All others are simulated for {DEVICE}: the schedule is run on tensors without data, whose "
-        "storages are counted as the GPU's allocator would, and times come from the roofline, which is a "
-        "lower bound: compare them with each other, not with the original's. *Same* is the original's "
+        "Made by `python -m evoplan.experiments.alphafold2 --tables`; not to be edited. *Original* figures "
+        "were measured by the benchmark that this project grew from, on a GPU of the V100 class (its MB are "
+        f"2^20 bytes). All others are simulated for {DEVICE}: the schedule is run on tensors without data, "
+        "whose storages are counted as the GPU's allocator would, and times come from the roofline, which is "
+        "a lower bound: compare them with each other, not with the original's. *Same* is the original's "
         "schedule on AlphaFold 2 as published. *Planned* is the fastest plan within the original's peak (or "
         "within 32 GiB where it ran out of memory), *least* the plan that needs the least memory, as "
         "predicted (a replay of the schedule, which agrees with the simulation to 0.01 %). Neither "

@@ -1,6 +1,6 @@
 """How close predicted times are: plans along the frontier, run here, beside three sources of times.
 
-    python -m experiments.times [--rounds N] [--cache FILE]
+    python -m evoplan.experiments.times [--rounds N] [--cache FILE]
 
 Two sizes, seven budgets each from the least feasible up, planned with measured times, run interleaved in one
 process. The same schedules are also timed by the calibrated and by the plain roofline. The calibration of
@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from cost_model.calibrate import fit
-from cost_model.steps import StepCost
-from cost_model.times import Measured, Roofline, Shapes, local_name
-from experiments.interleaved import interleaved
-from model.chain import Step
-from model.config import EvoformerConfig, InputShape
-from planner.costing import Costed, cost_problem
-from planner.plan import Plan, write_json
-from planner.planning import solve
-from planner.problem import Problem
-from planner.profiling import Measurement, profile_problem
-from planner.report import new_table
-from planner.sizes import format_seconds, format_size
-from planner.solvers import Frontier
-from planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
-from planner.timing import time_source
-from planner.trial import Trial, random_inputs, random_stack
-from planner.verify import apply_plan
+from evoplan.cost_model.calibrate import fit
+from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
+from evoplan.experiments.interleaved import interleaved
+from evoplan.model.chain import Step
+from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.plan import Plan, write_json
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.profiling import Measurement, profile_problem
+from evoplan.planner.report import new_table
+from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.solvers import Frontier
+from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
+from evoplan.planner.timing import time_source
+from evoplan.planner.trial import Trial, random_inputs, random_stack
+from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results" / "times.json"
 CASES = [(4, InputShape(64, 96)), (3, InputShape(48, 160))]
@@ -178,4 +178,4 @@ def _summary(rows: list[dict], name: str) -> dict:
 
 
 if __name__ == "__main__":
-    run_command(times, "python -m experiments.times")
+    run_command(times, "python -m evoplan.experiments.times")

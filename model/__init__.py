@@ -6,14 +6,14 @@ Names are imported on first use, so that what needs no torch does not load it.
 from importlib import import_module
 from typing import Any
 
-from model.config import PRESETS, EvoformerConfig, InputShape, TrunkConfig, preset
+from evoplan.model.config import PRESETS, EvoformerConfig, InputShape, TrunkConfig, preset
 
 _LAZY = {
-    "EvoformerBlock": "model.evoformer",
-    "EvoformerStack": "model.evoformer",
-    "EvoformerTrunk": "model.trunk",
-    "Chain": "model.chain",
-    "Step": "model.chain",
+    "EvoformerBlock": "evoplan.model.evoformer",
+    "EvoformerStack": "evoplan.model.evoformer",
+    "EvoformerTrunk": "evoplan.model.trunk",
+    "Chain": "evoplan.model.chain",
+    "Step": "evoplan.model.chain",
 }
 
 __all__ = ["PRESETS", "EvoformerConfig", "InputShape", "TrunkConfig", "preset", *_LAZY]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.a3m import (
+from evoplan.model.a3m import (
     AMINO_ACIDS,
     GAP,
     INSERTED,
@@ -27,7 +27,7 @@ from model.a3m import (
     Record,
     open_records,
 )
-from model.config import InputShape
+from evoplan.model.config import InputShape
 
 __all__ = [
     "AMINO_ACIDS",

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels import kernel_in_use
-from model.regions import SCORES, region
-from model.remake import cheap
-from model.submodule import FULL
+from evoplan.model.kernels import kernel_in_use
+from evoplan.model.regions import SCORES, region
+from evoplan.model.remake import cheap
+from evoplan.model.submodule import FULL
 
 
 def mask_bias(mask: Tensor) -> Tensor:

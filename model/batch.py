@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.alignment import AMINO_ACIDS, GAP, MASK, Alignment
-from model.clusters import summarise
-from model.config import InputShape
+from evoplan.model.alignment import AMINO_ACIDS, GAP, MASK, Alignment
+from evoplan.model.clusters import summarise
+from evoplan.model.config import InputShape
 
 Batch = dict[str, Tensor]
 Rows = tuple[np.ndarray, np.ndarray]  # tokens and deletions, as in `Alignment`

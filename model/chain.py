@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.dropout import dropout_mask
-from model.regions import region
-from model.submodule import Submodule
+from evoplan.model.dropout import dropout_mask
+from evoplan.model.regions import region
+from evoplan.model.submodule import Submodule
 
 State = dict[str, Tensor]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.alignment import GAP, N_TOKENS
+from evoplan.model.alignment import GAP, N_TOKENS
 
 _ROWS = 1024  # compared at a time: what a comparison needs besides its inputs does not grow with the depth
 

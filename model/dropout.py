@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.submodule import Submodule
+from evoplan.model.submodule import Submodule
 
 _SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring steps get unrelated seeds
 

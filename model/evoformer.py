@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model.chain import Plannable, State
-from model.config import EvoformerConfig
-from model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
-from model.outer_product_mean import OuterProductMean, pair_count
-from model.submodule import Submodule
-from model.transition import Transition
-from model.triangle_attention import TriangleAttention
-from model.triangle_multiplication import TriangleMultiplication
+from evoplan.model.chain import Plannable, State
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
+from evoplan.model.outer_product_mean import OuterProductMean, pair_count
+from evoplan.model.submodule import Submodule
+from evoplan.model.transition import Transition
+from evoplan.model.triangle_attention import TriangleAttention
+from evoplan.model.triangle_multiplication import TriangleMultiplication
 
 
 class EvoformerBlock(nn.Module):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from model.kernels import using
-from model.pieces import spans
-from model.remake import Remaking
-from model.strategy import COMPILED, Strategy
-from model.submodule import (
+from evoplan.model.kernels import using
+from evoplan.model.pieces import spans
+from evoplan.model.remake import Remaking
+from evoplan.model.strategy import COMPILED, Strategy
+from evoplan.model.submodule import (
     ReductionAxis,
     Submodule,
     Tensors,

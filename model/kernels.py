@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from model.fused import KernelError, cuequivariance_attention, deepspeed_attention, sdpa_attention
-from model.strategy import COMPILED, EAGER, Strategy
-from model.tiled import tiled_attention
+from evoplan.model.fused import KernelError, cuequivariance_attention, deepspeed_attention, sdpa_attention
+from evoplan.model.strategy import COMPILED, EAGER, Strategy
+from evoplan.model.tiled import tiled_attention
 
 MIB = 2**20
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.alignment import N_TOKENS
-from model.batch import Batch, scaled_deletions
-from model.config import ModelConfig, TrunkConfig
+from evoplan.model.alignment import N_TOKENS
+from evoplan.model.batch import Batch, scaled_deletions
+from evoplan.model.config import ModelConfig, TrunkConfig
 
 Stack = Callable[..., tuple[Tensor, Tensor]]
 # For some tensors of the state, by name: rows and columns (the last dimensions but the channels).

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention, mask_bias, transposed
-from model.config import EvoformerConfig
-from model.remake import cheap
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.attention import Attention, mask_bias, transposed
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.remake import cheap
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
 class MSARowAttentionWithPairBias(Submodule):

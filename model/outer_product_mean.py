@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import EvoformerConfig
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
 def pair_count(msa_mask: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from model.chain import Plannable, State
-from model.config import InputShape, ModelConfig
-from model.ranks import Enter, Exchange, Gather, Leave, Ranks
-from model.submodule import FULL, Submodule, Tensors
+from evoplan.model.chain import Plannable, State
+from evoplan.model.config import InputShape, ModelConfig
+from evoplan.model.ranks import Enter, Exchange, Gather, Leave, Ranks
+from evoplan.model.submodule import FULL, Submodule, Tensors
 
 ROWS = -3  # where a tensor is cut whose steps don't care
 

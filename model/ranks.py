@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.pieces import even_spans, note_sent
+from evoplan.model.pieces import even_spans, note_sent
 
 # The names since torch 2.13, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from model.remake import cheap
+from evoplan.model.remake import cheap
 
 FULL = slice(None)
 STATE = ("m", "z")  # what a schedule moves; all other tensors a stage reads are constants

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.pieces import spans
+from evoplan.model.pieces import spans
 
 Tile = tuple[slice, slice, slice, slice]  # of batch, rows, heads and queries
 

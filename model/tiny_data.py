@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import InputShape, Task, TinyOpenFoldConfig
-from model.tiny_openfold import LARGEST_DISTANCE
+from evoplan.model.config import InputShape, Task, TinyOpenFoldConfig
+from evoplan.model.tiny_openfold import LARGEST_DISTANCE
 
 STEP = 3.8  # Angstrom between neighbours along the chain, as between alpha carbons
 STIFFNESS = 0.85  # correlation of neighbouring steps' directions

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention, transposed
-from model.chain import Plannable, State
-from model.config import TinyOpenFoldConfig
-from model.layout import channels_first, channels_last
-from model.regions import region
-from model.remake import cheap
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.attention import Attention, transposed
+from evoplan.model.chain import Plannable, State
+from evoplan.model.config import TinyOpenFoldConfig
+from evoplan.model.layout import channels_first, channels_last
+from evoplan.model.regions import region
+from evoplan.model.remake import cheap
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 LARGEST_DISTANCE = 20.0  # Angstrom; the head's sigmoid is scaled by it
 MSA_EMBEDDING, PAIR_EMBEDDING, HEAD, LOSS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
 class Transition(Submodule):

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from model.attention import Attention, transposed
-from model.config import EvoformerConfig
-from model.remake import cheap
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.attention import Attention, transposed
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.remake import cheap
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
 class TriangleAttention(Submodule):

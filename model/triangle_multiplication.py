@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import EvoformerConfig
-from model.layout import channels_first, channels_last
-from model.remake import cheap
-from model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.config import EvoformerConfig
+from evoplan.model.layout import channels_first, channels_last
+from evoplan.model.remake import cheap
+from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
 
 
 class TriangleMultiplication(Submodule):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from model.chain import Plannable, State
-from model.config import EvoformerConfig, ModelConfig, TinyOpenFoldConfig, TrunkConfig
-from model.evoformer import EvoformerStack, mask_constants
-from model.tiny_openfold import TinyOpenFoldStack
+from evoplan.model.chain import Plannable, State
+from evoplan.model.config import EvoformerConfig, ModelConfig, TinyOpenFoldConfig, TrunkConfig
+from evoplan.model.evoformer import EvoformerStack, mask_constants
+from evoplan.model.tiny_openfold import TinyOpenFoldStack
 
 # What the extra stack's blocks call m, its mask and its pair counts.
 EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}

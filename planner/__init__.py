@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
-    "Plan": "planner.plan",
-    "load_plan": "planner.plan",
-    "make_plan": "planner.planning",
-    "NoPlanError": "planner.planning",
-    "apply_plan": "planner.verify",
-    "verify_plan": "planner.verify",
-    "simulate_plan": "planner.verify",
+    "Plan": "evoplan.planner.plan",
+    "load_plan": "evoplan.planner.plan",
+    "make_plan": "evoplan.planner.planning",
+    "NoPlanError": "evoplan.planner.planning",
+    "apply_plan": "evoplan.planner.verify",
+    "verify_plan": "evoplan.planner.verify",
+    "simulate_plan": "evoplan.planner.verify",
 }
 
 __all__ = list(_LAZY)

@@ -1,5 +1,5 @@
-"""`python -m planner` is `evoplan`."""
+"""`python -m evoplan.planner` is `evoplan`; torchrun starts it so."""
 
-from planner.cli import main
+from evoplan.planner.cli import main
 
 main()

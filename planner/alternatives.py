@@ -7,13 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from model.chain import Chain
-from model.strategy import Strategy
-from planner.costing import Costed, kind_of
-from planner.plan import Plan
-from planner.report import new_table
-from planner.schedule import Checkpoint, Run, Sequence
-from planner.sizes import format_seconds, format_size
+from evoplan.model.chain import Chain
+from evoplan.model.strategy import Strategy
+from evoplan.planner.costing import Costed, kind_of
+from evoplan.planner.plan import Plan
+from evoplan.planner.report import new_table
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.sizes import format_seconds, format_size
 
 SHOWN = 4  # of each submodule: the fastest that fit, and the fastest that do not
 

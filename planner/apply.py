@@ -17,13 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cost_model.liveness import Liveness
-from model.chain import Chain, Plannable, State, Step
-from model.execution import Gradients, ParameterGradients, PiecewiseRun, WholeRun, record, run_discarded
-from model.regions import region
-from model.strategy import Strategy
-from planner.host import Host, check_away, moves
-from planner.schedule import Checkpoint, Run, Sequence, needs_forward
+from evoplan.cost_model.liveness import Liveness
+from evoplan.model.chain import Chain, Plannable, State, Step
+from evoplan.model.execution import (
+    Gradients,
+    ParameterGradients,
+    PiecewiseRun,
+    WholeRun,
+    record,
+    run_discarded,
+)
+from evoplan.model.regions import region
+from evoplan.model.strategy import Strategy
+from evoplan.planner.host import Host, check_away, moves
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, needs_forward
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.costing import Costed
-from planner.plan import Certificate, Plan
-from planner.schedule import depth
-from planner.solvers import Frontier, cp_sat
-from planner.solvers.bounds import LowerBound
+from evoplan.planner.costing import Costed
+from evoplan.planner.plan import Certificate, Plan
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers import Frontier, cp_sat
+from evoplan.planner.solvers.bounds import LowerBound
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.flags import AUTO, Number, problem_of, problem_options
-from planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
+from evoplan.planner.flags import AUTO, Number, problem_of, problem_options
+from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 
 if TYPE_CHECKING:
-    from planner.timing import Times
+    from evoplan.planner.timing import Times
 
 ROOFLINE_WIDTH = 150
 
@@ -57,10 +57,10 @@ def plan(
     check_writable(out, json_path)
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
-    from planner.plan import write_json
-    from planner.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
-    from planner.report import print_plan
-    from planner.solvers import solver
+    from evoplan.planner.plan import write_json
+    from evoplan.planner.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
+    from evoplan.planner.report import print_plan
+    from evoplan.planner.solvers import solver
 
     solver(solver_name)  # a wrong name is said before the work
     try:
@@ -70,7 +70,7 @@ def plan(
             else:
                 costed, found = cost_and_solve(problem, solver_name, times, cache, update)
             if certify:
-                from planner.certify import certify as with_certificates
+                from evoplan.planner.certify import certify as with_certificates
 
                 found = with_certificates(costed, found, update)
     except NoPlanError as error:
@@ -93,9 +93,9 @@ def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
     """What bounds each submodule on a device: FLOPs, bytes, kernels, intensity, lower and upper times."""
     check_writable(json_path)
     problem = problem_of(**flags)
-    from planner.costing import cost_problem
-    from planner.plan import write_json
-    from planner.roofline import print_roofline, roofline, roofline_to_json
+    from evoplan.planner.costing import cost_problem
+    from evoplan.planner.plan import write_json
+    from evoplan.planner.roofline import print_roofline, roofline, roofline_to_json
 
     with progress("tracing") as update:
         costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
@@ -132,9 +132,9 @@ def profile(
     """Measure the times of every step under every strategy here, for `plan --times`."""
     check_writable(save_device, json_path)
     problem = problem_of(**flags)
-    from planner.plan import write_json
-    from planner.profiling import profile_problem
-    from planner.report_times import print_profile, profile_to_json
+    from evoplan.planner.plan import write_json
+    from evoplan.planner.profiling import profile_problem
+    from evoplan.planner.report_times import print_profile, profile_to_json
 
     with progress("loading torch") as update:
         measured, calibration, calibrated = profile_problem(
@@ -142,7 +142,7 @@ def profile(
         )
     print_profile(measured, calibration, console_for_output())
     if save_device:
-        from planner.device_file import device_entry
+        from evoplan.planner.device_file import device_entry
 
         write_json(save_device, device_entry(calibrated))
         click.echo(f"calibrated device written to {save_device}")
@@ -160,11 +160,11 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
     Times are of the kind that the plan was made with, as far as this machine has them.
     """
     check_writable(json_path)
-    from planner.alternatives import alternatives, alternatives_to_json, print_alternatives
-    from planner.plan import load_plan, write_json
-    from planner.replay import replay
-    from planner.report import print_plan, print_schedule, print_timeline, step_names
-    from planner.timing import MissingTimesError, cost_of_plan
+    from evoplan.planner.alternatives import alternatives, alternatives_to_json, print_alternatives
+    from evoplan.planner.plan import load_plan, write_json
+    from evoplan.planner.replay import replay
+    from evoplan.planner.report import print_plan, print_schedule, print_timeline, step_names
+    from evoplan.planner.timing import MissingTimesError, cost_of_plan
 
     found, console = load_plan(plan_file), console_for_output()
     print_plan(found, console)
@@ -210,16 +210,16 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
 def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, json_path: str | None) -> None:
     """Apply a plan, measure it here, and compare it with the model without a plan.
 
-    A plan for several ranks: torchrun --nproc_per_node=N -m planner verify ...
+    A plan for several ranks: torchrun --nproc_per_node=N -m evoplan.planner verify ...
     """
-    from planner.world import joined
+    from evoplan.planner.world import joined
 
     with joined(timeout=60) as world:
         check_writable(json_path)
-        from planner.plan import load_plan, write_json
-        from planner.planning import shorten_plan
-        from planner.report import describe_problem, print_rank_verifications, print_verification
-        from planner.verify import simulate_plan, verify_on, verify_plan
+        from evoplan.planner.plan import load_plan, write_json
+        from evoplan.planner.planning import shorten_plan
+        from evoplan.planner.report import describe_problem, print_rank_verifications, print_verification
+        from evoplan.planner.verify import simulate_plan, verify_on, verify_plan
 
         found = load_plan(plan_file)
         with progress("preparing") as update:
@@ -265,16 +265,16 @@ def sweep(
     """The frontier of memory and time, baselines marked on it."""
     check_writable(out, plot, json_path)
     problem = problem_of(**flags)
-    from planner.plan import write_json
-    from planner.planning import sweep as sweep_frontier
-    from planner.plot import plot_sweep
-    from planner.report import print_sweep
+    from evoplan.planner.plan import write_json
+    from evoplan.planner.planning import sweep as sweep_frontier
+    from evoplan.planner.plot import plot_sweep
+    from evoplan.planner.report import print_sweep
 
     if not problem.training:
         raise ValueError("sweep is for training; for inference ask plan for one budget after another")
 
     with progress("loading torch") as update:
-        from planner.timing import cost_with_times
+        from evoplan.planner.timing import cost_with_times
 
         problem = problem.model_copy(update={"budget_bytes": None})
         costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
@@ -317,17 +317,17 @@ def sweep(
 def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> None:
     """Train (masked-MSA loss) or infer under a plan; print predicted beside measured.
 
-    Alone, or on several processes: torchrun --nproc_per_node=N -m planner run ...
+    Alone, or on several processes: torchrun --nproc_per_node=N -m evoplan.planner run ...
     """
-    from planner.world import joined
+    from evoplan.planner.world import joined
 
     with joined(timeout) as world:
         check_writable(json_path)
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
             raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
-        from planner.plan import load_plan, write_json
-        from planner.run import Settings, run_plan
-        from planner.world import check_world
+        from evoplan.planner.plan import load_plan, write_json
+        from evoplan.planner.run import Settings, run_plan
+        from evoplan.planner.world import check_world
 
         found, settings = load_plan(plan_file), Settings(**flags)
         command = f"run {plan_file} --replicas {settings.replicas}"

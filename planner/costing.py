@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-from cost_model.costs import CostTable, build_cost_table
-from cost_model.devices import Device, device
-from cost_model.local import local_cuda
-from cost_model.roofline import reduction_seconds
-from cost_model.static import static_bytes
-from cost_model.times import Roofline, TimeSource
-from model.chain import Chain, Plannable, Step
-from model.parallel import ParallelEvoformer
-from model.ranks import Ranks
-from model.strategy import Strategy
-from model.trunk import build_model
-from planner.plan import Prediction
-from planner.problem import Problem
-from planner.replay import replay
-from planner.schedule import Sequence, strategies_used
+from evoplan.cost_model.costs import CostTable, build_cost_table
+from evoplan.cost_model.devices import Device, device
+from evoplan.cost_model.local import local_cuda
+from evoplan.cost_model.roofline import reduction_seconds
+from evoplan.cost_model.static import static_bytes
+from evoplan.cost_model.times import Roofline, TimeSource
+from evoplan.model.chain import Chain, Plannable, Step
+from evoplan.model.parallel import ParallelEvoformer
+from evoplan.model.ranks import Ranks
+from evoplan.model.strategy import Strategy
+from evoplan.model.trunk import build_model
+from evoplan.planner.plan import Prediction
+from evoplan.planner.problem import Problem
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Sequence, strategies_used
 
 Progress = Callable[[str], None]
 

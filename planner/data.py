@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.alignment import Alignment, sample_alignment
-from model.batch import Batch, Rows, extra_rows, mask_msa, random_alignment
-from model.masked_msa import embeds_clusters
-from planner.problem import Problem
+from evoplan.model.alignment import Alignment, sample_alignment
+from evoplan.model.batch import Batch, Rows, extra_rows, mask_msa, random_alignment
+from evoplan.model.masked_msa import embeds_clusters
+from evoplan.planner.problem import Problem
 
 # Rows to choose from at every step. A deeper alignment is sampled once, in the one pass that reads it.
 POOL_BYTES = 16 * 2**20

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from cost_model.devices import DTYPES, Device, Link
-from planner.sizes import parse_size
+from evoplan.cost_model.devices import DTYPES, Device, Link
+from evoplan.planner.sizes import parse_size
 
 Rate = Annotated[float, Field(ge=1, le=1e30)]
 Seconds = Annotated[float, Field(ge=0, le=1e3)]

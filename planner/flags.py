@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cost_model.devices import DEVICES, DTYPES
-from cost_model.static import OPTIMIZER_STATES
-from model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
-from planner.sizes import parse_size
+from evoplan.cost_model.devices import DEVICES, DTYPES
+from evoplan.cost_model.static import OPTIMIZER_STATES
+from evoplan.model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
+from evoplan.planner.sizes import parse_size
 
 if TYPE_CHECKING:
-    from planner.problem import Problem
+    from evoplan.planner.problem import Problem
 
 
 _MODES = ["training", "inference"]
@@ -135,14 +135,14 @@ def problem_of(
     if n_extra is not None and shape.n_extra is None:
         raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
     if msa is not None:
-        from planner.problem import shape_for_alignment
+        from evoplan.planner.problem import shape_for_alignment
 
         shape = shape_for_alignment(shape, msa, n_seq, n_extra)
         n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
     own_device = None
     if device.endswith(".json"):
-        from planner.device_file import load_device
+        from evoplan.planner.device_file import load_device
 
         own_device = load_device(device)
         device = own_device.name
@@ -153,7 +153,7 @@ def problem_of(
     known = own_device or DEVICES.get(device)
     if ranks == AUTO:
         raise ValueError("--ranks auto is for plan; give a number")
-    from planner.problem import Problem
+    from evoplan.planner.problem import Problem
 
     if memory is None and known is not None:
         memory = known.memory_bytes

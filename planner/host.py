@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cost_model.liveness import INPUT, Liveness
-from model.chain import State
-from planner.schedule import Run, Sequence, all_runs
+from evoplan.cost_model.liveness import INPUT, Liveness
+from evoplan.model.chain import State
+from evoplan.planner.schedule import Run, Sequence, all_runs
 
 
 def may_wait(liveness: Liveness, step: int) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.strategy import Strategy
-from planner.problem import Problem
-from planner.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.model.strategy import Strategy
+from evoplan.planner.problem import Problem
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs
 
 SCHEMA = 1
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}

@@ -8,22 +8,22 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor, nn
 
-from model.config import InputShape, TrunkConfig, with_blocks
-from planner.costing import (
+from evoplan.model.config import InputShape, TrunkConfig, with_blocks
+from evoplan.planner.costing import (
     Costed,
     Progress,
     costed_step_name,
     only_whole,
     peaks_of_ranks,
 )
-from planner.plan import Plan, Prediction, SolverReport, schedule_to_json
-from planner.problem import Problem
-from planner.replay import replay
-from planner.schedule import Sequence, shortened
-from planner.sizes import parse_size
-from planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
-from planner.solvers.seed_dp import SeedProgram
-from planner.timing import Times, cost_of_plan, cost_with_times
+from evoplan.planner.plan import Plan, Prediction, SolverReport, schedule_to_json
+from evoplan.planner.problem import Problem
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Sequence, shortened
+from evoplan.planner.sizes import parse_size
+from evoplan.planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
+from evoplan.planner.solvers.seed_dp import SeedProgram
+from evoplan.planner.timing import Times, cost_of_plan, cost_with_times
 
 FLAT_POINTS = 12  # of seed-dp in a sweep
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
-from planner.plan import write_atomically
+from evoplan.planner.plan import write_atomically
 
 GIB = 2**30
 

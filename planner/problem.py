@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from cost_model.devices import DTYPES, Device, Link, link_of
-from model.alignment import alignment_shape
-from model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
+from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
+from evoplan.model.alignment import alignment_shape
+from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
 
 Mode = Literal["training", "inference"]
 Optimizer = Literal["none", "sgd", "adamw"]

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cost_model.calibrate import Calibration, fit
-from cost_model.devices import Device
-from cost_model.profile import bytes_taken, largest_error, time_step, with_data
-from cost_model.steps import StepCost, opaque_strategies
-from cost_model.times import Key, MeasuredBytes, TimesCache, Timing, key_of
-from cost_model.trace import Work
-from model.chain import Chain, Step
-from model.kernels import KERNELS
-from model.strategy import COMPILED, WHOLE, Strategy
-from planner.costing import cost_problem
-from planner.problem import Problem
-from planner.timing import times_cache
-from planner.trial import available_bytes, random_inputs
+from evoplan.cost_model.calibrate import Calibration, fit
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.profile import bytes_taken, largest_error, time_step, with_data
+from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.times import Key, MeasuredBytes, TimesCache, Timing, key_of
+from evoplan.cost_model.trace import Work
+from evoplan.model.chain import Chain, Step
+from evoplan.model.kernels import KERNELS
+from evoplan.model.strategy import COMPILED, WHOLE, Strategy
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.problem import Problem
+from evoplan.planner.timing import times_cache
+from evoplan.planner.trial import available_bytes, random_inputs
 
 Progress = Callable[[str], None]
 

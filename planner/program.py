@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cost_model.scratch import CpuScratch
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model.batch import Batch
-from model.masked_msa import MaskedMSAModel, Part
-from model.parallel import ParallelEvoformer
-from model.pieces import sampled_pieces
-from model.trunk import build_model
-from planner.apply import PlannedModule
-from planner.costing import device_of, planned_model
-from planner.host import FakeHost
-from planner.plan import Plan
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model.batch import Batch
+from evoplan.model.masked_msa import MaskedMSAModel, Part
+from evoplan.model.parallel import ParallelEvoformer
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.trunk import build_model
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.costing import device_of, planned_model
+from evoplan.planner.host import FakeHost
+from evoplan.planner.plan import Plan
 
 # What a rank is given of the state, and what it makes of the results.
 Share = tuple[Part | None, Part | None]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from cost_model.costs import CostTable
-from cost_model.liveness import INPUT, Version
-from cost_model.steps import StepCost
-from model.strategy import Strategy
-from planner.host import check_away, moves
-from planner.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.liveness import INPUT, Version
+from evoplan.cost_model.steps import StepCost
+from evoplan.model.strategy import Strategy
+from evoplan.planner.host import check_away, moves
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
 
 Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
 

@@ -10,14 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from model.chain import Chain
-from planner.costing import kind_of, planned_model
-from planner.plan import Certificate, Plan, Prediction
-from planner.problem import Problem
-from planner.replay import Moment, Replay
-from planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs
-from planner.sizes import format_seconds, format_size
-from planner.verify import Verification
+from evoplan.model.chain import Chain
+from evoplan.planner.costing import kind_of, planned_model
+from evoplan.planner.plan import Certificate, Plan, Prediction
+from evoplan.planner.problem import Problem
+from evoplan.planner.replay import Moment, Replay
+from evoplan.planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs
+from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.verify import Verification
 
 
 def describe_problem(problem: Problem) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from cost_model.calibrate import Calibration
-from cost_model.times import Timing
-from planner.costing import kind_of
-from planner.problem import Problem
-from planner.profiling import Measurement
-from planner.report import describe_problem, new_table
-from planner.sizes import format_seconds, format_size
+from evoplan.cost_model.calibrate import Calibration
+from evoplan.cost_model.times import Timing
+from evoplan.planner.costing import kind_of
+from evoplan.planner.problem import Problem
+from evoplan.planner.profiling import Measurement
+from evoplan.planner.report import describe_problem, new_table
+from evoplan.planner.sizes import format_seconds, format_size
 
 
 def print_profile(measured: list[Measurement], calibration: Calibration, console: Console) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cost_model.roofline import Bounds, balance, bounds
-from model.chain import Chain
-from model.strategy import Strategy
-from planner.costing import Costed, kind_of
-from planner.report import describe_problem, new_table
+from evoplan.cost_model.roofline import Bounds, balance, bounds
+from evoplan.model.chain import Chain
+from evoplan.model.strategy import Strategy
+from evoplan.planner.costing import Costed, kind_of
+from evoplan.planner.report import describe_problem, new_table
 
 PHASES = ("discard", "forward", "backward")
 

@@ -10,20 +10,20 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from cost_model import measure
-from model.config import TinyOpenFoldConfig
-from planner.data import alignment_for, batch_for
-from planner.errors import CommonError, RunError
-from planner.plan import Plan
-from planner.program import simulated_peak_bytes
-from planner.report import describe_problem, print_ranks
-from planner.schedule import opaque_kernels
-from planner.sizes import format_seconds, format_size
-from planner.snapshots import Snapshots
-from planner.training import Training, dropout_seed
-from planner.trial import available_bytes, kind_here
-from planner.verify import PEAK_TOLERANCE
-from planner.world import World, odd_ones
+from evoplan.cost_model import measure
+from evoplan.model.config import TinyOpenFoldConfig
+from evoplan.planner.data import alignment_for, batch_for
+from evoplan.planner.errors import CommonError, RunError
+from evoplan.planner.plan import Plan
+from evoplan.planner.program import simulated_peak_bytes
+from evoplan.planner.report import describe_problem, print_ranks
+from evoplan.planner.schedule import opaque_kernels
+from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.snapshots import Snapshots
+from evoplan.planner.training import Training, dropout_seed
+from evoplan.planner.trial import available_bytes, kind_here
+from evoplan.planner.verify import PEAK_TOLERANCE
+from evoplan.planner.world import World, odd_ones
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     problem = plan.problem
     if isinstance(problem.config, TinyOpenFoldConfig):
         raise ValueError(
-            "run trains on alignments; for TinyOpenFold use `python -m experiments.tiny_openfold --plan FILE`"
+            "run trains on alignments; for TinyOpenFold use "
+            "`python -m evoplan.experiments.tiny_openfold --plan FILE`"
         )
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from model.kernels import is_opaque
-from model.strategy import Strategy
+from evoplan.model.kernels import is_opaque
+from evoplan.model.strategy import Strategy
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from planner.errors import RunError
-from planner.plan import write_json
-from planner.watch import first_line
-from planner.world import World
+from evoplan.planner.errors import RunError
+from evoplan.planner.plan import write_json
+from evoplan.planner.watch import first_line
+from evoplan.planner.world import World
 
 KEPT = 2
 _ABOUT = "snapshot.json"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from cost_model.allocator import keep_freed_memory
-from planner.errors import RunError
-from planner.sizes import format_size
+from evoplan.cost_model.allocator import keep_freed_memory
+from evoplan.planner.errors import RunError
+from evoplan.planner.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cost_model.calibrate import Calibration
-from cost_model.times import Measured, MissingTimesError, Roofline, TimesCache, TimeSource, default_cache
-from planner.costing import Costed, Progress, cost_problem, device_of
-from planner.plan import Plan
-from planner.problem import Problem
-from planner.schedule import opaque_kernels, strategies_used
+from evoplan.cost_model.calibrate import Calibration
+from evoplan.cost_model.times import (
+    Measured,
+    MissingTimesError,
+    Roofline,
+    TimesCache,
+    TimeSource,
+    default_cache,
+)
+from evoplan.planner.costing import Costed, Progress, cost_problem, device_of
+from evoplan.planner.plan import Plan
+from evoplan.planner.problem import Problem
+from evoplan.planner.schedule import opaque_kernels, strategies_used
 
 Times = Literal["auto", "measured", "calibrated", "roofline"]
 ADVICE = "run `evoplan profile` for this model, shapes and dtype, or use --times roofline"

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cost_model.static import OPTIMIZER_STATES
-from model.batch import Batch
-from model.masked_msa import MaskedMSAModel
-from model.trunk import build_model
-from planner.plan import Plan
-from planner.program import run_step, share_of
-from planner.verify import apply_plan
-from planner.world import World
+from evoplan.cost_model.static import OPTIMIZER_STATES
+from evoplan.model.batch import Batch
+from evoplan.model.masked_msa import MaskedMSAModel
+from evoplan.model.trunk import build_model
+from evoplan.planner.plan import Plan
+from evoplan.planner.program import run_step, share_of
+from evoplan.planner.verify import apply_plan
+from evoplan.planner.world import World
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cost_model.allocator import give_back_freed_memory
-from model.chain import Plannable
-from model.loss import mean_square
-from model.parallel import ParallelEvoformer
-from model.trunk import build_model
-from planner.apply import PlannedModule
-from planner.costing import device_of
-from planner.problem import Problem
+from evoplan.cost_model.allocator import give_back_freed_memory
+from evoplan.model.chain import Plannable
+from evoplan.model.loss import mean_square
+from evoplan.model.parallel import ParallelEvoformer
+from evoplan.model.trunk import build_model
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.costing import device_of
+from evoplan.planner.problem import Problem
 
 
 def random_stack(problem: Problem, kind: str) -> Plannable:

@@ -9,20 +9,20 @@ from statistics import median
 import torch
 from torch.distributed import ProcessGroup
 
-from cost_model import measure
-from cost_model.scratch import CpuScratch
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model.chain import Plannable
-from model.config import EvoformerConfig, ModelConfig, TrunkConfig
-from model.parallel import ParallelEvoformer
-from model.pieces import sampled_pieces
-from model.ranks import Ranks
-from planner.apply import PlannedModule
-from planner.costing import device_of, input_shapes, planned_model
-from planner.host import FakeHost
-from planner.plan import Plan
-from planner.schedule import opaque_kernels
-from planner.trial import (
+from evoplan.cost_model import measure
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model.chain import Plannable
+from evoplan.model.config import EvoformerConfig, ModelConfig, TrunkConfig
+from evoplan.model.parallel import ParallelEvoformer
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.ranks import Ranks
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.costing import device_of, input_shapes, planned_model
+from evoplan.planner.host import FakeHost
+from evoplan.planner.plan import Plan
+from evoplan.planner.schedule import opaque_kernels
+from evoplan.planner.trial import (
     Trial,
     available_bytes,
     beyond_rounding,
@@ -31,7 +31,7 @@ from planner.trial import (
     random_inputs,
     random_stack,
 )
-from planner.world import World, check_world
+from evoplan.planner.world import World, check_world
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -175,7 +175,7 @@ def verify_plan(
     if problem.ranks > 1 and ranks is None:
         raise ValueError(
             f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "
-            f"`torchrun --nproc_per_node={problem.ranks} -m planner verify`"
+            f"`torchrun --nproc_per_node={problem.ranks} -m evoplan.planner verify`"
         )
     kind = kind_here(problem)
     available = available_bytes(kind)

@@ -26,7 +26,7 @@ from typing import Literal, NoReturn
 
 from torch.distributed import Store
 
-from planner.sizes import format_seconds
+from evoplan.planner.sizes import format_seconds
 
 BEAT_SECONDS = 0.5
 SILENCE = "no sign of life"

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from planner.errors import CommonError, RunError
-from planner.plan import Plan
-from planner.watch import Kind, Watch, first_line
+from evoplan.planner.errors import CommonError, RunError
+from evoplan.planner.plan import Plan
+from evoplan.planner.watch import Kind, Watch, first_line
 
 NCCL_SECONDS = 8  # more than the watch waits: NCCL ends a process without a word when a collective is late
 
@@ -229,7 +229,7 @@ def check_world(
     if world.size == wanted:
         return
     have = f"torchrun started {world.size} processes" if world.size > 1 else "this is 1 process"
-    start = f"torchrun --nproc_per_node={wanted} -m planner" if wanted > 1 else "evoplan"
+    start = f"torchrun --nproc_per_node={wanted} -m evoplan.planner" if wanted > 1 else "evoplan"
     raise CommonError(
         f"the plan is for {ranks} rank{'s' * (ranks > 1)} in each of {replicas} "
         f"replica{'s' * (replicas > 1)}, {wanted} in all; {have}; use `{start} {command}`"
@@ -285,7 +285,7 @@ def _code() -> str:
         number = version("evoplan")
     except PackageNotFoundError:
         number = "?"
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for package in ("model", "cost_model", "planner"):
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())

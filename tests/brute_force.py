@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_model.costs import CostTable
-from planner.replay import replay
-from planner.schedule import Checkpoint, Run, Sequence
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
 
 Body = tuple[Run | Checkpoint, ...]
 

@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from cost_model.costs import CostTable, build_cost_table
-from cost_model.devices import device
-from model import EvoformerConfig, EvoformerStack, InputShape
-from model.kernels import KERNELS, Kernel
-from model.tiled import tiled_attention
+from evoplan.cost_model.costs import CostTable, build_cost_table
+from evoplan.cost_model.devices import device
+from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
+from evoplan.model.kernels import KERNELS, Kernel
+from evoplan.model.tiled import tiled_attention
 
 # Nobody's own measured times come into a test.
 os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests-have-no-cache.sqlite")

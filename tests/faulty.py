@@ -1,4 +1,4 @@
-"""`python -m planner`, but one rank does what no rank should: FAULT RANK STEP, then the usual arguments."""
+"""evoplan, but one rank does what no rank should: FAULT RANK STEP, then the usual arguments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from planner import snapshots, training
-from planner.cli import main
+from evoplan.planner import snapshots, training
+from evoplan.planner.cli import main
 
 
 def breaking(fault: str, at: int):

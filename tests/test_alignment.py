@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from model.alignment import (
+from evoplan.model.alignment import (
     GAP,
     MASK,
     N_TOKENS,
@@ -27,7 +27,7 @@ from model.alignment import (
     read_alignment,
     sample_alignment,
 )
-from model.config import InputShape
+from evoplan.model.config import InputShape
 
 ROOT = Path(__file__).parents[1]
 UBIQUITIN = ROOT / "experiments/data/ubiquitin.a3m"
@@ -180,7 +180,7 @@ def test_broken_files(file, content: str | bytes, says: str) -> None:
 
 
 def test_line_without_end(file, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.a3m._MAX_LINE", 100)
+    monkeypatch.setattr("evoplan.model.a3m._MAX_LINE", 100)
     assert "line 2 is over 100 characters" in message(file(">q\n" + "A" * 101))
     assert "line 4: sequence 'q' is over 100 characters" in message(file(">q\n" + ("A" * 40 + "\n") * 9))
 

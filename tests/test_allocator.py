@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from model.layout import channels_first, channels_last
+from evoplan.model.layout import channels_first, channels_last
 
 MIB = 2**20
 FAULTS = f"""
 import resource, torch
-from cost_model.allocator import give_back_freed_memory, keep_freed_memory
+from evoplan.cost_model.allocator import give_back_freed_memory, keep_freed_memory
 print(keep_freed_memory())
 def touched():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost_model.analytic import (
+from evoplan.cost_model.analytic import (
     BLOCK_OUTPUT,
     FORMULAS,
     NOTES_SUBMODULE_OUTPUTS,
@@ -22,13 +22,13 @@ from cost_model.analytic import (
     parameter_count,
     submodule_parameters,
 )
-from cost_model.flops import block_flops, submodule_flops
-from cost_model.steps import StepCost, trace_step
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
-from model.evoformer import mask_constants
-from model.execution import record
-from model.strategy import WHOLE
+from evoplan.cost_model.flops import block_flops, submodule_flops
+from evoplan.cost_model.steps import StepCost, trace_step
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
+from evoplan.model.evoformer import mask_constants
+from evoplan.model.execution import record
+from evoplan.model.strategy import WHOLE
 from tests.conftest import TINY, TINY_EXTRA
 
 HALF = 2  # bytes

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from model import Chain, EvoformerStack
-from model.strategy import EAGER, WHOLE, Strategy
-from model.submodule import IndependentAxis
-from planner.apply import PlannedModule
-from planner.schedule import Checkpoint, Run, Sequence
+from evoplan.model import Chain, EvoformerStack
+from evoplan.model.strategy import EAGER, WHOLE, Strategy
+from evoplan.model.submodule import IndependentAxis
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
 from tests.conftest import TILES, TINY, random_inputs
 
 

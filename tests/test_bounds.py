@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.costs import CostTable
-from planner.replay import replay
-from planner.schedule import depth
-from planner.solvers import BASELINES, Frontier, cp_sat
-from planner.solvers.bounds import LowerBound
-from planner.solvers.dp import Program
-from planner.solvers.seed_dp import SeedProgram
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers import BASELINES, Frontier, cp_sat
+from evoplan.planner.solvers.bounds import LowerBound
+from evoplan.planner.solvers.dp import Program
+from evoplan.planner.solvers.seed_dp import SeedProgram
 from tests.brute_force import by_charges, least_seconds
 from tests.test_dp import UNITS, cases, tables
 
@@ -119,7 +119,7 @@ def test_the_gap_is_small_on_real_costs(stack_table: CostTable) -> None:
 @given(tables(steps=(1, 6), most=3, read_all=True))
 def test_the_flat_program_keeps_its_budget(table: CostTable) -> None:
     """And the dynamic program, which has all that it has, is never slower at the peak that it reached."""
-    from model.strategy import WHOLE
+    from evoplan.model.strategy import WHOLE
 
     if not all(any(cost.strategy == WHOLE for cost in options) for options in table.options):
         return

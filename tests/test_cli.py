@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from model.alignment import TOKENS
-from model.batch import random_alignment
-from planner.cli import main
-from planner.sizes import parse_size
+from evoplan.model.alignment import TOKENS
+from evoplan.model.batch import random_alignment
+from evoplan.planner.cli import main
+from evoplan.planner.sizes import parse_size
 
 SMALL = [
     "--model",
@@ -53,7 +53,7 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_does_not_load_torch() -> None:
     code = (
-        "import sys; from planner.cli import main\n"
+        "import sys; from evoplan.planner.cli import main\n"
         "try: main(['--help'])\n"
         "finally: assert 'torch' not in sys.modules"
     )

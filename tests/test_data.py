@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from model import InputShape, TrunkConfig
-from model.alignment import POSITION_BYTES, TOKENS, Alignment
-from model.batch import random_alignment
-from model.clusters import summarise
-from model.config import preset
-from planner.data import alignment_for, batch_for
-from planner.problem import Problem, shape_for_alignment
+from evoplan.model import InputShape, TrunkConfig
+from evoplan.model.alignment import POSITION_BYTES, TOKENS, Alignment
+from evoplan.model.batch import random_alignment
+from evoplan.model.clusters import summarise
+from evoplan.model.config import preset
+from evoplan.planner.data import alignment_for, batch_for
+from evoplan.planner.problem import Problem, shape_for_alignment
 from tests.conftest import TINY, TINY_EXTRA
 
 TRUNK = TrunkConfig(TINY_EXTRA, TINY)
@@ -91,7 +91,7 @@ def test_deep_files_are_sampled_and_others_kept(
     asked = problem(TRUNK, n_extra=9)
     assert alignment_for(asked, str(path), 0).n_seq == 30
     for pool_rows, kept in ((3, 14), (20, 20), (50, 30)):
-        monkeypatch.setattr("planner.data.POOL_BYTES", pool_rows * 11 * POSITION_BYTES)
+        monkeypatch.setattr("evoplan.planner.data.POOL_BYTES", pool_rows * 11 * POSITION_BYTES)
         found = alignment_for(asked, str(path), 0)
         assert found.n_seq == kept
         batch = batch_for(asked, found, 0)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_model.costs import CostTable
-from cost_model.steps import StepCost
-from cost_model.trace import Work
-from model.strategy import WHOLE, Strategy
-from planner.replay import replay
-from planner.schedule import depth
-from planner.solvers.dp import Program
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.trace import Work
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers.dp import Program
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 
 KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))

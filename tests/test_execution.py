@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
-from model.dropout import dropout_mask
-from model.evoformer import mask_constants
-from model.execution import WholeRun, record, run_discarded
-from model.pieces import spans
-from model.strategy import LEAN, WHOLE, Strategy
-from model.submodule import IndependentAxis
+from evoplan.model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
+from evoplan.model.dropout import dropout_mask
+from evoplan.model.evoformer import mask_constants
+from evoplan.model.execution import WholeRun, record, run_discarded
+from evoplan.model.pieces import spans
+from evoplan.model.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.submodule import IndependentAxis
 from tests.conftest import TILES, TINY, TINY_EXTRA, random_inputs, randomise
 
 CASES = [(TINY, name) for name, _ in EvoformerBlock(TINY).submodules()] + [(TINY_EXTRA, "column_attention")]

@@ -14,26 +14,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model import measure
-from cost_model.costs import CostTable
-from cost_model.liveness import INPUT
-from cost_model.steps import StepCost
-from cost_model.trace import Work
-from model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from model.chain import Plannable
-from model.execution import run_discarded
-from model.strategy import WHOLE, Strategy
-from planner import NoPlanError, simulate_plan, verify_plan
-from planner.apply import PlannedModule
-from planner.costing import Costed, cost_problem
-from planner.host import Host, may_wait
-from planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from planner.planning import solve
-from planner.problem import Problem
-from planner.replay import Replay, replay
-from planner.schedule import Checkpoint, Run, Sequence, all_runs
-from planner.solvers import InfeasibleError
-from planner.solvers.inference import inference_schedule
+from evoplan.cost_model import measure
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.liveness import INPUT
+from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.trace import Work
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
+from evoplan.model.chain import Plannable
+from evoplan.model.execution import run_discarded
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.planner import NoPlanError, simulate_plan, verify_plan
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.host import Host, may_wait
+from evoplan.planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.replay import Replay, replay
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.solvers import InfeasibleError
+from evoplan.planner.solvers.inference import inference_schedule
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 from tests.test_apply import random_strategy
 from tests.test_dp import cases

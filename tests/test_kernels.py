@@ -11,19 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost_model.costs import build_cost_table
-from cost_model.devices import device
-from cost_model.profile import bytes_taken
-from cost_model.steps import offered_strategies, trace_step
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model import Chain, EvoformerConfig, EvoformerStack
-from model.chain import Step
-from model.execution import record, run_discarded
-from model.kernels import KERNELS, kernel, kernels_for
-from model.pieces import sampled_pieces
-from model.remake import Remaking, cheap
-from model.strategy import LEAN, WHOLE, Strategy
-from model.tiled import tiled_attention, tiles
+from evoplan.cost_model.costs import build_cost_table
+from evoplan.cost_model.devices import device
+from evoplan.cost_model.profile import bytes_taken
+from evoplan.cost_model.steps import offered_strategies, trace_step
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack
+from evoplan.model.chain import Step
+from evoplan.model.execution import record, run_discarded
+from evoplan.model.kernels import KERNELS, kernel, kernels_for
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.remake import Remaking, cheap
+from evoplan.model.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.tiled import tiled_attention, tiles
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 TILED = kernels_for("cpu")[0]

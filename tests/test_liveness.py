@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cost_model.costs import build_cost_table
-from cost_model.devices import device
-from cost_model.liveness import INPUT, Liveness, Version
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from model.loss import mean_square
-from model.submodule import Submodule
-from planner.apply import PlannedModule
-from planner.replay import replay
-from planner.schedule import depth
-from planner.solvers import Frontier
+from evoplan.cost_model.costs import build_cost_table
+from evoplan.cost_model.devices import device
+from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
+from evoplan.model.loss import mean_square
+from evoplan.model.submodule import Submodule
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers import Frontier
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 # e is rewritten from z and read by z's step; then z and m go on, and nobody reads e again.

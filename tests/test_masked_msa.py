@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from model import EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
-from model.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
-from model.batch import extra_rows, mask_msa, random_alignment
-from model.clusters import nearest_centres, summarise
-from model.masked_msa import MaskedMSAModel
-from model.trunk import build_model
+from evoplan.model import EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
+from evoplan.model.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
+from evoplan.model.batch import extra_rows, mask_msa, random_alignment
+from evoplan.model.clusters import nearest_centres, summarise
+from evoplan.model.masked_msa import MaskedMSAModel
+from evoplan.model.trunk import build_model
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 UBIQUITIN = Path(__file__).parents[1] / "experiments/data/ubiquitin.a3m"
@@ -260,7 +260,7 @@ def test_clusters_by_hand() -> None:
 
 
 def test_clusters_of_many_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.clusters._ROWS", 7)
+    monkeypatch.setattr("evoplan.model.clusters._ROWS", 7)
     a = random_alignment(40, 30, 2)
     centres = mask_msa(a.tokens[:6], a.deletions[:6], 0)["tokens_in"][0].numpy()
     profile, deletions = summarise(centres, a.deletions[:6], a.tokens[6:], a.deletions[6:])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import EvoformerConfig, EvoformerStack
-from model.execution import WholeRun
-from model.strategy import WHOLE
-from model.submodule import Submodule
+from evoplan.model import EvoformerConfig, EvoformerStack
+from evoplan.model.execution import WholeRun
+from evoplan.model.strategy import WHOLE
+from evoplan.model.submodule import Submodule
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import group
 
-from cost_model import measure
-from cost_model.costs import build_cost_table
-from cost_model.devices import device
-from cost_model.trace import fake_tensors
-from model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from model.loss import mean_square
-from model.parallel import ParallelEvoformer, Reshard
-from model.ranks import Ranks, lend
-from model.strategy import WHOLE
-from planner.apply import PlannedModule
-from planner.replay import replay
-from planner.schedule import Checkpoint, Run, Sequence
+from evoplan.cost_model import measure
+from evoplan.cost_model.costs import build_cost_table
+from evoplan.cost_model.devices import device
+from evoplan.cost_model.trace import fake_tensors
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
+from evoplan.model.loss import mean_square
+from evoplan.model.parallel import ParallelEvoformer, Reshard
+from evoplan.model.ranks import Ranks, lend
+from evoplan.model.strategy import WHOLE
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 from tests.ranks import on_ranks
 from tests.test_apply import random_schedule

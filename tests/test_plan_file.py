@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from model import EvoformerConfig, InputShape
-from model.strategy import WHOLE, Strategy
-from planner.costing import cost_problem
-from planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from planner.planning import solve
-from planner.problem import Problem
-from planner.schedule import Checkpoint, Run, Sequence, shortened
+from evoplan.model import EvoformerConfig, InputShape
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, shortened
 
 SMALL = Problem(
     model="custom",

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from experiments import scale
-from experiments.alphafold2 import command
-from experiments.policies import POLICIES, figures, original, plan_under, seed_rows
-from experiments.scale import Cluster, Share, study
-from model.strategy import WHOLE
-from planner.costing import Costed, cost_problem
-from planner.schedule import depth
-from planner.solvers.baselines import evenly_chunked
+from evoplan.experiments import scale
+from evoplan.experiments.alphafold2 import command
+from evoplan.experiments.policies import POLICIES, figures, original, plan_under, seed_rows
+from evoplan.experiments.scale import Cluster, Share, study
+from evoplan.model.strategy import WHOLE
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.schedule import depth
+from evoplan.planner.solvers.baselines import evenly_chunked
 
 
 @pytest.fixture(scope="module", params=["single", "dap", "single-inference"])

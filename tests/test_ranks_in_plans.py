@@ -9,18 +9,18 @@ from dataclasses import replace
 import pytest
 from torch.distributed import group
 
-from cost_model.devices import Link, device
-from cost_model.roofline import reduction_seconds, seconds
-from cost_model.trace import Work
-from model import EvoformerStack, InputShape
-from model.config import TrunkConfig
-from model.ranks import Ranks
-from planner import NoPlanError, apply_plan, simulate_plan, verify_plan
-from planner.certify import certify
-from planner.costing import Costed, cost_problem
-from planner.plan import load_plan
-from planner.planning import solve, solve_for_fewest_ranks
-from planner.problem import Problem
+from evoplan.cost_model.devices import Link, device
+from evoplan.cost_model.roofline import reduction_seconds, seconds
+from evoplan.cost_model.trace import Work
+from evoplan.model import EvoformerStack, InputShape
+from evoplan.model.config import TrunkConfig
+from evoplan.model.ranks import Ranks
+from evoplan.planner import NoPlanError, apply_plan, simulate_plan, verify_plan
+from evoplan.planner.certify import certify
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.plan import load_plan
+from evoplan.planner.planning import solve, solve_for_fewest_ranks
+from evoplan.planner.problem import Problem
 from tests.conftest import TINY, TINY_EXTRA
 from tests.ranks import on_ranks
 from tests.test_verify import CONFIG
@@ -69,7 +69,7 @@ def test_ranks_need_less_memory_and_send_what_they_share() -> None:
 
 
 def _steps(costed):
-    from model import Chain
+    from evoplan.model import Chain
 
     return Chain.of(costed.model).steps
 
@@ -109,7 +109,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Costed]:
             known[key] = cost_problem(asked, *arguments, **named)
         return replace(known[key], problem=asked)
 
-    monkeypatch.setattr("planner.timing.cost_problem", once)
+    monkeypatch.setattr("evoplan.planner.timing.cost_problem", once)
     return once
 
 

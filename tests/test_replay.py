@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from cost_model.costs import CostTable
-from cost_model.steps import StepCost
-from cost_model.trace import Work
-from model.strategy import WHOLE, Strategy
-from planner.replay import Replay, replay
-from planner.schedule import Checkpoint, Run, Sequence, forward_runs
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.trace import Work
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.planner.replay import Replay, replay
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, forward_runs
 from tests.brute_force import schedules
 
 CHUNK = Strategy("chunk", "row", 2)

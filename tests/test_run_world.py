@@ -15,17 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from model.config import InputShape
-from planner.costing import cost_problem
-from planner.data import alignment_for, batch_for
-from planner.plan import Plan, load_plan
-from planner.planning import solve
-from planner.problem import Problem
-from planner.run import Settings, run_plan
-from planner.solvers import BASELINES
-from planner.training import Training, dropout_seed
-from planner.watch import Failure, Member, verdict
-from planner.world import World, odd_ones
+from evoplan.model.config import InputShape
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.data import alignment_for, batch_for
+from evoplan.planner.plan import Plan, load_plan
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.run import Settings, run_plan
+from evoplan.planner.solvers import BASELINES
+from evoplan.planner.training import Training, dropout_seed
+from evoplan.planner.watch import Failure, Member, verdict
+from evoplan.planner.world import World, odd_ones
 from tests.conftest import TINY
 from tests.torchrun import FAULTY, Done, alone, started, torchrun, torchrun_command
 
@@ -92,7 +92,7 @@ def test_a_world_trains_as_one_process(
     path = tmp_path / "run.json"
     flags = ["--steps", str(STEPS), "--replicas", str(replicas), "--learning-rate", "1e-2"]
     size = ranks * replicas
-    done = torchrun(size, "-m", "planner", "run", plan(ranks), *flags, "--json", str(path))
+    done = torchrun(size, "-m", "evoplan.planner", "run", plan(ranks), *flags, "--json", str(path))
     assert done.code == 0, done.err
     assert done.out.count("step 1:") == 1
     found = json.loads(path.read_text())
@@ -149,7 +149,7 @@ def test_a_failing_rank_is_named_on_all(
 
 @pytest.mark.slow
 def test_ranks_end_with_their_launcher(plan: Callable[[int], str]) -> None:
-    flags = ["-m", "planner", "run", plan(1), "--replicas", "2", "--steps", "100000"]
+    flags = ["-m", "evoplan.planner", "run", plan(1), "--replicas", "2", "--steps", "100000"]
     with started(torchrun_command(2, *flags)) as launcher:
         while "step 1:" not in (line := launcher.stdout.readline()):
             assert line, "it ended"
@@ -164,18 +164,17 @@ def test_ranks_end_with_their_launcher(plan: Callable[[int], str]) -> None:
 
 
 def test_a_wrong_world_is_refused(other_plan: str) -> None:
-    done = torchrun(2, "-m", "planner", "run", other_plan, "--replicas", "2")
+    done = torchrun(2, "-m", "evoplan.planner", "run", other_plan, "--replicas", "2")
     assert done.code != 0
     (line,) = done.lines
     assert "2 ranks in each of 2 replicas, 4 in all; torchrun started 2 processes" in line
-    assert f"`torchrun --nproc_per_node=4 -m planner run {other_plan} --replicas 2`" in line
+    assert f"`torchrun --nproc_per_node=4 -m evoplan.planner run {other_plan} --replicas 2`" in line
     assert "exitcode  : 2" in done.err
 
 
 def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], other_plan: str) -> None:
-    script = (
-        f"files=({plan(1)} {other_plan}); exec {sys.executable} -m planner run ${{files[RANK]}} --replicas 2"
-    )
+    program = f"{sys.executable} -m evoplan.planner run"
+    script = f"files=({plan(1)} {other_plan}); exec {program} ${{files[RANK]}} --replicas 2"
     done = torchrun(2, "--no-python", "bash", "-c", script)
     assert done.code != 0
     (line,) = done.lines
@@ -185,12 +184,12 @@ def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], other_p
 
 
 def test_one_process_is_told_to_use_torchrun(other_plan: str, capsys: pytest.CaptureFixture) -> None:
-    from planner.cli import main
+    from evoplan.planner.cli import main
 
     with pytest.raises(SystemExit) as stop:
         main(["run", other_plan])
     assert stop.value.code == 2
-    assert "use `torchrun --nproc_per_node=2 -m planner run" in capsys.readouterr().err
+    assert "use `torchrun --nproc_per_node=2 -m evoplan.planner run" in capsys.readouterr().err
 
 
 def go(size: int, *arguments: str) -> Done:
@@ -199,7 +198,7 @@ def go(size: int, *arguments: str) -> Done:
 
 def train(size: int, path: Path, *arguments: str) -> tuple[list[float], str]:
     """Losses, and what was printed."""
-    done = go(size, "-m", "planner", *arguments, "--json", str(path))
+    done = go(size, "-m", "evoplan.planner", *arguments, "--json", str(path))
     assert done.code == 0, done.err
     return json.loads(path.read_text())["losses"], done.out
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cost_model import scratch
-from cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
-from cost_model.measure import peak_bytes
-from cost_model.scratch import CpuScratch
-from cost_model.steps import StepCost, trace_step
-from cost_model.trace import Trace, fake_copy, fake_tensors
-from model import Chain, EvoformerConfig, EvoformerStack
-from model.evoformer import mask_constants
-from model.execution import record, run_discarded
-from model.pieces import sampled_pieces
-from model.strategy import WHOLE, Strategy
+from evoplan.cost_model import scratch
+from evoplan.cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
+from evoplan.cost_model.measure import peak_bytes
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.steps import StepCost, trace_step
+from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack
+from evoplan.model.evoformer import mask_constants
+from evoplan.model.execution import record, run_discarded
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.strategy import WHOLE, Strategy
 
 CONFIG = EvoformerConfig(n_block=1, c_m=32, c_z=32)
 STRATEGIES = [

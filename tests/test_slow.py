@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from planner.plan import load_plan
-from planner.schedule import depth
+from evoplan.planner.plan import load_plan
+from evoplan.planner.schedule import depth
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def evoplan(*arguments: str) -> tuple[float, int]:
 
 
 def test_accuracy() -> None:
-    from experiments.accuracy import main
+    from evoplan.experiments.accuracy import main
 
     assert main() == 0
 
@@ -43,7 +43,7 @@ def test_narrow_stack_trains_in_little(tmp_path) -> None:
     plan = str(tmp_path / "plan.json")
     flags = ["--model", "alphafold2-narrow", "--dropout", "off"]
     failed = subprocess.run(
-        [sys.executable, "-m", "planner", "plan", *flags, "--memory", "1MB", "--json", str(path)],
+        [sys.executable, "-m", "evoplan.planner", "plan", *flags, "--memory", "1MB", "--json", str(path)],
         capture_output=True, check=False,
     )  # fmt: skip
     assert failed.returncode == 3

@@ -1,4 +1,4 @@
-"""`python -m experiments.scaling` and `python -m experiments.flops` as people run them."""
+"""`python -m evoplan.experiments.scaling` and `python -m evoplan.experiments.flops` as people run them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments.scaling import Result, _descendants, summarise
+from evoplan.experiments.scaling import Result, _descendants, summarise
 from tests.torchrun import alone, started
 
+STUDY = ("-m", "evoplan.experiments.scaling")
 SIZES = ["--num-blocks", "1", "--seq-len", "12", "--num-seqs", "3", "--batch-size", "1", "--num-steps", "2"]
 
 
 def test_a_scaling_study(tmp_path: Path) -> None:
     """1 and 2 processes; 3 fail, for want of a batch that divides, and the others are reported."""
     sizes = ("--seq-len", "12", "--num-seqs", "3", "--num-blocks", "1")
-    study = ("-m", "experiments.scaling", "--gpus", "1 2", "--batch-per-gpu", "1", "--steps", "3", *sizes)
+    study = (*STUDY, "--gpus", "1 2", "--batch-per-gpu", "1", "--steps", "3", *sizes)
     done = alone(*study, "--output-dir", str(tmp_path / "study"))
     assert done.code == 0, done.err + done.out
     with (tmp_path / "study" / "summary.csv").open() as file:
@@ -32,7 +33,7 @@ def test_a_scaling_study(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
-    study = ("-m", "experiments.scaling", "--gpus", "1 2", "--steps", "2", "--timeout", "8", "--runs", "1")
+    study = (*STUDY, "--gpus", "1 2", "--steps", "2", "--timeout", "8", "--runs", "1")
     sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1", "--batch-per-gpu", "1")
     # A file where the second run's folder would be.
     (tmp_path / "gpu2_batch2_run1").write_text("in the way")
@@ -46,7 +47,7 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None
 def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
     study = (
         "-m",
-        "experiments.scaling",
+        "evoplan.experiments.scaling",
         "--gpus",
         "2",
         "--steps",
@@ -84,7 +85,7 @@ def test_summary_of_runs() -> None:
 
 
 def test_flops_from_the_command_line(tmp_path: Path) -> None:
-    done = alone("-m", "experiments.flops", *SIZES, "--all", "--output-dir", str(tmp_path))
+    done = alone("-m", "evoplan.experiments.flops", *SIZES, "--all", "--output-dir", str(tmp_path))
     assert done.code == 0, done.err
     profile = json.loads((tmp_path / "flops_profile.json").read_text())
     assert set(profile) == {
@@ -105,7 +106,7 @@ def test_flops_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_flops_of_several_devices(tmp_path: Path) -> None:
-    done = alone("-m", "experiments.flops", *SIZES, "--devices", "0,1", "--output-dir", str(tmp_path))
+    done = alone("-m", "evoplan.experiments.flops", *SIZES, "--devices", "0,1", "--output-dir", str(tmp_path))
     assert done.code == 0, done.err
     document = json.loads((tmp_path / "flops_profile_multi_gpu.json").read_text())
     found, comparison = document["aggregate_metrics"], document["comparison"]
@@ -114,6 +115,6 @@ def test_flops_of_several_devices(tmp_path: Path) -> None:
         comparison["multi_gpu_throughput"] / comparison["single_gpu_throughput"]
     )
     assert found["multi_gpu_efficiency_percent"] == pytest.approx(50 * comparison["speedup"])
-    done = alone("-m", "experiments.flops", *SIZES, "--devices", "a", "--output-dir", str(tmp_path))
+    done = alone("-m", "evoplan.experiments.flops", *SIZES, "--devices", "a", "--output-dir", str(tmp_path))
     assert done.code == 2
     assert "give different numbers of GPUs" in done.err

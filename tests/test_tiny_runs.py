@@ -1,4 +1,4 @@
-"""`python -m experiments.tiny_openfold` as people run it, and the memory of its steps."""
+"""`python -m evoplan.experiments.tiny_openfold` as people run it, and the memory of its steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from cost_model.devices import device
-from experiments.tiny_openfold.memory import measure_parts, measure_peak, plan_for, predict
-from experiments.tiny_openfold.training import Recipe, TinyTraining
-from model.config import InputShape, TinyOpenFoldConfig
-from planner.plan import Plan
-from planner.planning import NoPlanError
-from planner.problem import Problem
-from planner.world import World
+from evoplan.cost_model.devices import device
+from evoplan.experiments.tiny_openfold.memory import measure_parts, measure_peak, plan_for, predict
+from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.planner.plan import Plan
+from evoplan.planner.planning import NoPlanError
+from evoplan.planner.problem import Problem
+from evoplan.planner.world import World
 from tests.torchrun import alone, started, torchrun, torchrun_command
 
-MODULE = ("-m", "experiments.tiny_openfold")
+MODULE = ("-m", "evoplan.experiments.tiny_openfold")
 SIZES = ("--num-blocks", "1", "--msa-dim", "16", "--pair-dim", "16", "--seq-len", "14", "--num-seqs", "3")
 TRAIN = (*MODULE, *SIZES, "--task", "distance")
 
@@ -183,7 +183,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], line: str, tmp_path: Pa
     done = alone(*TRAIN, *folder, *arguments)
     assert done.code == (3 if "least" in line else 2), done.err
     (said,) = [text for text in done.err.splitlines() if not text.startswith("USDT:")]
-    assert said.startswith("python -m experiments.tiny_openfold: ")
+    assert said.startswith("python -m evoplan.experiments.tiny_openfold: ")
     assert line in said
     assert not list(tmp_path.iterdir())
 

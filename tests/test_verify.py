@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import EvoformerConfig, EvoformerStack, InputShape
-from model.dropout import dropout_mask
-from planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
-from planner.costing import Costed, cost_problem
-from planner.planning import solve
-from planner.problem import Problem
-from planner.solvers import Frontier
+from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
+from evoplan.model.dropout import dropout_mask
+from evoplan.planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
+from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.planning import solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.solvers import Frontier
 
 CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
 

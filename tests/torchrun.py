@@ -32,7 +32,7 @@ class Done:
 
 
 def torchrun_command(size: int, *arguments: str) -> list[str]:
-    """What starts `arguments` (a script or `-m planner`, and what follows) on `size` processes."""
+    """What starts `arguments` (a script or `-m evoplan.planner`, and what follows) on `size` processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     return [sys.executable, *launcher, *arguments]
 

@@ -1,4 +1,4 @@
-"""FLOPs of TinyOpenFold, and how well a device is used: python -m experiments.flops."""
+"""FLOPs of TinyOpenFold, and how well a device is used: python -m evoplan.experiments.flops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from planner.terminal import CHECK_FAILED, make_folder, progress, run_command
+from evoplan.planner.terminal import CHECK_FAILED, make_folder, progress, run_command
 
 ANALYSES = ("detailed", "intensity", "roofline")
 
@@ -56,16 +56,16 @@ def command(
             raise ValueError(
                 "--device is one device, --devices and --multi-gpu are several; give one of them"
             )
-        from experiments.flops.several import profile_several
+        from evoplan.experiments.flops.several import profile_several
 
         agree = profile_several(folder, devices, num_steps, sizes, wanted)
     else:
         with progress("loading torch") as update:
-            from experiments.flops.single import profile_single
+            from evoplan.experiments.flops.single import profile_single
 
             agree = profile_single(folder, device, num_steps, sizes, set(wanted), update)
     sys.exit(0 if agree else CHECK_FAILED)
 
 
 if __name__ == "__main__":
-    run_command(command, "python -m experiments.flops")
+    run_command(command, "python -m evoplan.experiments.flops")

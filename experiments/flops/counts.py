@@ -19,16 +19,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost_model.flops import Flops, tiny_openfold_flops
-from cost_model.trace import Trace, Work, fake_copy, fake_tensors
-from experiments.tiny_openfold.memory import empty_batch
-from experiments.tiny_openfold.training import Recipe, run_step
-from model.chain import Chain
-from model.config import InputShape, TinyOpenFoldConfig
-from model.execution import record
-from model.strategy import WHOLE
-from model.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
-from planner.costing import kind_of
+from evoplan.cost_model.flops import Flops, tiny_openfold_flops
+from evoplan.cost_model.trace import Trace, Work, fake_copy, fake_tensors
+from evoplan.experiments.tiny_openfold.memory import empty_batch
+from evoplan.experiments.tiny_openfold.training import Recipe, run_step
+from evoplan.model.chain import Chain
+from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.model.execution import record
+from evoplan.model.strategy import WHOLE
+from evoplan.model.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
+from evoplan.planner.costing import kind_of
 
 # The components that people ask for, and the parts that each is made of.
 COMPONENTS: dict[str, tuple[str, ...]] = {

@@ -8,14 +8,14 @@ from datetime import datetime
 from statistics import mean, pstdev
 from typing import Any
 
-from cost_model.devices import Device
-from cost_model.flops import Flops
-from cost_model.roofline import balance, bounds
-from cost_model.trace import Work
-from experiments.flops.counts import DeepSpeedCount
-from experiments.tiny_openfold.memory import Memory
-from experiments.tiny_openfold.output import model_config
-from experiments.tiny_openfold.training import Recipe, StepResult
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.flops import Flops
+from evoplan.cost_model.roofline import balance, bounds
+from evoplan.cost_model.trace import Work
+from evoplan.experiments.flops.counts import DeepSpeedCount
+from evoplan.experiments.tiny_openfold.memory import Memory
+from evoplan.experiments.tiny_openfold.output import model_config
+from evoplan.experiments.tiny_openfold.training import Recipe, StepResult
 
 MB = 1e6
 DTYPE = "float32"

@@ -13,12 +13,12 @@ from typing import Any
 import click
 import torch
 
-from experiments.flops.documents import several_document
-from experiments.flops.output import print_several
-from experiments.flops.single import PROFILE, recipe_of
-from planner.errors import RunError
-from planner.plan import write_json
-from planner.terminal import CHECK_FAILED, progress
+from evoplan.experiments.flops.documents import several_document
+from evoplan.experiments.flops.output import print_several
+from evoplan.experiments.flops.single import PROFILE, recipe_of
+from evoplan.planner.errors import RunError
+from evoplan.planner.plan import write_json
+from evoplan.planner.terminal import CHECK_FAILED, progress
 
 SEVERAL = "flops_profile_multi_gpu.json"
 
@@ -51,7 +51,7 @@ def profile_several(
         own = ["--device", name if gpus else "cpu", "--output-dir", str(where)]
         environment = os.environ | ({} if gpus else {"OMP_NUM_THREADS": str(threads)})
         return subprocess.Popen(
-            [sys.executable, "-m", "experiments.flops", *arguments, *own],
+            [sys.executable, "-m", "evoplan.experiments.flops", *arguments, *own],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

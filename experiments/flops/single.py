@@ -7,18 +7,18 @@ from pathlib import Path
 
 import click
 
-from cost_model.local import local_cpu, local_cuda
-from experiments.flops import documents
-from experiments.flops.counts import analytic, by_deepspeed, counted, counted_step
-from experiments.flops.output import print_intensity, print_profile
-from experiments.flops.plot import plot_roofline
-from experiments.tiny_openfold.memory import check_fits, predict
-from experiments.tiny_openfold.setup import device_asked
-from experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
-from model.config import InputShape, TinyOpenFoldConfig
-from planner.costing import Progress
-from planner.plan import write_json
-from planner.world import World
+from evoplan.cost_model.local import local_cpu, local_cuda
+from evoplan.experiments.flops import documents
+from evoplan.experiments.flops.counts import analytic, by_deepspeed, counted, counted_step
+from evoplan.experiments.flops.output import print_intensity, print_profile
+from evoplan.experiments.flops.plot import plot_roofline
+from evoplan.experiments.tiny_openfold.memory import check_fits, predict
+from evoplan.experiments.tiny_openfold.setup import device_asked
+from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
+from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.planner.costing import Progress
+from evoplan.planner.plan import write_json
+from evoplan.planner.world import World
 
 PROFILE, INTENSITY, ROOFLINE = "flops_profile.json", "computational_intensity.json", "roofline_data.json"
 PICTURE = "roofline.png"

@@ -1,4 +1,4 @@
-"""Train TinyOpenFold: python -m experiments.tiny_openfold, or under torchrun on several devices."""
+"""Train TinyOpenFold: python -m evoplan.experiments.tiny_openfold, or under torchrun on several devices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
-from model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
-from planner.flags import Number, Size
-from planner.terminal import make_folder, progress, run_command
+from evoplan.experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
+from evoplan.model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
+from evoplan.planner.flags import Number, Size
+from evoplan.planner.terminal import make_folder, progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 
@@ -114,11 +114,11 @@ def command(
     shape = InputShape(num_seqs, seq_len, batch_size)
     _check(profiler, options)
     with progress("loading torch"):
-        from experiments.tiny_openfold.output import BANNER
-        from experiments.tiny_openfold.run import Run
-        from experiments.tiny_openfold.setup import set_up
-        from experiments.tiny_openfold.training import Recipe
-        from planner.world import joined
+        from evoplan.experiments.tiny_openfold.output import BANNER
+        from evoplan.experiments.tiny_openfold.run import Run
+        from evoplan.experiments.tiny_openfold.setup import set_up
+        from evoplan.experiments.tiny_openfold.training import Recipe
+        from evoplan.planner.world import joined
     with joined(timeout) as world:
         if world.first:
             click.echo(BANNER)
@@ -144,4 +144,4 @@ def _check(profiler: ProfilerConfig, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(command, "python -m experiments.tiny_openfold")
+    run_command(command, "python -m evoplan.experiments.tiny_openfold")

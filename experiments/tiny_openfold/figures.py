@@ -1,6 +1,6 @@
 """Peaks predicted and measured, losses and times, without a plan and at half of the peak.
 
-python -m experiments.tiny_openfold.figures --json experiments/results/tiny-openfold.json
+python -m evoplan.experiments.tiny_openfold.figures --json experiments/results/tiny-openfold.json
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from model.config import InputShape, TinyOpenFoldConfig
-from planner.terminal import CHECK_FAILED, check_writable, progress, run_command
+from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.planner.terminal import CHECK_FAILED, check_writable, progress, run_command
 
 # The original's configurations; medium with one sample, which is what a machine of 24 GB holds.
 CASES = {
@@ -31,7 +31,7 @@ def figures(cases: tuple[str, ...], rounds: int, json_path: str | None) -> None:
     check_writable(json_path)
     import sys
 
-    from planner.plan import write_json
+    from evoplan.planner.plan import write_json
 
     document: dict[str, Any] = {}
     for name in cases:
@@ -52,11 +52,11 @@ def figures(cases: tuple[str, ...], rounds: int, json_path: str | None) -> None:
 
 def compare(config: TinyOpenFoldConfig, shape: InputShape, rounds: int, update: Any) -> dict[str, Any]:
     """Both trainings side by side, steps in turn."""
-    from cost_model.devices import device
-    from experiments.tiny_openfold.memory import measure_peak, plan_for, predict
-    from experiments.tiny_openfold.training import Recipe, TinyTraining
-    from planner.problem import Problem
-    from planner.world import World
+    from evoplan.cost_model.devices import device
+    from evoplan.experiments.tiny_openfold.memory import measure_peak, plan_for, predict
+    from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+    from evoplan.planner.problem import Problem
+    from evoplan.planner.world import World
 
     recipe = Recipe(config, shape, task="distance")
     plain = TinyTraining(recipe, World())
@@ -106,4 +106,4 @@ def _as_promised(found: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(figures, "python -m experiments.tiny_openfold.figures")
+    run_command(figures, "python -m evoplan.experiments.tiny_openfold.figures")

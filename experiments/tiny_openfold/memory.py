@@ -8,25 +8,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cost_model import measure
-from cost_model.devices import Device
-from cost_model.ledger import Ledger, Regions
-from cost_model.scratch import CpuScratch
-from cost_model.static import OPTIMIZER_STATES
-from cost_model.trace import fake_copy, fake_tensors
-from experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
-from model.pieces import sampled_pieces
-from model.regions import SCORES
-from model.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
-from planner.apply import PlannedModule
-from planner.costing import Costed, Progress, cost_problem, kind_of
-from planner.errors import CommonError
-from planner.plan import Plan
-from planner.planning import NoPlanError, solve
-from planner.problem import Problem
-from planner.sizes import format_size
-from planner.trial import available_bytes
-from planner.world import World
+from evoplan.cost_model import measure
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.ledger import Ledger, Regions
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.static import OPTIMIZER_STATES
+from evoplan.cost_model.trace import fake_copy, fake_tensors
+from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
+from evoplan.model.pieces import sampled_pieces
+from evoplan.model.regions import SCORES
+from evoplan.model.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.costing import Costed, Progress, cost_problem, kind_of
+from evoplan.planner.errors import CommonError
+from evoplan.planner.plan import Plan
+from evoplan.planner.planning import NoPlanError, solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.sizes import format_size
+from evoplan.planner.trial import available_bytes
+from evoplan.planner.world import World
 
 OF_MSA = ("row_attention", "column_attention", "msa_transition", MSA_EMBEDDING)
 

@@ -11,13 +11,13 @@ from typing import Any
 import click
 import torch
 
-from experiments.tiny_openfold.memory import Memory
-from experiments.tiny_openfold.options import ProfilerConfig
-from experiments.tiny_openfold.profiling import system_info
-from experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
-from planner.plan import Plan
-from planner.sizes import format_size
-from planner.world import World
+from evoplan.experiments.tiny_openfold.memory import Memory
+from evoplan.experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.experiments.tiny_openfold.profiling import system_info
+from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
+from evoplan.planner.plan import Plan
+from evoplan.planner.sizes import format_size
+from evoplan.planner.world import World
 
 MIB = 2**20
 RULE = "=" * 70

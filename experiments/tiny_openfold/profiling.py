@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
-from experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.experiments.tiny_openfold.options import ProfilerConfig
 
 OPERATORS = "operators.txt"
 ROWS = 40

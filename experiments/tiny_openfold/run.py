@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cost_model.devices import Device
-from experiments.tiny_openfold import output
-from experiments.tiny_openfold.memory import Memory, measure_parts, measure_peak, predict
-from experiments.tiny_openfold.options import Options, ProfilerConfig
-from experiments.tiny_openfold.profiling import StepProfiler
-from experiments.tiny_openfold.training import WARMUP_STEPS, StepResult, TinyTraining
-from planner.errors import CommonError, RunError
-from planner.plan import Plan, write_json
-from planner.snapshots import Snapshots
+from evoplan.cost_model.devices import Device
+from evoplan.experiments.tiny_openfold import output
+from evoplan.experiments.tiny_openfold.memory import Memory, measure_parts, measure_peak, predict
+from evoplan.experiments.tiny_openfold.options import Options, ProfilerConfig
+from evoplan.experiments.tiny_openfold.profiling import StepProfiler
+from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, StepResult, TinyTraining
+from evoplan.planner.errors import CommonError, RunError
+from evoplan.planner.plan import Plan, write_json
+from evoplan.planner.snapshots import Snapshots
 
 SUMMARY = "performance_summary.json"
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from cost_model.devices import Device
-from experiments.tiny_openfold import output
-from experiments.tiny_openfold.memory import check_fits, plan_for
-from experiments.tiny_openfold.options import Options
-from experiments.tiny_openfold.training import Recipe, TinyTraining
-from planner.costing import device_of
-from planner.errors import CommonError
-from planner.plan import Plan, load_plan
-from planner.problem import Problem
-from planner.watch import first_line
-from planner.world import World
+from evoplan.cost_model.devices import Device
+from evoplan.experiments.tiny_openfold import output
+from evoplan.experiments.tiny_openfold.memory import check_fits, plan_for
+from evoplan.experiments.tiny_openfold.options import Options
+from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+from evoplan.planner.costing import device_of
+from evoplan.planner.errors import CommonError
+from evoplan.planner.plan import Plan, load_plan
+from evoplan.planner.problem import Problem
+from evoplan.planner.watch import first_line
+from evoplan.planner.world import World
 
 
 def set_up(

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost_model import measure
-from model.config import InputShape, Task, TinyOpenFoldConfig
-from model.regions import region
-from model.tiny_data import tiny_batch
-from model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
-from planner.apply import PlannedModule
-from planner.plan import Plan
-from planner.training import data_parallel
-from planner.verify import apply_plan
-from planner.world import World
+from evoplan.cost_model import measure
+from evoplan.model.config import InputShape, Task, TinyOpenFoldConfig
+from evoplan.model.regions import region
+from evoplan.model.tiny_data import tiny_batch
+from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.plan import Plan
+from evoplan.planner.training import data_parallel
+from evoplan.planner.verify import apply_plan
+from evoplan.planner.world import World
 
 SEED = 42
 WARMUP_STEPS = 5  # that train as the others do, but are not timed

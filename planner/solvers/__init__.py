@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from cost_model.costs import CostTable
-from planner.replay import replay
-from planner.schedule import Sequence
-from planner.solvers import baselines
-from planner.solvers.frontier import Frontier, InfeasibleError
-from planner.solvers.inference import inference_schedule
-from planner.solvers.seed_dp import SeedProgram
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Sequence
+from evoplan.planner.solvers import baselines
+from evoplan.planner.solvers.frontier import Frontier, InfeasibleError
+from evoplan.planner.solvers.inference import inference_schedule
+from evoplan.planner.solvers.seed_dp import SeedProgram
 
 Solver = Callable[[CostTable, int | None], Sequence]
 
@@ -27,7 +27,7 @@ def by_cp_sat(table: CostTable, budget_bytes: int | None) -> Sequence:
     """`cp-sat`: CP-SAT's fastest schedule with checkpoints at most one deep."""
     if not table.training:
         return inference_schedule(table, budget_bytes)
-    from planner.solvers import cp_sat  # OR-Tools takes a while to import
+    from evoplan.planner.solvers import cp_sat  # OR-Tools takes a while to import
 
     found = cp_sat.answer(table, budget_bytes)
     if found.schedule is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isqrt
 
-from cost_model.costs import CostTable
-from cost_model.steps import StepCost
-from model.strategy import EAGER, WHOLE, Strategy
-from planner.schedule import Checkpoint, Run, Sequence
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import StepCost
+from evoplan.model.strategy import EAGER, WHOLE, Strategy
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
 
 # How a baseline runs a step: (its costs) -> (recorded strategy, strategy of a discarding run).
 Choice = Callable[[tuple[StepCost, ...]], tuple[Strategy, Strategy]]

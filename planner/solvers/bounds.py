@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cost_model.costs import CostTable
-from planner.solvers.dp import Program
-from planner.solvers.grid import FIRST, GridCosts, Times
-from planner.solvers.segments import SegmentCosts
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.solvers.dp import Program
+from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
+from evoplan.planner.solvers.segments import SegmentCosts
 
 PRICES = 160
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from cost_model.costs import CostTable
-from planner.schedule import Checkpoint, Run, Sequence
-from planner.solvers.grid import GridCosts, group_kinds
-from planner.solvers.items import GroupTable, Item, ItemMaker
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.solvers.grid import GridCosts, group_kinds
+from evoplan.planner.solvers.items import GroupTable, Item, ItemMaker
 
 SHORT = 12  # steps up to which every step is chosen by itself
 UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square

@@ -22,12 +22,12 @@ from weakref import proxy
 
 import numpy as np
 
-from cost_model.costs import CostTable
-from model.strategy import Strategy
-from planner.schedule import Sequence
-from planner.solvers.grid import FIRST, GridCosts, Pass, Times
-from planner.solvers.reading import Reader
-from planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
+from evoplan.cost_model.costs import CostTable
+from evoplan.model.strategy import Strategy
+from evoplan.planner.schedule import Sequence
+from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
+from evoplan.planner.solvers.reading import Reader
+from evoplan.planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 

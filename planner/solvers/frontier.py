@@ -13,13 +13,13 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from cost_model.costs import CostTable
-from cost_model.steps import StepCost
-from model.strategy import Strategy
-from planner.replay import Replay, replay
-from planner.schedule import Run, Sequence, allow_depth
-from planner.solvers.dp import Program
-from planner.solvers.grid import Times, unit_bytes
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import StepCost
+from evoplan.model.strategy import Strategy
+from evoplan.planner.replay import Replay, replay
+from evoplan.planner.schedule import Run, Sequence, allow_depth
+from evoplan.planner.solvers.dp import Program
+from evoplan.planner.solvers.grid import Times, unit_bytes
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.

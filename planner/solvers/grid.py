@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_model.costs import CostTable
-from cost_model.liveness import Version
-from model.strategy import Strategy
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.liveness import Version
+from evoplan.model.strategy import Strategy
 
 Times = NDArray[np.float64]  # seconds by memory left, in grid units; inf where it does not fit
 

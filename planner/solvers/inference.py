@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from cost_model.costs import CostTable
-from planner.host import may_wait
-from planner.replay import replay
-from planner.schedule import Run, Sequence
-from planner.solvers.frontier import InfeasibleError
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.host import may_wait
+from evoplan.planner.replay import replay
+from evoplan.planner.schedule import Run, Sequence
+from evoplan.planner.solvers.frontier import InfeasibleError
 
 Away = tuple[str, ...]
 

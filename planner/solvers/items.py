@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.schedule import Checkpoint, Run, Sequence
-from planner.solvers.grid import FIRST, GridCosts, Times
-from planner.solvers.segments import SegmentCosts
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
+from evoplan.planner.solvers.segments import SegmentCosts
 
 Parts = tuple[Run | Checkpoint, ...]
 

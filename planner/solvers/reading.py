@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from planner.schedule import Checkpoint, Run, Sequence
-from planner.solvers.grid import FIRST, Pass, Times
-from planner.solvers.segments import Segments
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.solvers.grid import FIRST, Pass, Times
+from evoplan.planner.solvers.segments import Segments
 
 if TYPE_CHECKING:
-    from planner.solvers.dp import Depth, Program
+    from evoplan.planner.solvers.dp import Depth, Program
 
 Parts = list[Run | Checkpoint]
 

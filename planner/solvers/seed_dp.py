@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cost_model.costs import CostTable
-from model.strategy import WHOLE, Strategy
-from planner.schedule import Checkpoint, Run, Sequence
-from planner.solvers.grid import unit_bytes
+from evoplan.cost_model.costs import CostTable
+from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.solvers.grid import unit_bytes
 
 UNITS = 4096
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.solvers.grid import GridCosts, Pass, Times
+from evoplan.planner.solvers.grid import GridCosts, Pass, Times
 
 Integers = NDArray[np.int64]
 

@@ -1,0 +1,5 @@
+"""`python -m evoplan` is `evoplan`."""
+
+from evoplan.planner.cli import main
+
+main()
