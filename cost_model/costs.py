@@ -14,7 +14,7 @@ from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
 from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
 from evoplan.model.chain import Chain, Step
 from evoplan.model.kernels import kernels_for
 from evoplan.model.pieces import sampled_pieces
@@ -83,6 +83,7 @@ def build_cost_table(
     progress: Callable[[str], None] = lambda name: None,
     times: TimeSource | None = None,
     strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] | None = None,
+    autocast: str | None = None,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
@@ -94,6 +95,7 @@ def build_cost_table(
         progress: called with the name of each step as it is traced.
         times: the device's roofline if not given; strategies that have none are left out, except `whole`.
         strategies: those to trace of a step whose target has a shape; all there are if not given.
+        autocast: dtype by name that torch.autocast runs products in; None: as `dtype` says.
 
     Raises:
         MissingTimesError: some step has no time under any strategy.
@@ -101,7 +103,7 @@ def build_cost_table(
     times = times or Roofline(device, dtype)
     traced_here = partial(offered_strategies, kernels=kernels_for(device.kind))
     torch_dtype = getattr(torch, dtype)
-    scratch = CpuScratch() if device.kind == "cpu" else None
+    scratch, casting = CpuScratch() if device.kind == "cpu" else None, casting_of(device.kind, autocast)
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
@@ -133,7 +135,9 @@ def build_cost_table(
                     raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
                 found = [
                     times.timed(
-                        step, read, trace_step(step, s, state, constants, trace, live, training, in_place)
+                        step,
+                        read,
+                        trace_step(step, s, state, constants, trace, live, training, in_place, casting),
                     )
                     for s in known
                 ]

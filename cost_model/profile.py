@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median, quantiles
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.times import MeasuredBytes, Timing
+from evoplan.cost_model.trace import Casting
 from evoplan.model.chain import Step
 from evoplan.model.execution import record, run_discarded
 from evoplan.model.strategy import WHOLE, Strategy
@@ -37,6 +39,7 @@ def time_step(
     constants: Mapping[str, Tensor],
     repeats: int,
     progress: Progress = lambda _: None,
+    casting: Casting = nullcontext,
 ) -> dict[Strategy, Timing]:
     """Median times of a step under each strategy.
 
@@ -52,8 +55,8 @@ def time_step(
     for number in range(repeats):
         for strategy, times in found.items():
             progress(f"{step.name} {strategy}, round {number + 1} of {repeats}")
-            _once(step, strategy, state, constants)
-            times.append(_once(step, strategy, state, constants))
+            _once(step, strategy, state, constants, casting)
+            times.append(_once(step, strategy, state, constants, casting))
     return {strategy: _timing(times) for strategy, times in found.items()}
 
 
@@ -63,6 +66,7 @@ def _phases(
     state: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     meter: Callable[[Callable[[], object], str], Any],
+    casting: Casting,
 ) -> tuple[list[Any], int]:
     """What a meter reads of a discarding run and, in training, of a recorded forward and its backward.
 
@@ -74,11 +78,12 @@ def _phases(
     kept: list = []
 
     def discard() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), casting():
             kept.append(run_discarded(step.submodule, strategy, step.tensors(state, constants, seed)))
 
     def forward() -> None:
-        kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
+        with casting():
+            kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
 
     readings = [meter(discard, kind)]
     target_bytes = kept.pop().untyped_storage().nbytes()
@@ -93,10 +98,14 @@ def _phases(
 
 
 def _once(
-    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    casting: Casting,
 ) -> tuple[float, ...]:
     """Seconds of each phase; none for those that inference has not."""
-    seconds, _ = _phases(step, strategy, state, constants, measure.seconds)
+    seconds, _ = _phases(step, strategy, state, constants, measure.seconds, casting)
     return (*seconds, 0.0, 0.0)[:3]
 
 
@@ -108,7 +117,11 @@ def _timing(times: list[tuple[float, ...]]) -> Timing:
 
 
 def largest_error(
-    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    casting: Casting = nullcontext,
 ) -> float:
     """How far a strategy's results and gradients are from those of a whole run, over the largest of each."""
     seed = 0 if step.submodule.training else None
@@ -116,9 +129,10 @@ def largest_error(
     def results(strategy: Strategy) -> list[Tensor]:
         tensors = step.tensors(state, constants, seed)
         if seed is None:
-            with torch.no_grad():
+            with torch.no_grad(), casting():
                 return [run_discarded(step.submodule, strategy, tensors)]
-        run, output = record(step.submodule, strategy, tensors)
+        with casting():
+            run, output = record(step.submodule, strategy, tensors)
         # Random, as in training: a slope's partial sums grow and cancel, and magnify harmless rounding.
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
         of_state, of_parameters = run.vjp(grad.to(output))
@@ -127,7 +141,7 @@ def largest_error(
             return torch.zeros_like(of) if found is None else found  # None: it was dropped
 
         # Of some parameters the gradient is zero but for rounding: the whole vector is compared.
-        parameters = step.parameters.items()
+        parameters = step.submodule.named_parameters()
         vector = torch.cat([gradient(of_parameters.get(name), p).flatten() for name, p in parameters])
         states = [gradient(of_state.get(name), tensors[name]) for name in step.submodule.reads]
         return [output, *states, vector]
@@ -143,10 +157,14 @@ def _relative_error(got: Tensor, true: Tensor) -> Tensor:
 
 
 def bytes_taken(
-    step: Step, strategy: Strategy, state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    casting: Casting = nullcontext,
 ) -> MeasuredBytes:
     """What the device's allocator counts in a step's runs, one by one."""
-    (discard, *recorded), target_bytes = _phases(step, strategy, state, constants, measure.usage)
+    (discard, *recorded), target_bytes = _phases(step, strategy, state, constants, measure.usage, casting)
     if not recorded:
         return MeasuredBytes(discard.peak, 0, 0, 0)
     forward, backward = recorded

@@ -8,6 +8,8 @@ A trace on fake tensors does not see them. On the CPU these operators have some:
 - Products in half precision, where oneDNN runs them: it packs blocks of the operands and of the
   result in buffers whose size follows from shapes, strides and threads in no simple way. Such a
   product is run once, on zeros, and its allocations are read from the profiler.
+- Elementwise operators on tensors of unlike dtypes (mixed precision): a copy of each operand that is not of
+  the common dtype, and where they write into one that is not, a buffer for the result.
 - Any operator with a Python number: it becomes a tensor of one element.
 
 For the others, closed forms give the exact bytes. Checked with torch 2.13 on x86.
@@ -16,6 +18,7 @@ For the others, closed forms give the exact bytes. Checked with torch 2.13 on x8
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from functools import cache, reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -102,6 +105,9 @@ class CpuScratch:
 
     def call(self, operator: Any, args: tuple) -> Call | None:
         """What to ask the other methods about; None: no scratch, except `NUMBER_BYTES`."""
+        if _is_pointwise(operator):
+            dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+            return None if len(dtypes) < 2 else Call(operator, tuple(map(_hashable, args)))
         if operator not in _PRODUCTS and operator not in _NORMS:
             return None
         return Call(operator, tuple(map(_hashable, args)))
@@ -118,6 +124,8 @@ class CpuScratch:
 
     def bytes(self, call: Call) -> int:
         """Scratch of a call beyond its outputs. A oneDNN product is run once per process."""
+        if _is_pointwise(call.operator):
+            return _cast_bytes(call) + NUMBER_BYTES
         if call.operator in _NORMS:
             return _norm_bytes(call, self.threads) + NUMBER_BYTES
         if not self._is_onednn(call):
@@ -143,6 +151,28 @@ def _hashable(arg: Any) -> Any:
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+@cache
+def _is_pointwise(operator: Any) -> bool:
+    return torch.Tag.pointwise in operator.tags
+
+
+@cache
+def _writes_first(operator: Any) -> bool:
+    alias = operator._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
+
+
+def _cast_bytes(call: Call) -> int:
+    """Copies in the common dtype: of operands, and of a result that is written into one of another dtype."""
+    # Tensors without dimensions give way to others.
+    dtypes = [t.dtype for t in call.tensors if t.shape] or [t.dtype for t in call.tensors]
+    common = reduce(torch.promote_types, dtypes)
+    copied = [tensor for tensor in call.tensors if tensor.dtype != common]
+    if _writes_first(call.operator) and call.tensors[0].dtype != common:
+        copied.append(call.tensors[0])
+    return sum(prod(tensor.shape) * common.itemsize for tensor in copied)
 
 
 def _norm_bytes(call: Call, threads: int) -> int:

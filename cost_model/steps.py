@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from evoplan.cost_model.trace import Trace, Work
+from evoplan.cost_model.trace import Casting, Trace, Work
 from evoplan.model.chain import Step
 from evoplan.model.execution import record, run_discarded
 from evoplan.model.kernels import kernels_for
@@ -106,6 +107,7 @@ def trace_step(
     live: Iterable[str] | None = None,
     training: bool = True,
     in_place: bool = False,
+    casting: Casting = nullcontext,
 ) -> StepCost:
     """Cost of one step under one strategy; call on fake tensors, inside `trace`.
 
@@ -113,6 +115,7 @@ def trace_step(
         live: tensors of the state that have a gradient when the step's backward begins; None for all.
         training: False for the discarding run alone.
         in_place: whether that run may write over its target.
+        casting: what forward runs under, and backward does not.
     """
     base = trace.live_bytes
     loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
@@ -120,7 +123,7 @@ def trace_step(
     seed = 0 if step.submodule.training else None
 
     trace.reset()
-    with torch.no_grad():
+    with torch.no_grad(), casting():
         output = run_discarded(step.submodule, strategy, step.tensors(state, constants, seed), in_place)
     discard_bytes, discard_work = trace.peak_bytes - base, trace.work()
     del output
@@ -128,7 +131,8 @@ def trace_step(
         return StepCost(strategy, 0, 0, 0, discard_bytes, discard_work, Work(), Work())
 
     trace.reset()
-    run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
+    with casting():
+        run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
     forward_bytes, forward_work = trace.peak_bytes - base, trace.work()
     del output
     preserved_bytes = trace.live_bytes - base - loss_bytes

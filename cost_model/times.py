@@ -323,8 +323,9 @@ def _is_amount(value: object) -> bool:
 
 def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:
     """What a step's time depends on, besides the device and torch."""
-    kind, *described, parameters = step.submodule.signature()
-    described.append([(name, shape) for name, shape, _ in parameters])  # the dtype is a field of its own
+    kind, *described, parameters, altered = step.submodule.signature()
+    described.append([(name, shape) for name, shape, *_ in parameters])  # the dtype is a field of its own
+    described += altered
     digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
     read = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in step.reads)
     mode = "training" if step.submodule.training else "inference"

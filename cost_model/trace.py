@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
+from evoplan.model.context import autocast
 from evoplan.model.pieces import PieceSample
 
 
@@ -111,6 +114,8 @@ class Trace(TorchDispatchMode, PieceSample):
             return args[0].fake_device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is _LAYER_NORM:
+            out = _with_statistics(out, args[0], args[2], on_cpu=self.scratch is not None)
         if func is _VIEW and 1 in out.shape:
             out = _strided_as_viewed(out)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
@@ -148,11 +153,23 @@ class Trace(TorchDispatchMode, PieceSample):
 
 _DEVICE = torch.ops.prim.device.default
 _VIEW = torch.ops.aten.view.default
+_LAYER_NORM = torch.ops.aten.native_layer_norm.default
 _FREE = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,
 }
+
+
+def _with_statistics(out: tuple, x: Tensor, weight: Tensor | None, on_cpu: bool) -> tuple:
+    """A normalisation's results with means and deviations in the dtype that real tensors get them in.
+
+    Of half precision that is float32, but on a CPU only where the weight is in float32; fake tensors get x's.
+    """
+    if x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype)):
+        return out
+    normalised, *statistics = out
+    return normalised, *(torch.empty(tensor.shape, dtype=torch.float32) for tensor in statistics)
 
 
 def _strided_as_viewed(tensor: Tensor) -> Tensor:
@@ -171,6 +188,47 @@ def _strided_as_viewed(tensor: Tensor) -> Tensor:
 def _moved_bytes(tensor: Tensor) -> int:
     # A broadcast operand is read once, whatever its shape says.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+# What a forward is run under, and its backward is not.
+Casting = Callable[[], AbstractContextManager]
+
+
+def casting_of(kind: str, dtype: str | None) -> Casting:
+    """torch.autocast of a kind of device to a dtype by name, for tensors without data; None: nothing.
+
+    They claim to be on the CPU, where autocast leaves some operators in half precision that it runs in single
+    precision on a GPU.
+    """
+
+    @contextmanager
+    def casting() -> Iterator[None]:
+        with (
+            autocast("cpu", dtype, keep_casts=False),
+            _SinglePrecision() if kind == "cuda" else nullcontext(),
+        ):
+            yield
+
+    return casting if dtype else nullcontext
+
+
+class _SinglePrecision(TorchFunctionMode):
+    """Softmax, norms and sums in float32, as autocast on CUDA runs them.
+
+    Source: torch's documentation of torch.amp, CUDA ops that autocast to float32.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _IN_SINGLE:
+            args, kwargs = tree_map_only(Tensor, _single, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_IN_SINGLE = {Tensor.softmax, torch.softmax, F.softmax, F.layer_norm, Tensor.sum, torch.sum}
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @contextmanager

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.kernels import kernel_in_use
+from evoplan.model.layers import FULL, columns, rows, times
 from evoplan.model.regions import SCORES, region
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import FULL
 
 
-def mask_bias(mask: Tensor) -> Tensor:
-    """0 where the mask is 1, a large negative number where it is 0, finite in the mask's dtype."""
-    # AlphaFold adds -1e9, which is -inf in float16 and turns a row without any key into NaN.
-    large = min(1e9, torch.finfo(mask.dtype).max / 2)
-    return (mask - 1.0).mul_(large)
+def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is 1, a large negative number where it is 0: finite in `dtype`, that of the logits."""
+    # AlphaFold adds -1e9, which is -inf in float16 and turns a row without any key into NaN. Under autocast
+    # the logits are in half precision and the mask is not.
+    large = min(1e9, torch.finfo(dtype).max / 2)
+    return (mask - 1.0).mul_(large).to(dtype)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def transposed(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k / sqrt(c) + biases) v, gated by a sigmoid, projected back without its output bias.
+    """softmax(q k / sqrt(c) + biases) v, gated by a sigmoid and projected back.
 
-    The output bias is added by `finish`, once, so that heads may be run in groups.
+    Heads may be run in groups, whose contributions add up; the output bias is in the first one's.
 
     Args:
         gated: as AlphaFold 2 has it; else there is neither a gate nor an output bias.
@@ -58,15 +58,13 @@ class Attention(nn.Module):
         Returns:
             [*, rows, n, c_in]
         """
-        first, last, _ = heads.indices(self.n_head)
-        width = slice(first * self.c_head, last * self.c_head)
-        # The scale goes into the weights: they are smaller than the queries.
-        q = self._split(F.linear(x, self.linear_q.weight[width] * self.c_head**-0.5))
-        k = self._split(F.linear(x, self.linear_k.weight[width]))
+        width = times(heads, self.c_head)
+        q = self._split(rows(self.linear_q, x, width, self.c_head**-0.5))
+        k = self._split(rows(self.linear_k, x, width))
         if (attend := kernel_in_use()) is not None:
-            v = self._split(F.linear(x, self.linear_v.weight[width]))
-            no_mask = x.new_zeros(()).expand(x.shape[:-1])
-            bias = no_mask if key_mask is None else mask_bias(key_mask)
+            v = self._split(rows(self.linear_v, x, width))
+            no_mask = q.new_zeros(()).expand(x.shape[:-1])
+            bias = no_mask if key_mask is None else mask_bias(key_mask, q.dtype)
             attended = attend(q, k, v, bias, pair_bias).transpose(-2, -3).flatten(-2)
             del q, k, v
             return self._projected(x, attended, width)
@@ -74,22 +72,22 @@ class Attention(nn.Module):
         del q, k
         # In place: the backward of a product does not read its result.
         if key_mask is not None:
-            logits += mask_bias(key_mask)[..., None, None, :]
+            logits += mask_bias(key_mask, logits.dtype)[..., None, None, :]
         if pair_bias is not None:
             logits += pair_bias.unsqueeze(-4)
         with region(SCORES):
             weights = logits.softmax(dim=-1)
         del logits
-        v = self._split(F.linear(x, self.linear_v.weight[width]))
+        v = self._split(rows(self.linear_v, x, width))
         attended = (weights @ v).transpose(-2, -3).flatten(-2)  # [*, rows, n, heads * c]
         del weights, v
         return self._projected(x, attended, width)
 
     def _projected(self, x: Tensor, attended: Tensor, width: slice) -> Tensor:
         if self.linear_g is None:
-            return F.linear(attended, self.linear_o.weight[:, width])
-        gate = cheap(torch.sigmoid, F.linear(x, self.linear_g.weight[width], self.linear_g.bias[width]))
-        return F.linear(cheap(torch.mul, gate, attended), self.linear_o.weight[:, width])
+            return columns(self.linear_o, attended, width)
+        gate = cheap(torch.sigmoid, rows(self.linear_g, x, width))
+        return columns(self.linear_o, cheap(torch.mul, gate, attended), width)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.c_head)).transpose(-2, -3)  # [*, rows, heads, n, c]

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evoplan.model.dropout import dropout_mask
+from evoplan.model.internals import has_hooks, storage_key
 from evoplan.model.regions import region
 from evoplan.model.submodule import Submodule
 
 State = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Submodules that run one after the other: its children, in the order in which they were assigned."""
+
+    def submodules(self) -> Iterator[tuple[str, Submodule]]:
+        """The submodules by name, in the order in which they run."""
+        for name, child in self.named_children():
+            if isinstance(child, Submodule):
+                yield name, child
+
+    def forward(self, *state: Tensor, run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The state that is there after the block, as `run` makes it of the state before."""
+        return run(*state)
+
+
+def laid_out(**state: Tensor) -> State:
+    """The state a chain starts from, without gaps and in the order of its dimensions: copied where it is not.
+
+    Else every step would copy what it reads, inside of kernels where nobody counts it.
+    """
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 class Plannable(nn.Module):
@@ -56,9 +80,16 @@ class Plannable(nn.Module):
         state, constants = self.prepare(*tensors, **named)
         del tensors, named
         seed = self.draw_seed(dropout_seed)
-        for step in Chain.of(self).steps:
+        chain = Chain.of(self)
+
+        def run(step: Step, state: State) -> None:
+            def new_target(*read: Tensor) -> Tensor:
+                return step.submodule.new_target(step.tensors(step.named(read), constants, seed))
+
             with region(step.name):
-                state[step.target] = step.submodule.new_target(step.tensors(state, constants, seed))
+                state[step.target] = step.called(state, new_target)
+
+        chain.walk(chain.steps, state, run)
         return self.results(state)
 
 
@@ -70,6 +101,7 @@ class Step:
         index: position in the chain.
         name: qualified name of the submodule.
         group: number of the block it belongs to.
+        block: the block itself.
         names: what the submodule's tensors are called in the state, where that differs.
         draw: its number among the steps that have dropout; what its mask is drawn from.
     """
@@ -78,6 +110,7 @@ class Step:
     name: str
     submodule: Submodule
     group: int
+    block: nn.Module
     names: Mapping[str, str] = field(default_factory=dict)
     draw: int = 0
 
@@ -95,10 +128,13 @@ class Step:
         """The state tensors that the step reads, its target first."""
         return tuple(map(self.name_of, self.submodule.reads))
 
-    @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The submodule's parameters by name."""
-        return dict(self.submodule.named_parameters())
+    def named(self, read: Iterable[Tensor]) -> State:
+        """The state tensors that the step reads, from their values in that order."""
+        return dict(zip(self.reads, read, strict=True))
+
+    def called(self, state: Mapping[str, Tensor], run: Callable[..., Tensor]) -> Tensor:
+        """The new target, made by `run`: the submodule is called with the state tensors that it reads."""
+        return self.submodule(*(state[name] for name in self.reads), run=run)
 
     def tensors(
         self, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], seed: int | None
@@ -126,12 +162,29 @@ class Chain:
             for number, block in enumerate(blocks):
                 for name, submodule in block.submodules():
                     called = {**names, **submodule.names}
-                    steps.append(
-                        Step(len(steps), f"{stack}.{number}.{name}", submodule, group, called, draws)
-                    )
+                    about = len(steps), f"{stack}.{number}.{name}", submodule, group
+                    steps.append(Step(*about, getattr(block, "block", block), called, draws))
                     draws += submodule.dropout_shared_dim is not None
                 group += 1
         return cls(tuple(steps), model.outputs)
+
+    def walk(self, steps: Iterable[Step], state: State, run: Callable[[Step, State], None]) -> None:
+        """Run steps over the state, which `run` changes, each inside the call of its block.
+
+        A block on which nothing hangs need not be called. Where something does (hooks; parameters that are
+        gathered when their block is called) the call holds the state before it until it returns.
+
+        Raises:
+            ValueError: a hook has given a block's steps, or what follows them, other tensors than there were.
+        """
+        for _, group in groupby(steps, key=lambda step: step.group):
+            of_block = tuple(group)
+            block = of_block[0].block
+            if has_hooks(block):
+                _call_block(block, of_block, state, run)
+                continue
+            for step in of_block:
+                run(step, state)
 
     @cached_property
     def groups(self) -> tuple[range, ...]:
@@ -144,3 +197,32 @@ class Chain:
         """The steps of each submodule: its own, and those before it that lead in to it."""
         ends = [step.index + 1 for step in self.steps if not step.submodule.leads_in]
         return tuple(range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _call_block(
+    block: nn.Module, steps: Iterable[Step], state: State, run: Callable[[Step, State], None]
+) -> None:
+    """Run steps of a block inside its call, on the state by position."""
+    names = tuple(state)
+
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal names
+        _check_hook(block, state.values(), tensors)
+        state.update(zip(names, tensors, strict=True))
+        for step in steps:
+            run(step, state)
+        names = tuple(state)
+        return tuple(state.values())
+
+    results = block(*state.values(), run=body)
+    _check_hook(block, state.values(), results)
+    state.update(zip(names, results, strict=True))
+
+
+def _check_hook(block: nn.Module, there: Iterable[Tensor], given: Iterable[Tensor]) -> None:
+    # A schedule may run a part of a block alone: what hangs on the block may look on, not take part.
+    if [storage_key(tensor) for tensor in there] != [storage_key(tensor) for tensor in given]:
+        raise ValueError(
+            f"a hook on a block ({type(block).__name__}) puts other tensors in place of its own; "
+            "hang it on a submodule of the block"
+        )

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.chain import Plannable, State
+from evoplan.model.chain import Block, Plannable, State, laid_out
 from evoplan.model.config import EvoformerConfig
 from evoplan.model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
 from evoplan.model.outer_product_mean import OuterProductMean, pair_count
-from evoplan.model.submodule import Submodule
 from evoplan.model.transition import Transition
 from evoplan.model.triangle_attention import TriangleAttention
 from evoplan.model.triangle_multiplication import TriangleMultiplication
 
 
-class EvoformerBlock(nn.Module):
+class EvoformerBlock(Block):
     """Nine submodules, in the order of the paper.
 
     1,829,952 parameters at the widths of AlphaFold 2's main stack, 701,312 at those of its extra MSA stack.
@@ -37,10 +36,6 @@ class EvoformerBlock(nn.Module):
         self.triangle_starting = TriangleAttention(config, "starting")
         self.triangle_ending = TriangleAttention(config, "ending")
         self.pair_transition = Transition("z", config.c_z, config.transition_factor, "row")
-
-    def submodules(self) -> Iterator[tuple[str, Submodule]]:
-        """The submodules by name, in the order in which they run."""
-        yield from self.named_children()  # type: ignore[misc]
 
 
 class EvoformerStack(Plannable):
@@ -78,7 +73,7 @@ class EvoformerStack(Plannable):
         self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
         """The state and the constants of its chain."""
-        return {"m": m, "z": z}, mask_constants(m, z, msa_mask, pair_mask)
+        return laid_out(m=m, z=z), mask_constants(m, z, msa_mask, pair_mask)
 
     def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
         """Its blocks."""
@@ -89,11 +84,13 @@ def mask_constants(
     m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """What submodules read besides the state, by name: both masks and the outer product's counts."""
-    msa_mask = m.new_ones(m.shape[:-1]) if msa_mask is None else msa_mask.to(m.dtype)
-    pair_mask = z.new_ones(z.shape[:-1]) if pair_mask is None else pair_mask.to(z.dtype)
+    msa_mask = m.new_ones(m.shape[:-1]) if msa_mask is None else msa_mask.to(m.dtype).contiguous()
+    pair_mask = z.new_ones(z.shape[:-1]) if pair_mask is None else pair_mask.to(z.dtype).contiguous()
     if msa_mask.shape != m.shape[:-1] or pair_mask.shape != z.shape[:-1]:
         raise ValueError(
             f"masks must be shaped like their tensors without channels: msa_mask {tuple(msa_mask.shape)} "
             f"for m {tuple(m.shape)}, pair_mask {tuple(pair_mask.shape)} for z {tuple(z.shape)}"
         )
-    return {"msa_mask": msa_mask, "pair_mask": pair_mask, "pair_count": pair_count(msa_mask)}
+    with torch.autocast(m.device.type, enabled=False):  # half precision cannot count to 257, or to 2,049
+        count = pair_count(msa_mask)
+    return {"msa_mask": msa_mask, "pair_mask": pair_mask, "pair_count": count}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.attention import Attention, mask_bias, transposed
 from evoplan.model.config import EvoformerConfig
+from evoplan.model.layers import FULL, columns, rows, times
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 
 class MSARowAttentionWithPairBias(Submodule):
@@ -38,14 +38,10 @@ class MSARowAttentionWithPairBias(Submodule):
         )
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
-        bias = F.linear(z, self.linear_b.weight[part])
-        return bias.movedim(-1, -3)  # [*, heads, r, r]
+        return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         return self.attention(m, msa_mask, context, part)
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update.add_(self.attention.linear_o.bias)
 
 
 class MSAColumnAttention(Submodule):
@@ -71,9 +67,6 @@ class MSAColumnAttention(Submodule):
         columns = cheap(transposed, m)
         update = self.attention(columns, msa_mask.transpose(-1, -2), None, part)
         return transposed(update)
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update.add_(self.attention.linear_o.bias)
 
 
 class MSAColumnGlobalAttention(Submodule):
@@ -105,11 +98,10 @@ class MSAColumnGlobalAttention(Submodule):
         )
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
-        first, last, _ = part.indices(self.n_head)
-        width = slice(first * self.c_head, last * self.c_head)
+        width = times(part, self.c_head)
         attended = self._attended(m, msa_mask.transpose(-1, -2).contiguous(), width)
-        gate = cheap(torch.sigmoid, F.linear(m, self.linear_g.weight[width], self.linear_g.bias[width]))
-        return F.linear(cheap(torch.mul, gate, attended.unsqueeze(-3)), self.linear_o.weight[:, width])
+        gate = cheap(torch.sigmoid, rows(self.linear_g, m, width))
+        return columns(self.linear_o, cheap(torch.mul, gate, attended.unsqueeze(-3)), width)
 
     def _attended(self, m: Tensor, mask: Tensor, width: slice) -> Tensor:
         """[*, r, heads * c]: what each column attends to, by the heads in `width`; mask is [*, r, s]."""
@@ -118,9 +110,9 @@ class MSAColumnGlobalAttention(Submodule):
         eps = max(self.eps, torch.finfo(mask.dtype).tiny)
         shares = mask / (mask.sum(-1, keepdim=True) + eps)
         mean = (shares.unsqueeze(-2) @ m.transpose(-2, -3)).squeeze(-2)  # [*, r, c_m]
-        q = F.linear(mean, self.linear_q.weight[width] * self.c_head**-0.5)
+        q = rows(self.linear_q, mean, width, self.c_head**-0.5)
         logits = q.unflatten(-1, (-1, self.c_head)) @ self._of_columns(m, self.linear_k).transpose(-1, -2)
-        logits += mask_bias(mask).unsqueeze(-2)  # [*, r, heads, s]
+        logits += mask_bias(mask, logits.dtype).unsqueeze(-2)  # [*, r, heads, s]
         weights = logits.softmax(dim=-1)
         del logits
         return (weights @ self._of_columns(m, self.linear_v)).flatten(-2)
@@ -128,6 +120,3 @@ class MSAColumnGlobalAttention(Submodule):
     def _of_columns(self, m: Tensor, linear: nn.Linear) -> Tensor:
         # Transposed when it is c wide, and not m before: m is many times wider.
         return linear(m).transpose(-2, -3).contiguous()  # [*, r, s, c]
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update.add_(self.linear_o.bias)

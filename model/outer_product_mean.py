@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.config import EvoformerConfig
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.layers import FULL, columns, rows, times
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 
 def pair_count(msa_mask: Tensor) -> Tensor:
@@ -44,14 +44,13 @@ class OuterProductMean(Submodule):
         return self.linear_b(m) * msa_mask[..., None]  # [*, s, r, c], needed whole by every piece
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
-        a = F.linear(m, self.linear_a.weight[part], self.linear_a.bias[part]) * msa_mask[..., None]
+        a = rows(self.linear_a, m, part) * msa_mask[..., None]
         c_a, c_b = a.shape[-1], context.shape[-1]
         left = a.flatten(-2).transpose(-1, -2)  # [*, i * c, s]
         right = context.flatten(-2)  # [*, s, j * c]
         outer = (left @ right).unflatten(-1, (-1, c_b)).unflatten(-3, (-1, c_a))  # [*, i, c, j, c]
         outer = outer.transpose(-2, -3).flatten(-2)  # [*, i, j, c * c]
-        weight = self.linear_out.weight.unflatten(-1, (-1, c_b))[:, part].flatten(-2)
-        return F.linear(outer, weight)
+        return columns(self.linear_out, outer, times(part, c_b))
 
     def finish(self, update: Tensor, count: Tensor) -> Tensor:
-        return update.add_(self.linear_out.bias).div_((count + self.eps)[..., None])
+        return update.div_((count + self.eps)[..., None])

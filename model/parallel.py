@@ -26,6 +26,7 @@ from evoplan.model.chain import Plannable, State
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.ranks import Enter, Exchange, Gather, Leave, Ranks
 from evoplan.model.submodule import FULL, Submodule, Tensors
+from evoplan.model.view import View
 
 ROWS = -3  # where a tensor is cut whose steps don't care
 
@@ -91,13 +92,19 @@ class Reshard(Submodule):
         return tuple(new)
 
     def signature(self) -> tuple:
-        return (*super().signature(), self.target, self.move)
+        kind, *about = super().signature()
+        return kind, self.target, self.move, *about
 
 
 @dataclass
 class _Block:
-    """A block of the parallel chain."""
+    """A block of the parallel chain.
 
+    Attributes:
+        block: that it is the rank's share of.
+    """
+
+    block: nn.Module
     steps: list[tuple[str, Submodule]] = field(default_factory=list)
 
     def submodules(self) -> Iterator[tuple[str, Submodule]]:
@@ -121,7 +128,7 @@ class _Sharer:
 
     def block(self, block: Any, names: Mapping[str, str]) -> _Block:
         """This rank's share of a block."""
-        shared = _Block()
+        shared = _Block(block)
         for name, submodule in block.submodules():
             for tensor in submodule.reads:
                 called = names.get(tensor, tensor)
@@ -160,7 +167,7 @@ class _Sharer:
         return 0
 
 
-class ParallelEvoformer(Plannable):
+class ParallelEvoformer(View, Plannable):
     """One rank's share of a model: same parameters, and all ranks together compute the same.
 
     Gradients of parameters are each rank's part of a sum: add them up after backward, by
@@ -186,9 +193,8 @@ class ParallelEvoformer(Plannable):
     def __init__(
         self, stack: Plannable, ranks: Ranks | ProcessGroup, shape: InputShape, whole: bool = True
     ) -> None:
-        super().__init__()
-        self.stack, self.whole = stack, whole
-        self.training = stack.training
+        super().__init__(stack)
+        self.whole = whole
         self.ranks = ranks if isinstance(ranks, Ranks) else Ranks(ranks)
         self.outputs: tuple[str, ...] = stack.outputs
         self.shapes: Mapping[str, tuple[int, ...]] = stack.config.state_shapes(shape)

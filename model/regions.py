@@ -5,6 +5,7 @@ A region is open while its code runs; the innermost open one is where an operato
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
@@ -14,7 +15,15 @@ from torch.profiler import record_function
 # The softmax weights of attention, which grow with the cube of a length.
 SCORES = "attention_scores"
 
-_open: list[str] = []  # of the thread that runs the model; backward of a GPU runs in another, and opens none
+
+class _Open(threading.local):
+    """Names of the open regions of a thread; backward of a GPU runs in another, and opens none."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_open = _Open()
 
 
 class _Region:
@@ -25,14 +34,14 @@ class _Region:
         self.shown = record_function(name) if torch.autograd._profiler_enabled() else None
 
     def __enter__(self) -> None:
-        _open.append(self.name)
+        _open.names.append(self.name)
         if self.shown is not None:
             self.shown.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _open.pop()
+        _open.names.pop()
         if self.shown is not None:
             self.shown.__exit__(kind, error, trace)
 
@@ -44,4 +53,4 @@ def region(name: str) -> AbstractContextManager[None]:
 
 def open_regions() -> tuple[str, ...]:
     """Names of the open regions, the outermost first."""
-    return tuple(_open)
+    return tuple(_open.names)

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evoplan.model.context import Context
+from evoplan.model.unchanged import ChangedError
+
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
 
 
@@ -34,9 +37,14 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class Remaking:
-    """While installed, autograd keeps recipes of cheap results in place of them."""
+    """While installed, autograd keeps recipes of cheap results in place of them.
 
-    def __init__(self) -> None:
+    Args:
+        context: what forward runs under; recipes are followed under the same.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
         self._watched: list[weakref.ref] = []
         self._packed: list[_Held] = []
@@ -58,7 +66,7 @@ class Remaking:
 
     def run(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """A cheap function."""
-        recipe = _Recipe(function, [self._hold(tensor) for tensor in inputs])
+        recipe = _Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)
         self._packed.clear()
         output = function(*inputs)
         storage = output.untyped_storage()
@@ -90,6 +98,7 @@ class _Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
+        self.version = tensor._version
         self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
         self.recipe: _Recipe | None = None
 
@@ -99,26 +108,37 @@ class _Held:
         recipe.users += 1
 
     def take(self) -> Tensor:
-        """The tensor, for the one time that backward reads it."""
+        """The tensor, for the one time that backward reads it.
+
+        Raises:
+            ChangedError: it was written in place meanwhile.
+        """
         if self.recipe is None:
             assert self.tensor is not None
+            if self.tensor._version != self.version:
+                raise ChangedError("a tensor that backward needs was changed in place since forward")
             return self.tensor
         return self.recipe.take().as_strided(*self.layout)
 
 
 class _Recipe:
-    """How a tensor is made; what it made is kept until its last user has read it."""
+    """How a tensor is made; what it made is kept until its last user has read it.
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[_Held]) -> None:
-        self.function, self.inputs, self.users = function, inputs, 0
+    Attributes:
+        users: how many read it in one backward.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[_Held], context: Context) -> None:
+        self.function, self.inputs, self.context, self.users = function, inputs, context, 0
         self._made: Tensor | None = None
+        self._read = 0
 
     def take(self) -> Tensor:
         if self._made is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.context:
                 self._made = self.function(*(held.take() for held in self.inputs))
         made = self._made
-        self.users -= 1
-        if self.users <= 0:
-            self._made = None
+        self._read += 1
+        if self._read >= self.users:  # another backward would begin anew
+            self._made, self._read = None, 0
         return made

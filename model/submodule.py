@@ -12,15 +12,15 @@ stages read it. Nothing here knows of schedules; `model.execution` runs the stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from evoplan.model.layers import FULL, altered_layers
 from evoplan.model.remake import cheap
 
-FULL = slice(None)
 STATE = ("m", "z")  # what a schedule moves; all other tensors a stage reads are constants
 
 # A stage argument by name: state tensors, masks, and "dropout" where there is one.
@@ -106,6 +106,13 @@ class Submodule(nn.Module):
     norms: nn.ModuleDict  # the LayerNorm of each state tensor that is read through one
     dropout: float = 0.0
 
+    def forward(self, *state: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """The new target, as `run` makes it of the state tensors that are read.
+
+        Whoever runs a submodule calls it so, however the stages are cut: hooks see its inputs and its output.
+        """
+        return run(*state)
+
     def context(self, *inputs: Tensor, part: slice = FULL) -> Tensor | None:
         """The context for the hidden channels `part`; None where a piece needs only its slice."""
         return None
@@ -188,8 +195,12 @@ class Submodule(nn.Module):
 
     def signature(self) -> tuple:
         """Equal for submodules that cost the same on the same input."""
-        parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in self.named_parameters())
-        return type(self).__name__, self.dropout_shared_dim, self.dropout > 0, repr(self.axes), parameters
+        parameters = tuple(
+            (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()
+        )
+        altered = tuple((name, type(layer)) for name, layer in altered_layers(self))
+        about = type(self).__name__, self.dropout_shared_dim, self.dropout > 0, repr(self.axes)
+        return *about, parameters, altered
 
 
 def dropped(update: Tensor, tensors: Tensors) -> Tensor:

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.attention import Attention, transposed
-from evoplan.model.chain import Plannable, State
+from evoplan.model.chain import Block, Plannable, State, laid_out
 from evoplan.model.config import TinyOpenFoldConfig
+from evoplan.model.internals import has_hooks
+from evoplan.model.layers import FULL, columns, rows, times
 from evoplan.model.layout import channels_first, channels_last
 from evoplan.model.regions import region
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 LARGEST_DISTANCE = 20.0  # Angstrom; the head's sigmoid is scaled by it
 MSA_EMBEDDING, PAIR_EMBEDDING, HEAD, LOSS = (
@@ -52,7 +54,7 @@ class TinyRowAttention(Submodule):
         self.axes = (IndependentAxis("seq", {"m": -3}), ReductionAxis("head", config.n_head_msa))
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
-        return F.linear(z, self.linear_b.weight[part]).movedim(-1, -3)  # [*, heads, r, r]
+        return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         return self.attention(m, None, context, part)
@@ -97,8 +99,9 @@ class TinyTransition(Submodule):
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
-        hidden = F.linear(x.flatten(0, -2), self.linear_1.weight[part]).relu_()
-        return F.linear(hidden.unflatten(0, x.shape[:-1]), self.linear_2.weight[:, part])
+        hidden = rows(self.linear_1, x.flatten(0, -2), part)
+        hidden = hidden.relu() if has_hooks(self.linear_1) else hidden.relu_()
+        return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)
 
 
 class TinyOuterProductMean(Submodule):
@@ -125,13 +128,12 @@ class TinyOuterProductMean(Submodule):
         return self.linear_a(m)  # [*, s, r, c], needed whole by every piece
 
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
-        a = F.linear(m, self.linear_a.weight[part] / m.shape[-3])  # the mean over sequences, in the weights
+        a = rows(self.linear_a, m, part, 1 / m.shape[-3])  # the mean over sequences, in the weights
         c_a, c_b = a.shape[-1], context.shape[-1]
         outer = a.flatten(-2).transpose(-1, -2) @ context.flatten(-2)  # [*, i * c, j * c]
         outer = outer.unflatten(-1, (-1, c_b)).unflatten(-3, (-1, c_a))
         outer = outer.transpose(-2, -3).flatten(-2)  # [*, i, j, c * c]
-        weight = self.linear_out.weight.unflatten(-1, (-1, c_b))[:, part].flatten(-2)
-        return F.linear(outer, weight)
+        return columns(self.linear_out, outer, times(part, c_b))
 
 
 class TinyTriangleMultiplication(Submodule):
@@ -176,12 +178,12 @@ class TinyTriangleMultiplication(Submodule):
 
 def _operand(z: Tensor, linear: nn.Linear, gate_linear: nn.Linear, part: slice) -> Tensor:
     """[*, c, r, r]: one operand of the product, channels first."""
-    gate = cheap(torch.sigmoid, F.linear(z, gate_linear.weight[part]))
-    operand = cheap(torch.mul, gate, F.linear(z, linear.weight[part]))
+    gate = cheap(torch.sigmoid, rows(gate_linear, z, part))
+    operand = cheap(torch.mul, gate, rows(linear, z, part))
     return cheap(channels_first, operand)
 
 
-class TinyOpenFoldBlock(nn.Module):
+class TinyOpenFoldBlock(Block):
     """Nine submodules in the order of the paper; 660,992 parameters at the defaults."""
 
     def __init__(self, config: TinyOpenFoldConfig) -> None:
@@ -198,12 +200,6 @@ class TinyOpenFoldBlock(nn.Module):
         # The original has it and never calls it. Frozen, so that nobody waits for its gradient.
         self.unused_norm = nn.LayerNorm(config.c_z).requires_grad_(False)
 
-    def submodules(self) -> Iterator[tuple[str, Submodule]]:
-        """The submodules by name, in the order in which they run."""
-        for name, child in self.named_children():
-            if isinstance(child, Submodule):
-                yield name, child
-
 
 class TinyOpenFoldStack(Plannable):
     """Blocks in sequence over m [*, s, r, c_m] and z [*, r, r, c_z]. Returns z: nobody reads the last m."""
@@ -218,7 +214,7 @@ class TinyOpenFoldStack(Plannable):
 
     def prepare(self, m: Tensor, z: Tensor) -> tuple[State, dict[str, Tensor]]:
         """The state of its chain; there are no constants."""
-        return {"m": m, "z": z}, {}
+        return laid_out(m=m, z=z), {}
 
     def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
         """Its blocks."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.internals import has_hooks
+from evoplan.model.layers import FULL, columns, rows
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 
 class Transition(Submodule):
@@ -27,8 +28,6 @@ class Transition(Submodule):
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
-        hidden = F.linear(x.flatten(0, -2), self.linear_1.weight[part], self.linear_1.bias[part]).relu_()
-        return F.linear(hidden.unflatten(0, x.shape[:-1]), self.linear_2.weight[:, part])
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update.add_(self.linear_2.bias)
+        hidden = rows(self.linear_1, x.flatten(0, -2), part)
+        hidden = hidden.relu() if has_hooks(self.linear_1) else hidden.relu_()
+        return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)

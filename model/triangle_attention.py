@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from evoplan.model.attention import Attention, transposed
 from evoplan.model.config import EvoformerConfig
+from evoplan.model.layers import FULL, rows
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 
 class TriangleAttention(Submodule):
@@ -42,15 +43,11 @@ class TriangleAttention(Submodule):
         )
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
-        rows = z if self.starting else z.transpose(-3, -2)
-        bias = nn.functional.linear(rows, self.linear_b.weight[part])
-        return bias.movedim(-1, -3)  # [*, heads, r, r]
+        of_rows = z if self.starting else z.transpose(-3, -2)
+        return rows(self.linear_b, of_rows, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         if self.starting:
             return self.attention(z, pair_mask, context, part)
         update = self.attention(cheap(transposed, z), pair_mask.transpose(-1, -2), context, part)
         return transposed(update)
-
-    def finish(self, update: Tensor) -> Tensor:
-        return update.add_(self.attention.linear_o.bias)

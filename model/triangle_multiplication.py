@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.config import EvoformerConfig
+from evoplan.model.layers import FULL, rows
 from evoplan.model.layout import channels_first, channels_last
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import FULL, IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
 
 
 class TriangleMultiplication(Submodule):
@@ -73,9 +73,9 @@ class TriangleMultiplication(Submodule):
 
 def _operand(z: Tensor, mask: Tensor, linear: nn.Linear, gate_linear: nn.Linear, part: slice) -> Tensor:
     """[*, c, r, r]: one operand of the product, channels first as the product wants them."""
-    gate = cheap(torch.sigmoid, F.linear(z, gate_linear.weight[part], gate_linear.bias[part]))
+    gate = cheap(torch.sigmoid, rows(gate_linear, z, part))
     opening = cheap(torch.mul, gate, mask[..., None])
     del gate
-    operand = cheap(torch.mul, opening, F.linear(z, linear.weight[part], linear.bias[part]))
+    operand = cheap(torch.mul, opening, rows(linear, z, part))
     del opening
     return cheap(channels_first, operand)

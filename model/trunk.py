@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from evoplan.model.chain import Plannable, State
+from evoplan.model.chain import Plannable, State, laid_out
 from evoplan.model.config import EvoformerConfig, ModelConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.model.evoformer import EvoformerStack, mask_constants
 from evoplan.model.tiny_openfold import TinyOpenFoldStack
@@ -50,7 +50,7 @@ class EvoformerTrunk(Plannable):
         constants = mask_constants(m, z, msa_mask, pair_mask)
         extra = mask_constants(e, z, extra_mask, constants["pair_mask"])
         constants |= {EXTRA_NAMES[name]: extra[name] for name in ("msa_mask", "pair_count")}
-        return {"e": e, "m": m, "z": z}, constants
+        return laid_out(e=e, m=m, z=z), constants
 
 
 def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOpenFoldStack:

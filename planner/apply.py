@@ -1,124 +1,31 @@
 """The executor: a model run by interpreting a schedule.
 
 Every step is one node of autograd's graph, so parameter gradients come back step by step (DDP's
-hooks and `torch.autograd.grad` see them as usual). What nodes need for backward lies on a tape:
-a stack of records, one per part of the schedule, in the order in which they ran. A step's backward
-pops the tape until its own record is on top; a checkpoint that is popped on the way is run again
-from the state it kept, and leaves the records of its parts instead.
+hooks and `torch.autograd.grad` see them as usual). What nodes need for backward lies on a tape
+(`planner.tape`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.chain import Chain, Plannable, State, Step
-from evoplan.model.execution import (
-    Gradients,
-    ParameterGradients,
-    PiecewiseRun,
-    WholeRun,
-    record,
-    run_discarded,
-)
+from evoplan.model.context import Context
+from evoplan.model.execution import run_discarded
+from evoplan.model.internals import has_hooks
 from evoplan.model.regions import region
 from evoplan.model.strategy import Strategy
+from evoplan.model.view import View
 from evoplan.planner.host import Host, check_away, moves
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, needs_forward
-
-
-@dataclass
-class _RecordedStep:
-    """A step and what its strategy kept of it."""
-
-    step: Step
-    kept: WholeRun | PiecewiseRun
-
-    @property
-    def first(self) -> int:
-        return self.step.index
-
-
-@dataclass
-class _KeptEntry:
-    """A checkpoint and the state it starts from."""
-
-    part: Checkpoint
-    entry: State
-
-    @property
-    def first(self) -> int:
-        return self.part.span.start
-
-
-class Tape:
-    """Records of one forward pass, for one backward."""
-
-    def __init__(
-        self, chain: Chain, liveness: Liveness, constants: Mapping[str, Tensor], seed: int | None
-    ) -> None:
-        self.chain, self.liveness, self.constants, self.seed = chain, liveness, constants, seed
-        self._records: list[_RecordedStep | _KeptEntry] = []
-
-    def keep_entry(self, part: Checkpoint, state: Mapping[str, Tensor]) -> None:
-        """Keep what the steps of a checkpoint read from outside."""
-        entry = {name: state[name].detach() for name, _ in self.liveness.entry(part.span)}
-        self._records.append(_KeptEntry(part, entry))
-
-    def run(self, step: Step, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]) -> Tensor:
-        """Run one step's forward; its new target belongs to the caller."""
-        tensors = step.tensors(state, self.constants, self.seed)
-        with region(step.name):
-            if not recorded:
-                return run_discarded(step.submodule, strategy, tensors)
-            kept, output = record(step.submodule, strategy, tensors)
-        self._records.append(_RecordedStep(step, kept))
-        return output
-
-    def backward(self, step: Step, grad: Tensor) -> tuple[Gradients, ParameterGradients]:
-        """Gradients of a step's inputs from that of its new target; steps come last to first."""
-        while self._records:
-            top = self._records.pop()
-            if isinstance(top, _KeptEntry) and step.index in top.part.span:
-                self._run_again(top.part.body, top.entry)
-            elif isinstance(top, _RecordedStep) and top.step is step:
-                with region(f"{step.name} backward"):
-                    return top.kept.vjp(grad)
-            elif top.first < step.index:
-                break
-            # Else no gradient reached the steps of this record: nothing depends on them.
-        raise RuntimeError(
-            f"{step.name} has no record: a planned model keeps what one backward needs; "
-            "call forward again before a second backward"
-        )
-
-    def _run_again(self, body: Sequence, entry: State) -> None:
-        state = dict(entry)
-        for part in body.parts:
-            runs_forward = needs_forward(part, body, redo=True)
-            if isinstance(part, Checkpoint):
-                self.keep_entry(part, state)
-                for run in part.first_pass() if runs_forward else ():
-                    self._advance(run, False, state)
-            elif runs_forward:
-                self._advance(part, True, state)
-            else:
-                step = self.chain.steps[part.step]
-                tensors = step.tensors(state, self.constants, self.seed)
-                kept = PiecewiseRun(step.submodule, part.strategy, tensors)
-                self._records.append(_RecordedStep(step, kept))
-
-    def _advance(self, run: Run, recorded: bool, state: State) -> None:
-        step = self.chain.steps[run.step]
-        state[step.target] = self.run(step, run.strategy, recorded, state)
-        for name in self.liveness.last_reads(run.step):
-            del state[name]
+from evoplan.planner.schedule import Action, Sequence, actions, all_runs
+from evoplan.planner.tape import Tape
 
 
 class _StepNode(torch.autograd.Function):
@@ -129,21 +36,25 @@ class _StepNode(torch.autograd.Function):
         ctx: Any, tape: Tape, step: Step, strategy: Strategy, recorded: bool, *inputs: Tensor
     ) -> Tensor:
         ctx.tape, ctx.step = tape, step
-        return tape.run(step, strategy, recorded, dict(zip(step.reads, inputs, strict=False)))
+        return tape.run(step, strategy, recorded, step.named(inputs[: len(step.reads)]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        state, parameters = ctx.tape.backward(ctx.step, grad)
+        # A sum's gradient is one number in every place: it is laid out here, where the plan counts it.
+        state, parameters = ctx.tape.backward(ctx.step, grad.contiguous())
         return (
             *(None,) * 4,
-            *(state[name] for name in ctx.step.submodule.reads),
-            *(parameters.get(name) for name in ctx.step.parameters),
+            *(state.get(name) for name in ctx.step.submodule.reads),
+            *(parameters.get(name) for name in ctx.tape.met[ctx.step.index].parameters.trained),
         )
 
 
-class PlannedModule(nn.Module):
-    """A stack under a schedule: same parameters, same arguments, same results.
+class PlannedModule(View):
+    """A stack under a schedule: same parameters by the same names, same arguments, same results.
+
+    Parameters, submodules and hooks are the stack's, whichever they are when it is called, and each block and
+    submodule is called as the stack would call it.
 
     Args:
         stack: the model, or one rank's share of it.
@@ -152,6 +63,8 @@ class PlannedModule(nn.Module):
         host: makes where state waits that is off the device, for each forward.
     """
 
+    stack: Plannable
+
     def __init__(
         self,
         stack: Plannable,
@@ -159,16 +72,15 @@ class PlannedModule(nn.Module):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         host: Callable[[], Host] = Host,
     ) -> None:
-        super().__init__()
-        self.stack, self.schedule, self.shapes, self.host = stack, schedule, shapes, host
-        self.chain = Chain.of(stack)
-        self.liveness = Liveness([step.reads for step in self.chain.steps], self.chain.outputs)
-        if schedule.span != range(len(self.chain.steps)):
-            raise ValueError(
-                f"the plan covers {len(schedule.span)} steps, the model has {len(self.chain.steps)}"
-            )
+        super().__init__(stack)
+        self.schedule, self.shapes, self.host = schedule, shapes, host
+        chain = Chain.of(stack)
+        self.liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
+        if schedule.span != range(len(chain.steps)):
+            raise ValueError(f"the plan covers {len(schedule.span)} steps, the model has {len(chain.steps)}")
         check_away(schedule, self.liveness)
 
+    @torch.compiler.disable  # a compiled model around it breaks its graph here, and nowhere else
     def forward(
         self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
     ) -> tuple[Tensor, ...]:
@@ -179,44 +91,70 @@ class PlannedModule(nn.Module):
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
         seed = self.stack.draw_seed(dropout_seed)
+        chain = Chain.of(self.stack)
+        if len(chain.steps) != len(self.schedule.span):
+            raise ValueError(
+                f"the plan covers {len(self.schedule.span)} steps, the model now has {len(chain.steps)}"
+            )
         if torch.is_grad_enabled():
-            self._record(Tape(self.chain, self.liveness, constants, seed), state)
+            if any(run.away for run in all_runs(self.schedule)):
+                raise ValueError("the plan is for inference: call the model under torch.no_grad()")
+            self._record(Tape(chain, self.liveness, constants, seed), state)
         else:
-            self._infer(state, constants, seed)
+            with Context.of_steps():
+                self._infer(chain, state, constants, seed)
         return self.stack.results(state)
 
-    def _infer(self, state: State, constants: Mapping[str, Tensor], seed: int | None) -> None:
+    def _infer(self, chain: Chain, state: State, constants: Mapping[str, Tensor], seed: int | None) -> None:
         """Every step once. What the chain itself has made is written over and may leave the device."""
         host = self.host()
-        for run, put, take in moves(self.schedule):
+        # A hook may keep what it sees, so that nothing may be written over.
+        owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
+        *todo, (_, _, last_take) = moves(self.schedule)
+
+        def perform(step: Step, state: State) -> None:
+            run, put, take = todo[step.index]
+            assert run is not None
             host.move(state, put, take)
-            if run is None:
-                break
-            step = self.chain.steps[run.step]
-            tensors, in_place = step.tensors(state, constants, seed), self.liveness.owns_target(run.step)
-            with region(step.name):
-                state[step.target] = run_discarded(step.submodule, run.strategy, tensors, in_place)
-            del tensors
-            for name in self.liveness.last_reads(run.step):
-                del state[name]
+            in_place = owned and self.liveness.owns_target(step.index)
+
+            def new_target(*read: Tensor) -> Tensor:
+                tensors = step.tensors(step.named(read), constants, seed)
+                with region(step.name):
+                    return run_discarded(step.submodule, run.strategy, tensors, in_place)
+
+            state[step.target] = step.called(state, new_target)
+            self._forget(step, state)
+
+        chain.walk(chain.steps, state, perform)
+        host.move(state, (), last_take)
 
     def _record(self, tape: Tape, state: State) -> None:
-        """A forward for one backward."""
-        for part in self.schedule.parts:
-            if isinstance(part, Run):
-                if part.away:
-                    raise ValueError("the plan is for inference: call the model under torch.no_grad()")
-                self._advance(part, True, tape, state)
-                continue
-            tape.keep_entry(part, state)
-            for run in part.first_pass():
-                self._advance(run, False, tape, state)
+        """A forward for a backward."""
+        todo = tuple(actions(self.schedule))
 
-    def _advance(self, run: Run, recorded: bool, tape: Tape, state: State) -> None:
-        step = self.chain.steps[run.step]
-        inputs = [state[name] for name in step.reads]
-        state[step.target] = _StepNode.apply(
-            tape, step, run.strategy, recorded, *inputs, *step.parameters.values()
-        )
-        for name in self.liveness.last_reads(run.step):
+        def perform(step: Step, state: State) -> None:
+            action = todo[step.index]
+            for part in action.enters:
+                tape.keep_entry(part, state)
+            state[step.target] = step.called(state, partial(_advance, tape, step, action))
+            self._forget(step, state)
+            if action.leaves is not None:
+                tape.drop_entry(action.leaves)
+
+        with tape.context:
+            tape.chain.walk(tape.chain.steps, state, perform)
+
+    def _forget(self, step: Step, state: State) -> None:
+        for name in self.liveness.last_reads(step.index):
             del state[name]
+
+
+def _advance(tape: Tape, step: Step, action: Action, *read: Tensor) -> Tensor:
+    """A step's new target, as a node of autograd's graph if there is a gradient to find."""
+    assert action.run is not None
+    met = tape.meet(step, read)
+    how = action.run.strategy, action.recorded
+    if not met.differentiable:
+        return tape.run(step, *how, step.named(read))
+    return _StepNode.apply(tape, step, *how, *read, *met.parameters.trained.values())

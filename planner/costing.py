@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -90,9 +90,11 @@ def device_of(problem: Problem) -> Device:
         ValueError: there is none of that name, or it has no figures for the dtype; says what there is.
     """
     where = problem.own_device or (local_cuda() if problem.device == "cuda" else device(problem.device))
-    if problem.dtype not in where.peak_flops:
-        raise ValueError(f"device {where.name} has no peak_flops for {problem.dtype}; add it to its file")
-    return where
+    products = problem.autocast or problem.dtype
+    if products not in where.peak_flops:
+        raise ValueError(f"device {where.name} has no peak_flops for {products}; add it to its file")
+    # Nearly all arithmetic of mixed precision is products.
+    return replace(where, peak_flops={**where.peak_flops, problem.precision: where.peak_flops[products]})
 
 
 def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = None) -> Plannable:
@@ -139,7 +141,7 @@ def cost_problem(
     """
     model = planned_model(problem, rank, stack)
     where = device_of(problem)
-    times = times or Roofline(where, problem.dtype, problem.link_on(where))
+    times = times or Roofline(where, problem.precision, problem.link_on(where))
 
     def used(step: Step, _: object) -> list[Strategy]:
         return sorted(strategies[step.index], key=str)
@@ -154,6 +156,7 @@ def cost_problem(
         progress,
         times,
         None if only is None else used,
+        problem.autocast,
     )
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)
@@ -190,7 +193,7 @@ def only_whole(costed: Costed) -> tuple[str, ...]:
     kinds = (
         kind_of(step.name)
         for step, options in zip(steps, costed.table.options, strict=True)
-        if step.parameters and not any(option.strategy.in_pieces for option in options)
+        if not step.submodule.leads_in and not any(option.strategy.in_pieces for option in options)
     )
     return tuple(dict.fromkeys(kinds))
 

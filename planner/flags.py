@@ -84,6 +84,10 @@ _PROBLEM_OPTIONS = [
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
     click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
     click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
+    click.option(
+        "--precision", "mixed", type=click.Choice(["bf16-mixed", "fp16-mixed"]),
+        help="Parameters in float32, products in half precision (torch.autocast); else all in --dtype.",
+    ),
     click.option("--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True),
     click.option("--dropout", type=_Dropout(), help="One rate everywhere, or off; else the preset's own."),
     click.option(

@@ -12,7 +12,10 @@ from evoplan.model.alignment import alignment_shape
 from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
 
 Mode = Literal["training", "inference"]
+MEAN_SQUARE = "mean_square"  # of `model.loss`
 Optimizer = Literal["none", "sgd", "adamw"]
+Mixed = Literal["bf16-mixed", "fp16-mixed"]
+AUTOCAST: dict[Mixed, str] = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16"}
 
 
 def _kind_of_config(config: Any) -> str:
@@ -21,12 +24,31 @@ def _kind_of_config(config: Any) -> str:
     return "trunk" if "extra" in names else "tiny-openfold" if "c_pair_features" in names else "stack"
 
 
+class Given(BaseModel):
+    """How an input is given where that is not as the model wants it, so that it is copied.
+
+    Attributes:
+        dtype: by name; None: the problem's.
+        stride: in elements; None: without gaps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str | None = None
+    stride: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+
 class Problem(BaseModel):
     """The question a plan answers.
 
     Attributes:
         model: name of the preset it started from, or "custom".
+        dtype: of parameters and inputs, and of all arithmetic unless `mixed` says otherwise.
+        mixed: products in half precision, as torch.autocast chooses them.
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
+        reserve_bytes: of the budget, kept free for what is not in the plan.
+        loss: what the peak holds for: `mean_square` of all outputs, or the name of the user's own.
+        given: inputs that are not as the model wants them, by name.
         device: a name of the device table, or cuda for this machine's GPU.
         own_device: the device itself where the table does not have it.
         ranks: devices that share one input (dynamic axial parallelism).
@@ -44,6 +66,7 @@ class Problem(BaseModel):
     ]
     shape: InputShape
     dtype: str = "float32"
+    mixed: Mixed | None = None
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
     device: str = "cpu"
@@ -51,6 +74,9 @@ class Problem(BaseModel):
     ranks: int = Field(default=1, ge=1)
     link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1)
+    reserve_bytes: int = Field(default=0, ge=0)
+    loss: str = MEAN_SQUARE
+    given: dict[str, Given] = {}
 
     @field_validator("dtype")
     @classmethod
@@ -61,6 +87,8 @@ class Problem(BaseModel):
 
     @model_validator(mode="after")
     def _within_reach(self) -> Problem:
+        if self.mixed and self.dtype != "float32":
+            raise ValueError(f"{self.mixed} has parameters in float32; leave --dtype {self.dtype} out")
         # The largest tensors: attention weights, the outer product, a transition's hidden layer.
         rows, (r, b) = [self.shape.n_seq], (self.shape.n_res, self.shape.batch)
         stacks = [self.config]
@@ -78,6 +106,16 @@ class Problem(BaseModel):
         if self.ranks > 1 and isinstance(self.config, TinyOpenFoldConfig):
             raise ValueError("TinyOpenFold's inputs are not shared by ranks; plan for 1 rank")
         return self
+
+    @property
+    def precision(self) -> str:
+        """What arithmetic is done in: the dtype, or how it is mixed."""
+        return self.mixed or self.dtype
+
+    @property
+    def autocast(self) -> str | None:
+        """The dtype that torch.autocast is to use; None without it."""
+        return AUTOCAST[self.mixed] if self.mixed else None
 
     @property
     def training(self) -> bool:

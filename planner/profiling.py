@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from evoplan.cost_model.devices import Device
 from evoplan.cost_model.profile import bytes_taken, largest_error, time_step, with_data
 from evoplan.cost_model.steps import StepCost, opaque_strategies
 from evoplan.cost_model.times import Key, MeasuredBytes, TimesCache, Timing, key_of
-from evoplan.cost_model.trace import Work
+from evoplan.cost_model.trace import Casting, Work
 from evoplan.model.chain import Chain, Step
+from evoplan.model.context import autocast
 from evoplan.model.kernels import KERNELS
 from evoplan.model.strategy import COMPILED, WHOLE, Strategy
 from evoplan.planner.costing import cost_problem
@@ -27,6 +29,7 @@ Progress = Callable[[str], None]
 SHARE = 0.9  # of the free memory that a run may take
 # Largest error of a kernel that is not ours against the formula, by dtype: its own rounding.
 EXACT = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+EXACT |= {"bf16-mixed": 5e-2, "fp16-mixed": 5e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ def profile_problem(
     found: list[Measurement] = []
     seen: set[Key] = set()
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
-        key = key_of(step, problem.state_shapes(), problem.dtype, WHOLE)
+        key = key_of(step, problem.state_shapes(), problem.precision, WHOLE)
         if key in seen:
             continue
         seen.add(key)
@@ -110,9 +113,9 @@ def profile_problem(
         for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):
             if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED):
                 found.append(profiler.opaque(step, strategy))
-    calibration = fit(cache.measured(problem.dtype), costed.device, problem.dtype)
-    cache.put_calibration(problem.dtype, calibration.to_json())
-    return found, calibration, calibration.applied(costed.device, problem.dtype)
+    calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
+    cache.put_calibration(problem.precision, calibration.to_json())
+    return found, calibration, calibration.applied(costed.device, problem.precision)
 
 
 @dataclass
@@ -135,7 +138,9 @@ class _Profiler:
         strategies = [cost.strategy for cost in missing]
         if missing:
             here = self._here(step)
-            known |= time_step(here, strategies, self.state, self.constants, self.repeats, self.progress)
+            known |= time_step(
+                here, strategies, self.state, self.constants, self.repeats, self.progress, self._casting
+            )
         for cost in missing:
             timing = known[cost.strategy]
             assert timing is not None
@@ -155,18 +160,22 @@ class _Profiler:
         if missing:
             return Measurement(step, strategy, None, None, missing)
         self.progress(f"{step.name} {strategy}")
-        here, given = self._here(step), (self.state, self.constants)
+        here, given, casting = self._here(step), (self.state, self.constants), self._casting
         try:
-            error = largest_error(here, strategy, *given)
-            if not error <= EXACT[self.problem.dtype]:
+            error = largest_error(here, strategy, *given, casting)
+            if not error <= EXACT[self.problem.precision]:
                 return Measurement(step, strategy, None, None, f"it is off by {error:.1g}")
-            taken = bytes_taken(here, strategy, *given)
-            timing = time_step(here, [strategy], *given, self.repeats, self.progress)[strategy]
+            taken = bytes_taken(here, strategy, *given, casting)
+            timing = time_step(here, [strategy], *given, self.repeats, self.progress, casting)[strategy]
         except Exception as reason:  # whatever a library says when it cannot
             said = str(reason).strip().splitlines() or [type(reason).__name__]
             return Measurement(step, strategy, None, None, said[0])
         self.cache.put(self._key(step, strategy), timing, taken=taken)
         return Measurement(step, strategy, None, timing, taken=taken)
+
+    @property
+    def _casting(self) -> Casting:
+        return partial(autocast, self.problem.device, self.problem.autocast, keep_casts=False)
 
     def _known(self, step: Step, strategy: Strategy) -> Timing | None:
         return None if self.again else self.cache.get(self._key(step, strategy))
@@ -176,7 +185,7 @@ class _Profiler:
 
     def _key(self, step: Step, strategy: Strategy) -> Key:
         problem = self.problem
-        return key_of(step, problem.state_shapes(), problem.dtype, strategy)
+        return key_of(step, problem.state_shapes(), problem.precision, strategy)
 
 
 def _peak(cost: StepCost) -> int:

@@ -29,7 +29,7 @@ def describe_problem(problem: Problem) -> str:
     ranks = f" on each of {problem.ranks} ranks" if problem.ranks > 1 else ""
     return (
         f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{extra}{batch}, "
-        f"{problem.dtype} {problem.mode} on {problem.device}, {budget}{ranks}"
+        f"{problem.precision} {problem.mode} on {problem.device}, {budget}{ranks}"
     )
 
 

@@ -43,13 +43,13 @@ def _rows(costed: Costed) -> Iterator[Row]:
             works = cost.discard_work, cost.forward_work, cost.backward_work
             for phase, work in zip(PHASES, works, strict=True):
                 if problem.training or phase == "discard":
-                    found = bounds(work, costed.device, problem.dtype, link)
+                    found = bounds(work, costed.device, problem.precision, link)
                     yield Row(kind_of(step.name), cost.strategy, phase, found)
 
 
 def print_roofline(rows: list[Row], costed: Costed, console: Console) -> None:
     """A line for each row, and the device's own figures."""
-    device, dtype = costed.device, costed.problem.dtype
+    device, dtype = costed.device, costed.problem.precision
     console.print(describe_problem(costed.problem), highlight=False)
     strategies = any(str(row.strategy) != "whole" for row in rows)
     table = new_table(
@@ -92,7 +92,7 @@ def _short(value: float) -> str:
 
 def roofline_to_json(rows: list[Row], costed: Costed) -> dict[str, Any]:
     """All of it as plain types."""
-    device, dtype = costed.device, costed.problem.dtype
+    device, dtype = costed.device, costed.problem.precision
     return {
         "problem": costed.problem.model_dump(mode="json"),
         "device": {

@@ -156,6 +156,41 @@ def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
     return not (redo and part is body.parts[-1] and keeps_nothing)
 
 
+@dataclass(frozen=True)
+class Action:
+    """What happens at one step of a pass over a schedule.
+
+    Attributes:
+        enters: checkpoints that begin here and keep the state before the step.
+        run: how the step runs; None: it does not, before a checkpoint that has begun here runs it.
+        recorded: whether it is kept for backward.
+        forward: whether its forward runs; else its record is its input.
+        leaves: the checkpoint of which it is the last step.
+    """
+
+    step: int
+    enters: tuple[Checkpoint, ...] = ()
+    run: Run | None = None
+    recorded: bool = False
+    forward: bool = True
+    leaves: Checkpoint | None = None
+
+
+def actions(body: Sequence, redo: bool = False) -> Iterator[Action]:
+    """A pass over a schedule, step by step: forward's, or one that runs a checkpoint's body again."""
+    for part in body.parts:
+        forward = needs_forward(part, body, redo)
+        if isinstance(part, Run):
+            yield Action(part.step, run=part, recorded=True, forward=forward)
+        elif not forward:
+            yield Action(part.span.start, enters=(part,))
+        else:
+            for run in part.first_pass():
+                enters = (part,) if run.step == part.span.start else ()
+                leaves = part if run.step == part.span.stop - 1 else None
+                yield Action(run.step, enters, run, leaves=leaves)
+
+
 def shape_of(schedule: Sequence) -> str:
     """The nesting in short: s a step, [..] a checkpoint, equal neighbours counted: `3xs [2xs s]`."""
 

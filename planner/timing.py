@@ -37,18 +37,18 @@ def time_source(problem: Problem, times: Times, path: str | None = None) -> Time
     """
     where, link = device_of(problem), problem.link_on(device_of(problem))
     if times == "roofline":
-        return Roofline(where, problem.dtype, link)
+        return Roofline(where, problem.precision, link)
     cache = times_cache(problem, path)
-    constants = cache.calibration(problem.dtype) if cache else None
+    constants = cache.calibration(problem.precision) if cache else None
     if cache is None or constants is None:  # a profile ends with a calibration
         return None
     try:
-        device = Calibration(**constants).applied(where, problem.dtype)
+        device = Calibration(**constants).applied(where, problem.precision)
     except TypeError:
         raise ValueError(
             f"{cache.path}: is no cache of times; delete it or name another with --cache"
         ) from None
-    calibrated = Roofline(device, problem.dtype, link, "calibrated")
+    calibrated = Roofline(device, problem.precision, link, "calibrated")
     if times == "calibrated":
         return calibrated
     return Measured(cache, calibrated) if problem.ranks == 1 else None
@@ -68,7 +68,7 @@ def cost_with_times(problem: Problem, times: Times = "auto", path: str | None = 
     for kind in kinds:
         source = time_source(problem, kind, path)
         if source is None:
-            missing = f"no {kind} times for {problem.device} in {problem.dtype}"
+            missing = f"no {kind} times for {problem.device} in {problem.precision}"
             missing += f" on {problem.ranks} ranks" if problem.ranks > 1 else ""
             continue
         try:

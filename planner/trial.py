@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.allocator import give_back_freed_memory
+from evoplan.cost_model.trace import Casting
 from evoplan.model.chain import Plannable
+from evoplan.model.context import autocast
 from evoplan.model.loss import mean_square
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.trunk import build_model
@@ -75,6 +78,8 @@ class Trial:
         share: ParallelEvoformer | None = None,
     ) -> None:
         self.module, self.training, self.share, self.inputs = module, problem.training, share, inputs
+        kind = next(iter(inputs.values())).device.type
+        self.casting: Casting = partial(autocast, kind, problem.autocast)
         whole = problem.state_shapes()
         self.state = {name: inputs[name] for name in whole}
         stack = module.stack if isinstance(module, PlannedModule) else module
@@ -97,12 +102,14 @@ class Trial:
     def run(self) -> None:
         """The step."""
         if not self.training:
-            with torch.no_grad():
+            with torch.no_grad(), self.casting():
                 self.module(**self.inputs)
             return
         self._drop_gradients()
-        outputs = self.outputs()  # held to the end, as a caller may
-        self.loss(outputs).backward()
+        with self.casting():  # backward outside, as torch has it
+            outputs = self.outputs()  # held to the end, as a caller may
+            loss = self.loss(outputs)
+        loss.backward()
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
@@ -116,10 +123,11 @@ class Trial:
         Of several ranks the loss and the parameters' gradients are the sums.
         """
         if not self.training:
-            with torch.no_grad():
+            with torch.no_grad(), self.casting():
                 return list(self.module(**self.inputs)), []
         leaves = [*self.state.values(), *self.parameters]
-        loss = self.loss(self.outputs())
+        with self.casting():
+            loss = self.loss(self.outputs())
         gradients = list(torch.autograd.grad(loss, leaves))
         loss = loss.detach()
         for total in (loss, *gradients[len(self.state) :]) if self.share is not None else ():
@@ -143,7 +151,9 @@ def beyond_rounding(plain: Trial, planned: Trial, problem: Problem) -> float:
     """
     inputs = {name: tensor.detach().float() for name, tensor in plain.inputs.items()}
     exact = Trial(
-        copy.deepcopy(plain.module).float(), problem.model_copy(update={"dtype": "float32"}), inputs
+        copy.deepcopy(plain.module).float(),
+        problem.model_copy(update={"dtype": "float32", "mixed": None}),
+        inputs,
     )
     gradients = [trial.results()[1] for trial in (exact, plain, planned)]
     largest = max(float(g.abs().max()) for g in gradients[0])

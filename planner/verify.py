@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
 from evoplan.model.chain import Plannable
 from evoplan.model.config import EvoformerConfig, ModelConfig, TrunkConfig
 from evoplan.model.parallel import ParallelEvoformer
@@ -35,6 +35,7 @@ from evoplan.planner.world import World, check_world
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+TOLERANCES |= {"bf16-mixed": 5e-2, "fp16-mixed": 5e-2}
 PEAK_TOLERANCE = 0.02  # of the predicted peak
 PEAK_FLOOR = 4096  # bytes; models of a few kilobytes are mostly odds and ends
 
@@ -134,6 +135,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
         before = trace.live_bytes
         planned = PlannedModule(model, plan.sequence(), host=FakeHost)
         step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
+        step.casting = casting_of(where.kind, problem.autocast)
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
@@ -177,7 +179,7 @@ def verify_plan(
             f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "
             f"`torchrun --nproc_per_node={problem.ranks} -m evoplan.planner verify`"
         )
-    kind = kind_here(problem)
+    kind, dtype = kind_here(problem), getattr(torch, problem.dtype)
     available = available_bytes(kind)
     if ranks is not None:  # all decide alike; processes share a machine's memory, and have a GPU each
         sharing = ranks.size if kind == "cpu" else 1
@@ -208,9 +210,9 @@ def verify_plan(
         progress("running without the plan")
         plain = Trial(stack, problem, inputs)
         loss_error, gradient_error = errors(plain, step)
-        off = gradient_error is not None and gradient_error > TOLERANCES[problem.dtype]
+        off = gradient_error is not None and gradient_error > TOLERANCES[problem.precision]
         alone = share is None and 3 * plan.baselines["none"].peak_bytes <= available
-        if off and alone and getattr(torch, problem.dtype).itemsize == 2:
+        if off and alone and (problem.mixed or dtype.itemsize == 2):
             progress("comparing both with single precision")
             excess = beyond_rounding(plain, step, problem)
         progress("measuring its memory")
@@ -264,7 +266,7 @@ def _judged(
     gradient_error: float | None,
     excess: float | None = None,
 ) -> Verification:
-    numerics = TOLERANCES[plan.problem.dtype]
+    numerics = TOLERANCES[plan.problem.precision]
     budget, predicted = plan.problem.budget_bytes, plan.predicted.peak_bytes
     checks = [
         abs(peak - predicted) <= max(PEAK_TOLERANCE * predicted, PEAK_FLOOR),

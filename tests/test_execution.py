@@ -51,7 +51,7 @@ def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int
     output = whole.take_output()
     grad = torch.randn_like(output)
     state_grads, parameter_grads = whole.vjp(grad)
-    assert {n for n, g in parameter_grads.items() if g is not None} == set(whole.parameters)
+    assert {n for n, g in parameter_grads.items() if g is not None} == set(whole.parameters.all)
     seen = set()
     for strategy in strategies(submodule, tensors):
         seen.add(strategy.kind)

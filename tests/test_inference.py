@@ -68,7 +68,7 @@ def random_runs(planned: PlannedModule, rng: Random) -> Sequence:
                 random_strategy(step, rng),
                 tuple(name for name in may_wait(planned.liveness, step.index) if rng.random() < 0.7),
             )
-            for step in planned.chain.steps
+            for step in Chain.of(planned.stack).steps
         )
     )
 

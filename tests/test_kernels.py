@@ -18,6 +18,7 @@ from evoplan.cost_model.steps import offered_strategies, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
 from evoplan.model.chain import Step
+from evoplan.model.context import Context
 from evoplan.model.execution import record, run_discarded
 from evoplan.model.kernels import KERNELS, kernel, kernels_for
 from evoplan.model.pieces import sampled_pieces
@@ -153,7 +154,7 @@ def test_lean_keeps_less_of_every_submodule() -> None:
 def test_remaking_survives_a_storage_at_the_same_address() -> None:
     """A tensor made where a cheap one was is not taken for it."""
     x = torch.randn(64, dtype=torch.float64, requires_grad=True)
-    with Remaking():
+    with Remaking(Context()):
         total = x.sum() * 0
         for factor in range(1, 20):
             total = total + (cheap(torch.sin, x) * factor * x.cos()).exp().sum()

@@ -190,7 +190,7 @@ def test_reshards_are_as_few_as_can_be() -> None:
 def test_parameters_are_the_stacks_own() -> None:
     parallel = imagined("trunk")
     own = {id(p) for p in parallel.stack.parameters()}
-    assert {id(p) for step in Chain.of(parallel).steps for p in step.parameters.values()} == own
+    assert {id(p) for step in Chain.of(parallel).steps for p in step.submodule.parameters()} == own
     assert {name.removeprefix("stack.") for name in parallel.state_dict()} == set(parallel.stack.state_dict())
 
 

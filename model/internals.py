@@ -1,0 +1,60 @@
+"""What evoplan needs of torch beyond its documented interface: all of it here, each with a test of its own.
+
+Checked with torch 2.13.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize as _parametrize
+
+
+def backward_pass() -> tuple[int, bool]:
+    """Inside a node's backward: the number of the backward pass, and whether it is told to keep the graph."""
+    return torch._C._current_graph_task_id(), torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks of its own, or those of every module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._has_any_global_hook()
+    )
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is one of torch's as it comes: no subclass, no other forward, nothing hung on it."""
+    return type(layer) is kind and "forward" not in layer.__dict__ and not has_hooks(layer)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors that share a storage, while one of them lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Have a tensor be the module's parameter of that name, whether or not it is an `nn.Parameter`."""
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner)._parameters[last] = tensor  # type: ignore[assignment]
+
+
+def parametrization_cache() -> int:
+    """How many `torch.nn.utils.parametrize.cached()` are open."""
+    return _parametrize._cache_enabled
+
+
+def set_parametrization_cache(count: int) -> None:
+    """Have so many be open; with none, parametrized weights are made at every use."""
+    _parametrize._cache_enabled = count
+
+
+def share_state(view: nn.Module, module: nn.Module) -> None:
+    """Give a module another's parameters, buffers, children and hooks by name: the same dictionaries."""
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict) or name == "_is_full_backward_hook":
+            view.__dict__[name] = value
