@@ -20,8 +20,8 @@ import numpy as np
 
 from evoplan.model.alignment_file import open_records, shown
 from evoplan.model.alphabet import (
-    ALIGNED_CODES,
     AMINO_ACIDS,
+    EITHER_CASE_CODES,
     GAP,
     INSERTED,
     MASK,
@@ -217,7 +217,7 @@ def _query(records: Iterator[Record], bad: BadRecords) -> Record:
             "are the columns; write them in upper case, or add --skip-bad to read them so"
         )
     bad.note(f"the query, {query}, is in lower case, and was read as upper case")
-    return query._replace(codes=np.where(query.codes == PADDING, PADDING, decoded(query.text, ALIGNED_CODES)))
+    return query._replace(codes=decoded(query.text, EITHER_CASE_CODES))
 
 
 def _fitting(

@@ -30,19 +30,18 @@ def _a3m_codes() -> bytes:
     return bytes(codes)
 
 
-def _aligned_codes() -> bytes:
-    """The same where every character is a column: a dot is a gap, and a letter a residue in either case."""
+def _either_case_codes() -> bytes:
+    """The same where lower-case letters are residues like the others."""
     codes = bytearray(A3M_CODES)
     for letter in b"abcdefghijklmnopqrstuvwxyz":
         codes[letter] = codes[letter - ord("a") + ord("A")]
-    codes[ord(".")] = GAP
     return bytes(codes)
 
 
 A3M_CODES = _a3m_codes()
-ALIGNED_CODES = _aligned_codes()
+EITHER_CASE_CODES = _either_case_codes()
 
 
 def decoded(text: bytes, codes: bytes) -> np.ndarray:
-    """What each character stands for by `A3M_CODES` or `ALIGNED_CODES`, uint8 [characters]."""
+    """What each character stands for by `A3M_CODES` or `EITHER_CASE_CODES`, uint8 [characters]."""
     return np.frombuffer(text.translate(codes), dtype=np.uint8)

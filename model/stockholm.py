@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from evoplan.model.alphabet import ALIGNED_CODES, ILLEGAL, decoded
+from evoplan.model.alphabet import A3M_CODES, EITHER_CASE_CODES, ILLEGAL, decoded
 from evoplan.model.records import BadRecord, BadRecords, Problem, Record, check_row, not_text
 
 STOCKHOLM = b"# STOCKHOLM"
@@ -44,8 +44,8 @@ def parse_stockholm(lines: Iterable[tuple[int, bytes]], bad: BadRecords) -> Iter
             bad.judge(found.problem, found.name, found.line, query=bad.seen == 0)
         bad.seen += 1
         if found.problem is None:
-            text = bytes(row.seq)
-            yield Record(found.name, found.line, text, decoded(text, ALIGNED_CODES))
+            text = bytes(row.seq)  # with '-' for dots
+            yield Record(found.name, found.line, text, decoded(text, EITHER_CASE_CODES))
 
 
 def _check_end(rows: _Rows, bad: BadRecords) -> None:
@@ -122,7 +122,7 @@ class _Rows:
             found.problem = _problem(self.number, name, rest[0], found.name)
         row = rest[0]
         if found.problem is not None:
-            row = bytes(ord("X") if ALIGNED_CODES[byte] == ILLEGAL else byte for byte in row)
+            row = bytes(ord("X") if A3M_CODES[byte] == ILLEGAL else byte for byte in row)
         return f"{place} {row.decode()}\n"
 
 

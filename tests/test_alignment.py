@@ -316,7 +316,7 @@ def test_any_text(tmp_path: Path, content: str, head: str) -> None:
     check_error_or_alignment(tmp_path / "family.a3m", (head + content).encode("utf-8", "surrogatepass"))
 
 
-ROWS = st.integers(1, 8).flatmap(
+ROWS = st.integers(1, 7).flatmap(
     lambda n: st.tuples(
         st.text("ACDEFGHIKLMNPQRSTVWY", min_size=n, max_size=n),
         st.lists(

@@ -86,13 +86,13 @@ def test_a_bad_record(file: Write, record: str | bytes, error: str, reason: str)
 
 
 def test_reasons_are_counted(file: Write) -> None:
-    path = file(QUERY + ">a\nMK*LA\n>b\n>c\nMKVLA\n>d\nMKVLA*\n>e\nM\n>f\nMKVLA\n>")
+    path = file(QUERY + ">a\nMK*LA\n>b\n>c\nMKVLA\n>d\nMK*\nLA*\n>e\nM\n>f\nMKVLA\n>")
     a, said = read_with_report(path)
     assert a.names == ("q", "c", "f")
     assert said == (
         "left out 5 of 8 sequences: illegal character '*': 2 (first 'a', line 3), "
         "no sequence below the header: 2 (first 'b', line 5), "
-        "another number of columns than the query: 1 (first 'e', line 10)"
+        "another number of columns than the query: 1 (first 'e', line 11)"
     )
     first = read_alignment(path, max_sequences=2, skip_bad=True, report=lambda _: None)
     assert first.names == ("q", "c")
@@ -144,11 +144,11 @@ def test_a_lower_case_query(file: Write) -> None:
     assert letters(a) == ["MKVLA", "MK-LA", "MKVLA"]
     assert a.deletions.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     assert said == LOWER
-    a, said = read_with_report(file(">q\nmk.vu-\n>h\nMKaVLA\n>g\nmkvl-\n"))
-    assert letters(a) == ["MKVC", "MKVL"]
-    assert a.deletions.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
+    a, said = read_with_report(file(">q\nmk.vu-\n>h\nMKaVLA\n>f\nMKVLA\n>g\nmkvl-\n"))
+    assert letters(a) == ["MKVC", "MKVL", "MKVL"]
+    assert a.deletions.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert said == (
-        "left out 1 of 3 sequences: another number of columns than the query: 1 (first 'g', line 5); " + LOWER
+        "left out 1 of 4 sequences: another number of columns than the query: 1 (first 'g', line 7); " + LOWER
     )
 
 

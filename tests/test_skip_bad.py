@@ -1,4 +1,4 @@
-"""plan --msa and run --msa with odd files: the same shape for both, and one line that says what was left out."""
+"""plan --msa and run --msa with odd files: one shape for both, and one line that says what was left out."""
 
 from __future__ import annotations
 
