@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evoplan.planner.flags import AUTO, Number, problem_of, problem_options
+from evoplan.planner.flags import AUTO, Number, check_skip_bad, problem_of, problem_options
 from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def sweep(
 
 @cli.command()
 @click.argument("plan_file", type=click.Path())
-@click.option("--msa", type=click.Path(), help="A3M or FASTA alignment; random data if not given.")
+@click.option("--msa", type=click.Path(), help="Alignment in A3M, FASTA or Stockholm; else random data.")
+@click.option("--skip-bad", is_flag=True, help="Leave out the bad sequences of --msa, and say how many.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--learning-rate", type=Number(0, 1e3, min_open=True), default=2e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
@@ -325,6 +326,7 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
         check_writable(json_path)
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
             raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
+        check_skip_bad(flags["msa"], flags["skip_bad"])
         from evoplan.planner.plan import load_plan, write_json
         from evoplan.planner.run import Settings, run_plan
         from evoplan.planner.world import check_world

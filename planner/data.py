@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from evoplan.model.alignment import Alignment, sample_alignment
+from evoplan.model.alignment import Alignment, sample_alignment, warn_skipped
 from evoplan.model.batch import Batch, Rows, extra_rows, mask_msa, random_alignment
 from evoplan.model.masked_msa import embeds_clusters
 from evoplan.planner.problem import Problem
@@ -13,27 +15,35 @@ from evoplan.planner.problem import Problem
 POOL_BYTES = 16 * 2**20
 
 
-def alignment_for(problem: Problem, msa: str | None, seed: int) -> Alignment:
+def alignment_for(
+    problem: Problem,
+    msa: str | None,
+    seed: int,
+    skip_bad: bool = False,
+    report: Callable[[str], object] = warn_skipped,
+) -> Alignment:
     """Rows to choose from: all of an alignment, or a random choice where it takes over `POOL_BYTES`.
 
     Args:
-        msa: an A3M or FASTA file; None for random related sequences.
+        msa: a file with an alignment; None for random related sequences.
+        skip_bad: leave out the file's bad sequences; `report` is told how many and why.
 
     Raises:
-        ValueError: too few rows, or not the problem's r.
+        ValueError: no alignment, too few rows, or not the problem's r.
     """
     shape = problem.shape
     needed = shape.n_seq + (shape.n_extra or 0)
     if msa is None:
         return random_alignment(needed, shape.n_res, seed)
-    alignment = sample_alignment(msa, needed, seed, POOL_BYTES)
+    alignment = sample_alignment(msa, needed, seed, POOL_BYTES, skip_bad, report)
     wrong = None
     if alignment.n_res != shape.n_res:
         wrong = f"sequences of {alignment.n_res} residues, the plan is for {needed} of {shape.n_res}"
     elif alignment.n_seq < needed:
         wrong = f"{alignment.n_seq} sequences, the plan is for {needed}"
     if wrong:
-        raise ValueError(f"{msa}: {wrong}; plan for it with `evoplan plan --msa {msa}`")
+        flag = " --skip-bad" * skip_bad
+        raise ValueError(f"{msa}: {wrong}; plan for it with `evoplan plan --msa {msa}{flag}`")
     return alignment
 
 

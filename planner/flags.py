@@ -83,6 +83,7 @@ _PROBLEM_OPTIONS = [
     click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
     click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
+    click.option("--skip-bad", is_flag=True, help="Leave out the bad sequences of --msa, and say how many."),
     click.option("--dtype", default="float32", show_default=True, help=f"One of {', '.join(DTYPES)}."),
     click.option(
         "--precision", "mixed", type=click.Choice(["bf16-mixed", "fp16-mixed"]),
@@ -123,6 +124,7 @@ def problem_of(
     c_z: int | None,
     batch: int | None,
     msa: str | None,
+    skip_bad: bool,
     dropout: float | None,
     device: str,
     memory: int | None,
@@ -138,10 +140,11 @@ def problem_of(
     shape: InputShape = chosen.shape
     if n_extra is not None and shape.n_extra is None:
         raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
+    check_skip_bad(msa, skip_bad)
     if msa is not None:
         from evoplan.planner.problem import shape_for_alignment
 
-        shape = shape_for_alignment(shape, msa, n_seq, n_extra)
+        shape = shape_for_alignment(shape, msa, n_seq, n_extra, skip_bad, say)
         n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
     own_device = None
@@ -167,6 +170,17 @@ def problem_of(
         own_device=own_device,
         **rest,
     )  # fmt: skip
+
+
+def check_skip_bad(msa: str | None, skip_bad: bool) -> None:
+    """Refuse --skip-bad where there is no file whose sequences could be bad."""
+    if skip_bad and msa is None:
+        raise ValueError("--skip-bad is about an alignment's sequences; add --msa FILE, or leave it out")
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no result: on standard error."""
+    click.echo(text, err=True)
 
 
 def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:

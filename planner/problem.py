@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
-from evoplan.model.alignment import alignment_shape
+from evoplan.model.alignment import alignment_shape, warn_skipped
 from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
 
 Mode = Literal["training", "inference"]
@@ -137,7 +138,12 @@ class Problem(BaseModel):
 
 
 def shape_for_alignment(
-    preset_shape: InputShape, msa: str, n_seq: int | None, n_extra: int | None
+    preset_shape: InputShape,
+    msa: str,
+    n_seq: int | None,
+    n_extra: int | None,
+    skip_bad: bool = False,
+    report: Callable[[str], object] = warn_skipped,
 ) -> InputShape:
     """The shape to plan for so that a file can be run: all its rows, or at most as many as asked for.
 
@@ -145,12 +151,13 @@ def shape_for_alignment(
 
     Args:
         preset_shape: with n_extra where the model is a trunk.
-        msa: an A3M or FASTA file; read once, in a stream.
+        msa: a file with an alignment; read once.
+        skip_bad: leave out bad sequences; `report` is told how many and why.
 
     Raises:
         ValueError: it is no alignment, or the clusters leave nothing for a trunk's extra stack.
     """
-    found = alignment_shape(msa)
+    found = alignment_shape(msa, skip_bad, report)
     if preset_shape.n_extra is None:
         return replace(preset_shape, n_seq=min(n_seq or found.n_seq, found.n_seq), n_res=found.n_res)
     clusters = min(n_seq or preset_shape.n_seq, found.n_seq)

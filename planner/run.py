@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +32,8 @@ class Settings:
     """How to run a plan.
 
     Attributes:
-        msa: an A3M or FASTA file; None for random related sequences.
+        msa: a file with an alignment; None for random related sequences.
+        skip_bad: leave out its bad sequences, and say how many and why.
         steps: of the whole training, those before a snapshot included.
         learning_rate: of the plan's optimizer (none: the parameters stay).
         replicas: that train together, each on batches of its own.
@@ -40,6 +42,7 @@ class Settings:
 
     steps: int = 3
     msa: str | None = None
+    skip_bad: bool = False
     learning_rate: float = 2e-4
     seed: int = 0
     replicas: int = 1
@@ -52,7 +55,7 @@ class Settings:
         flags = vars(self)
         if self.msa is not None:  # a path may be another file on another machine
             flags = {**flags, "msa": _digest(self.msa)}
-        return {f"--{name}": str(value) for name, value in flags.items()}
+        return {f"--{name.replace('_', '-')}": str(value) for name, value in flags.items()}
 
 
 def _digest(path: str) -> str:
@@ -79,7 +82,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         )
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
-    alignment = alignment_for(problem, settings.msa, settings.seed)
+    alignment = alignment_for(problem, settings.msa, settings.seed, settings.skip_bad, partial(_say, console))
     kind = kind_here(problem)
     world.connect(kind, settings.replicas)
     sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
@@ -146,6 +149,10 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         "ranks": list(ranks),
         "ok": all(oks),
     }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _snapshots(

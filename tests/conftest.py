@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +78,15 @@ def stack_table() -> CostTable:
         model = EvoformerStack(EvoformerConfig(n_block=2, c_m=64, c_z=32)).train()
     shapes = model.config.state_shapes(InputShape(48, 64))
     return build_cost_table(model, shapes, "float16", device("a100-40gb"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """Writes a file with an alignment."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "family.a3m"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
