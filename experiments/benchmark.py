@@ -27,6 +27,7 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.times import local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed
 from evoplan.planner.flags import Size
 from evoplan.planner.plan import Plan, SolverReport, write_json
@@ -46,7 +47,6 @@ from evoplan.planner.solvers.baselines import (
 from evoplan.planner.terminal import check_writable, console_for_output, progress, run_command
 from evoplan.planner.timing import cost_with_times
 from evoplan.planner.trial import Trial, random_inputs, random_stack
-from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("64,96,4", "64,128,4")

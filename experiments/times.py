@@ -24,6 +24,7 @@ from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.chain import Step
 from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed, cost_problem
 from evoplan.planner.plan import Plan, write_json
 from evoplan.planner.planning import solve
@@ -35,7 +36,6 @@ from evoplan.planner.solvers import Frontier
 from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
 from evoplan.planner.timing import time_source
 from evoplan.planner.trial import Trial, random_inputs, random_stack
-from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results" / "times.json"
 CASES = [(4, InputShape(64, 96)), (3, InputShape(48, 160))]

@@ -101,6 +101,10 @@ _PROBLEM_OPTIONS = [
     ),
     click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
+        "--reserve", type=Size(), default=0,
+        help="Of the budget, kept free for what is not in the plan: heads, losses.",
+    ),
+    click.option(
         "--ranks", type=_Ranks(), default=1, show_default=True,
         help="Devices that share each input; auto: as few as the budget needs.",
     ),
@@ -130,6 +134,7 @@ def problem_of(
     memory: int | None,
     ranks: int,
     link: int | None,
+    reserve: int,
     **rest: Any,
 ) -> Problem:
     """The problem that the flags describe."""
@@ -167,7 +172,7 @@ def problem_of(
     return Problem(
         model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
         link=None if link is None else replace((known or DEVICES["cpu"]).link, bandwidth=link),
-        own_device=own_device,
+        own_device=own_device, reserve_bytes=reserve,
         **rest,
     )  # fmt: skip
 

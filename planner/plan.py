@@ -87,6 +87,7 @@ class Plan(BaseModel):
         rank_peak_bytes: predicted peak of each rank.
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
+        model_digest: of the model that was costed (`planner.digest`).
         baselines: the same prediction for what people do by hand.
         only_whole: kinds of steps that offer no strategy in pieces.
     """
@@ -104,6 +105,7 @@ class Plan(BaseModel):
     baselines: dict[str, Prediction]
     least_feasible_bytes: int | None
     only_whole: tuple[str, ...] = ()
+    model_digest: str | None = None
     schedule: list[Any]
 
     @model_validator(mode="after")

@@ -29,12 +29,14 @@ class Given(BaseModel):
     """How an input is given where that is not as the model wants it, so that it is copied.
 
     Attributes:
+        name: of forward's argument.
         dtype: by name; None: the problem's.
         stride: in elements; None: without gaps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str
     dtype: str | None = None
     stride: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
@@ -49,7 +51,7 @@ class Problem(BaseModel):
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
         reserve_bytes: of the budget, kept free for what is not in the plan.
         loss: what the peak holds for: `mean_square` of all outputs, or the name of the user's own.
-        given: inputs that are not as the model wants them, by name.
+        given: inputs that are not as the model wants them.
         device: a name of the device table, or cuda for this machine's GPU.
         own_device: the device itself where the table does not have it.
         ranks: devices that share one input (dynamic axial parallelism).
@@ -77,7 +79,7 @@ class Problem(BaseModel):
     budget_bytes: int | None = Field(default=None, ge=1)
     reserve_bytes: int = Field(default=0, ge=0)
     loss: str = MEAN_SQUARE
-    given: dict[str, Given] = {}
+    given: tuple[Given, ...] = ()
 
     @field_validator("dtype")
     @classmethod

@@ -123,7 +123,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
         every = settings.save_every
         if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):
-            snapshots.save(index + 1, training)
+            snapshots.save(index + 1, training, training.notes())
     mine = {
         "rank": world.rank,
         "predicted_peak_bytes": predicted,
@@ -166,7 +166,7 @@ def _snapshots(
     problem = plan.problem
     about = {
         "model": problem.model_dump(mode="json")["config"],
-        "dtype": problem.dtype,
+        "dtype": problem.precision,
         "optimizer": problem.optimizer,
         "seed": settings.seed,
     }
@@ -183,7 +183,7 @@ def _snapshots(
             f"the snapshot in {settings.snapshots} is of step {newest}; to go on give more --steps"
         )
     if newest:
-        snapshots.load(newest, training)
+        training.restore(snapshots.load(newest, training))
         console.print(f"resumed after step {newest}", highlight=False)
     else:
         console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
