@@ -19,7 +19,7 @@ from rich.table import Table
 
 from evoplan.model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
 from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.schedule import depth

@@ -7,6 +7,7 @@ that share the cores.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -23,8 +24,9 @@ from typing import Any
 import click
 
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.planner.files import make_folder, write_text
 from evoplan.planner.flags import Number
-from evoplan.planner.terminal import CHECK_FAILED, make_folder, run_command
+from evoplan.planner.terminal import CHECK_FAILED, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
@@ -100,7 +102,7 @@ def command(
         "amp": amp, "profile": profile, "cores": os.cpu_count(), "extra_flags": " ".join(extra) or "none",
         "started": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
-    (folder / CONFIG).write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    write_text(folder / CONFIG, "".join(f"{name}: {value}\n" for name, value in settings.items()))
     # As Ctrl-C does, so that no run outlives the study.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = []
@@ -114,7 +116,7 @@ def command(
             click.echo(f"{count} x {batch_per_gpu} samples, run {run}: {said}")
             _write_table(folder / TABLE, results)  # what there is, should the study be stopped
     summary = summarise(results)
-    (folder / SUMMARY).write_text(summary)
+    write_text(folder / SUMMARY, summary)
     click.echo("\n" + summary, nl=False)
     if any(result.throughput is not None for result in results):
         _plot(results, folder / PICTURE)
@@ -212,19 +214,17 @@ def summarise(results: list[Result]) -> str:
 
 
 def _write_table(path: Path, results: list[Result]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for result in results:
-            if result.throughput is not None:
-                writer.writerow((result.gpus, result.batch, result.run, result.throughput))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(COLUMNS)
+    for result in results:
+        if result.throughput is not None:
+            writer.writerow((result.gpus, result.batch, result.run, result.throughput))
+    write_text(path, table.getvalue())
 
 
 def _plot(results: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from evoplan.planner.plot import plt, save_figure
 
     speeds: dict[int, list[float]] = {}
     for result in results:
@@ -242,8 +242,7 @@ def _plot(results: list[Result], path: Path) -> None:
     axes.set_title("TinyOpenFold, the same batch on each device")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

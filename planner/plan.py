@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evoplan.model.strategy import Strategy
+from evoplan.planner.files import write_json
 from evoplan.planner.problem import Problem
 from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs
 
@@ -178,27 +177,6 @@ def load_plan(path: str | Path) -> Plan:
 def _digest(document: dict[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def write_json(path: str | Path, document: Any) -> None:
-    """Write JSON atomically: readers see the old file or the new one."""
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it; OSError leaves nothing behind."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def schedule_to_json(schedule: Sequence) -> list[Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from evoplan.planner.terminal import CHECK_FAILED, make_folder, progress, run_command
+from evoplan.planner.files import make_folder
+from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
 
 ANALYSES = ("detailed", "intensity", "roofline")
 

@@ -17,7 +17,7 @@ from evoplan.experiments.tiny_openfold.setup import device_asked
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
 from evoplan.model.config import InputShape, TinyOpenFoldConfig
 from evoplan.planner.costing import Progress
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.world import World
 
 PROFILE, INTENSITY, ROOFLINE = "flops_profile.json", "computational_intensity.json", "roofline_data.json"

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from evoplan.experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
+from evoplan.experiments.tiny_openfold.options import SORT_BY, SUMMARY, Options, ProfilerConfig
 from evoplan.model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
+from evoplan.planner.files import check_writable, make_folder
 from evoplan.planner.flags import Number, Size
-from evoplan.planner.terminal import make_folder, progress, run_command
+from evoplan.planner.terminal import progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 
@@ -138,7 +139,8 @@ def _check(profiler: ProfilerConfig, options: Options) -> None:
     if options.resume and options.save_every is None:
         raise ValueError("--resume goes on saving: add --save-every")
     if not options.validate_setup:
-        make_folder(profiler.profile_dir)
+        summary = make_folder(profiler.profile_dir) / SUMMARY
+        check_writable(json_path=summary, reads=(options.plan_path,))
     if options.save_every is not None:
         make_folder(options.snapshots)
 
