@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from evoplan.cost_model import measure
+from evoplan.model.alignment import Alignment
 from evoplan.model.config import TinyOpenFoldConfig
 from evoplan.planner.data import alignment_for, batch_for
 from evoplan.planner.errors import CommonError, RunError
@@ -90,7 +92,23 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         )
     console.print(describe_problem(problem), highlight=False)
     training = Training(plan, world, settings.seed, settings.learning_rate)
-    snapshots, first = _snapshots(plan, settings, training, console, world)
+    snapshots = _snapshots(plan, settings, world)
+    with nullcontext() if snapshots is None else closing(snapshots):
+        return _train(plan, settings, training, snapshots, alignment, console)
+
+
+def _train(
+    plan: Plan,
+    settings: Settings,
+    training: Training,
+    snapshots: Snapshots | None,
+    alignment: Alignment,
+    console: Console,
+) -> dict:
+    """The steps, from the newest snapshot on, and what came out."""
+    problem, world = plan.problem, training.world
+    kind = world.device.type
+    first = 0 if snapshots is None else _resumed(snapshots, settings, training, console)
     batch = batch_for(problem, alignment, settings.seed)
     beside = plan.static["workspace"] + sum(tensor.nbytes for tensor in batch.values())
     own_plan = (plan.rank_peak_bytes or (plan.predicted.peak_bytes,))[world.part]
@@ -148,12 +166,10 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     }
 
 
-def _snapshots(
-    plan: Plan, settings: Settings, training: Training, console: Console, world: World
-) -> tuple[Snapshots | None, int]:
-    """Where snapshots go, and how many steps the training has behind it."""
+def _snapshots(plan: Plan, settings: Settings, world: World) -> Snapshots | None:
+    """Where snapshots go, if anywhere."""
     if settings.snapshots is None:
-        return None, 0
+        return None
     if not plan.problem.training:
         raise CommonError("snapshots are of a training; this plan is for inference")
     problem = plan.problem
@@ -163,14 +179,18 @@ def _snapshots(
         "optimizer": problem.optimizer,
         "seed": settings.seed,
     }
-    snapshots = Snapshots(settings.snapshots, about, world)
+    return Snapshots(settings.snapshots, about, world)
+
+
+def _resumed(snapshots: Snapshots, settings: Settings, training: Training, console: Console) -> int:
+    """How many steps the training has behind it, once it is where the newest snapshot was."""
     newest = snapshots.newest()
     if not settings.resume:
         if newest:
             raise CommonError(
                 f"{settings.snapshots} holds a snapshot of step {newest}; add --resume or name another folder"
             )
-        return snapshots, 0
+        return 0
     if newest >= settings.steps:
         raise CommonError(
             f"the snapshot in {settings.snapshots} is of step {newest}; to go on give more --steps"
@@ -180,7 +200,7 @@ def _snapshots(
         console.print(f"resumed after step {newest}", highlight=False)
     else:
         console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
-    return snapshots, newest
+    return newest
 
 
 def _checked_loss(part: float, training: Training, index: int, replicas: int, world: World) -> float:
