@@ -20,7 +20,7 @@ from evoplan.planner.plan import Plan
 from evoplan.planner.program import simulated_peak_bytes
 from evoplan.planner.report import describe_problem, print_ranks
 from evoplan.planner.schedule import opaque_kernels
-from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.sizes import exact_size, format_seconds
 from evoplan.planner.snapshots import Snapshots
 from evoplan.planner.training import Training, dropout_seed
 from evoplan.planner.trial import available_bytes, kind_here
@@ -87,8 +87,8 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
     if plan.predicted.peak_bytes * sharing > available_bytes(kind):
         raise ValueError(
-            f"the plan needs {format_size(plan.predicted.peak_bytes * sharing)}, this machine has "
-            f"{format_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
+            f"the plan needs {exact_size(plan.predicted.peak_bytes * sharing)}, this machine has "
+            f"{exact_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
         )
     console.print(describe_problem(problem), highlight=False)
     training = Training(plan, world, settings.seed, settings.learning_rate)
