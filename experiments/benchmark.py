@@ -29,7 +29,7 @@ from evoplan.experiments.interleaved import interleaved
 from evoplan.model.config import EvoformerConfig, InputShape
 from evoplan.planner.costing import Costed
 from evoplan.planner.files import STDOUT, check_writable, write_json
-from evoplan.planner.flags import Size
+from evoplan.planner.flags import REPEATS, Size
 from evoplan.planner.plan import Plan, SolverReport
 from evoplan.planner.planning import NoPlanError, plan_of, solve
 from evoplan.planner.problem import Problem
@@ -226,7 +226,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.option("--size", "sizes", type=SizeOf(), multiple=True, default=SIZES, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each.")
+@click.option("--rounds", type=REPEATS, default=5, show_default=True, help="Timed runs of each.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")

@@ -25,11 +25,12 @@ import click
 
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
 from evoplan.planner.files import make_folder, write_text
-from evoplan.planner.flags import Number
+from evoplan.planner.flags import REPEATS, STEPS, Number
 from evoplan.planner.terminal import CHECK_FAILED, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
+MOST_GPUS, MOST_BATCH = 512, 4096
 COLUMNS = ("num_gpus", "batch_size", "run", "throughput_samples_per_sec")
 
 
@@ -51,18 +52,18 @@ class _Counts(click.ParamType):
         if isinstance(value, list):
             return value
         parts = value.replace(",", " ").split()
-        if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f'{value!r}: give numbers of devices, as "1 2 4 8"', param, ctx)
+        if not parts or not all(part.isdecimal() and 0 < int(part) <= MOST_GPUS for part in parts):
+            self.fail(f'{value!r}: give numbers of devices up to {MOST_GPUS}, as "1 2 4 8"', param, ctx)
         return list(dict.fromkeys(int(part) for part in parts))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--gpus", type=_Counts(), default="1 2 4 8", show_default=True, help="Devices, or processes.")
-@click.option("--batch-per-gpu", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--batch-per-gpu", type=click.IntRange(1, MOST_BATCH), default=8, show_default=True)
+@click.option("--steps", type=STEPS, default=50, show_default=True)
 @click.option(
     "--runs",
-    type=click.IntRange(1),
+    type=REPEATS,
     default=1,
     show_default=True,
     help="Of each number, for a mean and a deviation.",

@@ -26,6 +26,7 @@ from evoplan.model.chain import Step
 from evoplan.model.config import EvoformerConfig, InputShape
 from evoplan.planner.costing import Costed, cost_problem
 from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.flags import REPEATS
 from evoplan.planner.plan import Plan
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
@@ -99,10 +100,8 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
 
 
 @click.command()
-@click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each plan."
-)
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each step's time.")
+@click.option("--rounds", type=REPEATS, default=5, show_default=True, help="Timed runs of each plan.")
+@click.option("--repeats", type=REPEATS, default=3, show_default=True, help="Of each step's time.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
     "--json",

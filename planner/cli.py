@@ -100,12 +100,12 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
     """
     check_writable(json_path=json_path, reads=(plan_file, cache))
     from evoplan.planner.alternatives import alternatives, alternatives_to_json, print_alternatives
-    from evoplan.planner.plan import load_plan
+    from evoplan.planner.consistency import load_consistent
     from evoplan.planner.replay import replay
     from evoplan.planner.report import print_plan, print_schedule, print_timeline, step_names
     from evoplan.planner.timing import MissingTimesError, cost_of_plan
 
-    found, console = load_plan(plan_file), console_for_output(json_path=json_path)
+    found, console = load_consistent(plan_file), console_for_output(json_path=json_path)
     print_plan(found, console)
     console.print()
     print_schedule(found, console)
@@ -153,12 +153,12 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
 
     with joined(timeout=60) as world:
         check_writable(json_path=json_path, reads=(plan_file,))
-        from evoplan.planner.plan import load_plan
+        from evoplan.planner.consistency import load_consistent
         from evoplan.planner.planning import shorten_plan
         from evoplan.planner.report import describe_problem, print_rank_verifications, print_verification
         from evoplan.planner.verify import simulate_plan, verify_on, verify_plan
 
-        found = load_plan(plan_file)
+        found = load_consistent(plan_file)
         with progress("preparing") as update:
             if blocks is not None and blocks < found.problem.config.n_block:
                 found = shorten_plan(found, blocks, progress=update)
@@ -263,11 +263,11 @@ def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> 
         check_writable(json_path=json_path, reads=(plan_file, flags["msa"]))
         if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
             raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
-        from evoplan.planner.plan import load_plan
+        from evoplan.planner.consistency import load_consistent
         from evoplan.planner.run import Settings, run_plan
         from evoplan.planner.world import check_world
 
-        found, settings = load_plan(plan_file), Settings(**flags)
+        found, settings = load_consistent(plan_file), Settings(**flags)
         command = f"run {plan_file} --replicas {settings.replicas}"
         check_world(found, world, command, settings.replicas, settings.agreed())
         document = run_plan(found, settings, console_for_output(json_path=json_path), world)

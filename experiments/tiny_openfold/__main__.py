@@ -10,7 +10,7 @@ import click
 from evoplan.experiments.tiny_openfold.options import SORT_BY, SUMMARY, Options, ProfilerConfig
 from evoplan.model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
 from evoplan.planner.files import check_writable, make_folder
-from evoplan.planner.flags import Number, Size
+from evoplan.planner.flags import STEPS, Number, Size
 from evoplan.planner.terminal import progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
@@ -24,7 +24,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 @click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True, help="Residues.")
 @click.option(
     "--num-steps",
-    type=click.IntRange(1),
+    type=STEPS,
     default=50,
     show_default=True,
     help="Timed steps; 5 of warm-up come before.",
@@ -44,9 +44,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 @click.option("--enable-torch-compile", is_flag=True, help="Compile the model.")
 @click.option("--plan", "plan_path", type=click.Path(), help="Train under this plan of the stack.")
 @click.option("--memory", type=Size(), help="Plan for a step within this many bytes on each device.")
-@click.option(
-    "--save-every", type=click.IntRange(1), help="Steps between snapshots; one more after the last."
-)
+@click.option("--save-every", type=STEPS, help="Steps between snapshots; one more after the last.")
 @click.option(
     "--resume", is_flag=True, help="Go on from the newest snapshot; losses are as if uninterrupted."
 )

@@ -26,7 +26,7 @@ SHARE, PEAK_TOLERANCE, LOSS_TOLERANCE, SLOWER = 0.5, 0.03, 1e-5, 1.35
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
-@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Steps of each.")
+@click.option("--rounds", type=click.IntRange(2, 10_000), default=7, show_default=True, help="Steps of each.")
 @click.option("--json", "json_path", type=click.Path(), help=JSON_HELP)
 def figures(cases: tuple[str, ...], rounds: int, json_path: str | None) -> None:
     """A plan for half of the unplanned peak: its peak, its losses, its time; 1 if one is not as promised."""

@@ -12,9 +12,10 @@ from evoplan.experiments.tiny_openfold import output
 from evoplan.experiments.tiny_openfold.memory import check_fits, plan_for
 from evoplan.experiments.tiny_openfold.options import Options
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+from evoplan.planner.consistency import load_consistent
 from evoplan.planner.costing import device_of
 from evoplan.planner.errors import CommonError
-from evoplan.planner.plan import Plan, load_plan
+from evoplan.planner.plan import Plan
 from evoplan.planner.problem import Problem
 from evoplan.planner.watch import first_line
 from evoplan.planner.world import World
@@ -93,7 +94,7 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
                 made.append(found.model_dump(mode="json"))
         return Plan.model_validate(world.gathered_objects(made)[0][0])
     assert options.plan_path is not None
-    plan = load_plan(options.plan_path)
+    plan = load_consistent(options.plan_path)
     ours, theirs = (
         (asked.config, asked.shape, asked.dtype, asked.mode, asked.ranks) for asked in (problem, plan.problem)
     )
