@@ -188,7 +188,11 @@ def read_cluster(path: str | None) -> Cluster:
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="bfloat16", show_default=True
 )
 @click.option(
-    "--batch", type=click.IntRange(1), default=128, show_default=True, help="Inputs of a global batch."
+    "--batch",
+    type=click.IntRange(1, 10_000_000),
+    default=128,
+    show_default=True,
+    help="Inputs of a global batch.",
 )
 @click.option("--most", type=click.IntRange(1, 65536), default=512, show_default=True, help="Devices.")
 @click.option(
