@@ -81,7 +81,7 @@ class _Output:
 
 @contextmanager
 def _readers_may_go() -> Iterator[None]:
-    """Standard output and error as `_Output`; all is written at the end."""
+    """Standard output and error as `_Output`."""
     before = sys.stdout, sys.stderr
     # None where it was closed from the start.
     ours: list[Any] = [None if stream is None else _Output(stream) for stream in before]
@@ -90,8 +90,6 @@ def _readers_may_go() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        for stream in filter(None, ours):
-            stream.flush()
 
 
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:

@@ -124,32 +124,37 @@ def test_picture_formats() -> None:
         picture_format("a.gif")
 
 
+READ, ODD = "and would be overwritten", "is not an ordinary file"
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("says", "command"),
     [
-        ["plan", "--out", "fifo"],
-        ["plan", "--out", "-"],
-        ["plan", "--json", "to-folder"],
-        ["plan", "--out", "new", "--json", "./new"],
-        ["plan", "--msa", "file", "--out", "hard"],
-        ["sweep", "--plot", "/dev/null"],
-        ["sweep", "--plot", "picture.gif"],
-        ["sweep", "--cache", "file", "--out", "link"],
-        ["profile", "--save-device", "fifo"],
-        ["roofline", "--device", "device.json", "--json", "device.json"],
-        ["show", "file", "--json", "file"],
-        ["verify", "file", "--json", "folder/../file"],
-        ["run", "file", "--json", "hard"],
-        ["run", "other", "--msa", "file", "--json", "link"],
+        (ODD, "plan --out fifo"),
+        ("only --json - is standard output", "plan --out -"),
+        ("is a folder", "plan --json to-folder"),
+        ("is the same file as new", "plan --out new --json ./new"),
+        (READ, "plan --msa file --out hard"),
+        (ODD, "sweep --plot /dev/null"),
+        ("pictures are written as png, svg or pdf", "sweep --plot picture.gif"),
+        (READ, "sweep --cache file --out link"),
+        (ODD, "profile --save-device fifo"),
+        (READ, "profile --cache file --save-device hard"),
+        (READ, "roofline --device device.json --json device.json"),
+        (READ, "show file --json file"),
+        (READ, "show other --cache file --json link"),
+        (READ, "verify file --json folder/../file"),
+        (READ, "run file --json hard"),
+        (READ, "run other --msa file --json link"),
     ],
-    ids=" ".join,
 )
-def test_commands_refuse_before_the_work(odd: Path, capsys: pytest.CaptureFixture, flags: list[str]) -> None:
+def test_commands_refuse_before_the_work(
+    odd: Path, capsys: pytest.CaptureFixture, says: str, command: str
+) -> None:
     """Which at these sizes would take minutes."""
-    code, out, error = call(capsys, *flags)
-    assert (code, out) == (2, "")
-    assert error.count("\n") == 1
-    assert error.startswith(f"evoplan: {flags[-1]}: " if flags[-1] != "-" else "evoplan: only --json -")
+    code, out, error = call(capsys, *command.split())
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert says in error
     assert Path("file").read_text() == "old"
 
 
