@@ -141,21 +141,43 @@ def _permissions(path: Path) -> int:
         return 0o666 & ~umask
 
 
-def lock_folder(folder: Path) -> TextIO | None:
-    """Hold a folder for one process: a file in it, locked until it is closed or the process ends.
+class FolderLock:
+    """A folder held by one process: a file in it, locked until `close` or until the process ends."""
 
-    The lock is the kernel's, so that a process that is killed leaves none. Where the file system has no
-    locks, nothing is held.
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
 
-    Returns:
-        The file, to be closed; None where another process holds the folder.
+    def close(self) -> None:
+        """Let the folder go, and leave nothing in it."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def lock_folder(folder: Path) -> FolderLock | None:
+    """Hold a folder for this process; None where another one holds it.
+
+    The lock is the kernel's, so that a process that is killed leaves a file, but no lock. Where the file
+    system has no locks, nothing is held.
     """
-    file = (folder / ".lock").open("a", encoding="ascii")
+    path = folder / ".lock"
+    while True:
+        file = path.open("a", encoding="ascii")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:  # no locks here
+            return FolderLock(path, file)
+        if _is(path, file):
+            return FolderLock(path, file)
+        file.close()  # whoever held it has deleted it in between
+
+
+def _is(path: Path, file: TextIO) -> bool:
+    """Whether an open file still has its name."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:  # no locks here
-        pass
-    return file
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -262,9 +264,26 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     assert held is not None
     assert lock_folder(tmp_path) is None
     held.close()
+    assert not list(tmp_path.iterdir())
     again = lock_folder(tmp_path)
     assert again is not None
     again.close()
+
+
+def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder lets it go between our opening and locking: the file then is no longer the folder's."""
+    held, flock = lock_folder(tmp_path), fcntl.flock
+    assert held is not None
+
+    def late(*arguments: Any) -> None:
+        held.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    ours = lock_folder(tmp_path)
+    assert ours is not None
+    assert lock_folder(tmp_path) is None
+    ours.close()
 
 
 def test_one_run_writes_snapshots(plan_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
