@@ -25,7 +25,7 @@ from evoplan.planner.plan import Plan, Prediction, SolverReport, schedule_to_jso
 from evoplan.planner.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Problem
 from evoplan.planner.replay import replay
 from evoplan.planner.schedule import Sequence, shortened
-from evoplan.planner.sizes import parse_size
+from evoplan.planner.sizes import exact_size, parse_size
 from evoplan.planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
 from evoplan.planner.solvers.seed_dp import SeedProgram
 from evoplan.planner.timing import Times, cost_of_plan, cost_with_times
@@ -52,23 +52,23 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         NoPlanError: nothing fits, or the named baseline does not.
     """
     start = time.perf_counter()
-    schedule, peaks = _fitting(costed, solver(solver_name))
+    find = solver(solver_name)
+    schedule, peaks, all_room = _fitting(costed, find)
     seconds = time.perf_counter() - start
     budget = costed.problem.budget_bytes
     if budget is not None and max(peaks) > budget:
         raise NoPlanError(
-            f"{solver_name} needs {max(peaks)} bytes, the budget is {budget} bytes; "
+            f"{solver_name} needs {exact_size(max(peaks))}, the budget is {exact_size(budget)}; "
             "use --solver dp or a larger budget",
             max(peaks),
         )
-    # In inference all solvers but the baselines find the shortest path, which is exact.
-    exact = not costed.problem.training and solver_name not in BASELINES
+    exact = not costed.problem.training and find.exact_in_inference and all_room
     report = SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None)
     return plan_of(costed, schedule, report, peaks)
 
 
-def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
-    """A schedule within the budget, and each rank's peak under it.
+def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...], bool]:
+    """A schedule within the budget, each rank's peak under it, and whether the solver had all of the budget.
 
     The first rank's shards are the longest, but where lengths are unlike another rank may need a little more:
     it runs fewer pieces, or sends and receives unequal parts. Then the first one leaves room for that.
@@ -91,15 +91,15 @@ def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
             peaks = peaks_of_ranks(costed, schedule)
             least = max(peaks)
             if budget is not None and least <= budget:
-                return schedule, peaks
+                return schedule, peaks, False
         end = "the loss" if error.phase == "loss" else "the end"
         step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
-            f"no plan fits a budget of {budget} bytes; the least that does is {least} bytes "
+            f"no plan fits a budget of {exact_size(budget)}; the least that does is {exact_size(least)} "
             f"(what stands in the way: {error.phase} of {step})",
             least,
         ) from None
-    return schedule, peaks
+    return schedule, peaks, room == costed.chain_budget()
 
 
 def plan_of(

@@ -59,8 +59,8 @@ class Fit:
             counted, left = format_size(self.input_bytes), format_size(self.slack_bytes)
             raise ValueError(
                 f"inputs and copies made of them take {format_size(taken)}; the plan counts {counted}, and "
-                f"its budget has {left} left. Some are not contiguous, or masks not of the model's dtype: make "
-                "them so, or plan with inputs like these"
+                f"its budget has {left} left. Some are not contiguous, or masks not of the model's dtype: "
+                "make them so, or plan with inputs like these"
             )
 
 

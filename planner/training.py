@@ -39,7 +39,7 @@ class Training:
 
     def __init__(self, plan: Plan, world: World, seed: int, learning_rate: float) -> None:
         problem = plan.problem
-        self.plan, self.training = plan, problem.training
+        self.plan, self.world, self.training = plan, world, problem.training
         torch.manual_seed(seed)
         stack = build_model(problem.config)
         model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))

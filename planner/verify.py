@@ -24,6 +24,7 @@ from evoplan.planner.host import FakeHost
 from evoplan.planner.plan import Plan
 from evoplan.planner.problem import MEAN_SQUARE
 from evoplan.planner.schedule import opaque_kernels
+from evoplan.planner.sizes import exact_size
 from evoplan.planner.trial import (
     Trial,
     available_bytes,
@@ -158,7 +159,8 @@ def verify_plan(
         plan = _for_rank(plan, ranks.rank)
     if plan.predicted.peak_bytes > available:
         raise ValueError(
-            f"the plan needs {plan.predicted.peak_bytes} bytes, this machine has {available} free; "
+            f"the plan needs {exact_size(plan.predicted.peak_bytes)}, this machine has "
+            f"{exact_size(available)} free; "
             "use --simulate, or --blocks to shorten the stack"
         )
     if stack is None:

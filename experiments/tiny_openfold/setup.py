@@ -12,9 +12,10 @@ from evoplan.experiments.tiny_openfold import output
 from evoplan.experiments.tiny_openfold.memory import check_fits, plan_for
 from evoplan.experiments.tiny_openfold.options import Options
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+from evoplan.planner.consistency import load_consistent
 from evoplan.planner.costing import device_of
 from evoplan.planner.errors import CommonError
-from evoplan.planner.plan import Plan, load_plan
+from evoplan.planner.plan import Plan
 from evoplan.planner.problem import AUTOCAST, Problem
 from evoplan.planner.watch import first_line
 from evoplan.planner.world import World
@@ -92,7 +93,7 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
                 made.append(found.model_dump(mode="json"))
         return Plan.model_validate(world.gathered_objects(made)[0][0])
     assert options.plan_path is not None
-    plan = load_plan(options.plan_path)
+    plan = load_consistent(options.plan_path)
     ours, theirs = (
         (asked.config, asked.shape, asked.precision, asked.mode, asked.ranks)
         for asked in (problem, plan.problem)
@@ -102,8 +103,8 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
         how = f" --precision {problem.mixed}" if problem.mixed else ""
         raise CommonError(
             f"{options.plan_path} is for another model, other shapes or another precision; plan with "
-            f"`evoplan plan --model tiny-openfold --n-blocks {c.n_block} --c-m {c.c_m} --c-z {c.c_z} --n-seq {s.n_seq} "
-            f"--n-res {s.n_res} --batch {s.batch}{how}`"
+            f"`evoplan plan --model tiny-openfold --n-blocks {c.n_block} --c-m {c.c_m} --c-z {c.c_z} "
+            f"--n-seq {s.n_seq} --n-res {s.n_res} --batch {s.batch}{how}`"
         )
     return plan
 
