@@ -155,9 +155,8 @@ class WholeRun(Run):
             return {}, {}
         trained = self.parameters.trained
         inputs = [*self.leaves.values(), *trained.values()]
-        lean = self.strategy.kind == "lean"
-        with self._named_changes(), self.parameters.installed() if lean else nullcontext():
-            if lean:
+        with self._named_changes(), self.parameters.installed():
+            if self.strategy.kind == "lean":
                 self.parameters.check(self.owner)
             grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)
         of_parameters = zip(trained, grads[len(self.leaves) :], strict=True)

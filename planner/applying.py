@@ -34,8 +34,8 @@ def apply_plan(
             the state and whole masks, and returns its shards of the results (see `ParallelEvoformer`).
         other_shapes: what to do with inputs of a shape that no plan is for. "refuse" says so; "clip" runs
             them under the nearest larger plan, in as many pieces as their axes allow; "pad" fills them up to
-            that plan's shapes, masked, and crops the outputs; "plan" plans for them under the same budget,
-            which takes seconds, and keeps the plan.
+            that plan's shapes, masked, and crops the outputs, exact wherever masks are 1; "plan" plans for
+            them under the same budget, which takes seconds, and keeps the plan.
 
     Raises:
         ValueError: a plan is for another model, dtype or number of ranks.

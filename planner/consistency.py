@@ -44,8 +44,8 @@ def check_consistent(plan: Plan) -> None:
     whole = model.stack if isinstance(model, ParallelEvoformer) else model
     if plan.model_digest is not None and plan.model_digest != model_digest(whole):
         raise ValueError(
-            "its figures are for a model that is built otherwise than its configuration says; make it again, or "
-            "use a model of your own from Python"
+            "its figures are for a model that is built otherwise than its configuration says; make it again, "
+            "or use it from Python with that model"
         )
     covered = len(plan.sequence().span)
     if covered != len(steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
-from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.kernels import KERNELS, Kernel
 from evoplan.model.tiled import tiled_attention
 
@@ -90,3 +91,11 @@ def file(tmp_path: Path) -> Callable[[str | bytes], Path]:
         return path
 
     return write
+
+
+def random_schedule_of(stack, seed: int, whole: bool = False):
+    """Any schedule over a model's steps, checkpoints nested up to three deep; `whole`: none in pieces."""
+    from tests.test_apply import random_schedule
+
+    chain = Chain.of(stack)
+    return random_schedule(chain, range(len(chain.steps)), random.Random(seed), 3, whole)

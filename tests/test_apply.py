@@ -16,8 +16,8 @@ from evoplan.planner.shapes import Fit, Fits
 from tests.conftest import TILES, TINY, random_inputs
 
 
-def random_strategy(step, rng: random.Random) -> Strategy:
-    axis = rng.choice([None, *step.submodule.axes])
+def random_strategy(step, rng: random.Random, whole: bool = False) -> Strategy:
+    axis = rng.choice([None, *(() if whole else step.submodule.axes)])
     kernel = rng.choice([EAGER, *TILES]) if step.submodule.attends else EAGER
     if axis is None:
         return Strategy(rng.choice(["whole", "lean"]), kernel=kernel)
@@ -26,18 +26,20 @@ def random_strategy(step, rng: random.Random) -> Strategy:
     return Strategy("coshard", axis.name, min(rng.choice([1, 2, 3]), axis.size), kernel)
 
 
-def random_schedule(chain: Chain, span: range, rng: random.Random, depth: int) -> Sequence:
+def random_schedule(
+    chain: Chain, span: range, rng: random.Random, depth: int, whole: bool = False
+) -> Sequence:
     """Cut the span anywhere; every part is a recorded step or a checkpoint, nested up to `depth`."""
     parts, at = [], span.start
     while at < span.stop:
         length = rng.randint(1, span.stop - at)
         if depth and rng.random() < 0.6:
-            body = random_schedule(chain, range(at, at + length), rng, depth - 1)
-            discard = tuple(random_strategy(chain.steps[i], rng) for i in body.span)
+            body = random_schedule(chain, range(at, at + length), rng, depth - 1, whole)
+            discard = tuple(random_strategy(chain.steps[i], rng, whole) for i in body.span)
             parts.append(Checkpoint(body, discard))
             at += length
         else:
-            parts.append(Run(at, random_strategy(chain.steps[at], rng)))
+            parts.append(Run(at, random_strategy(chain.steps[at], rng, whole)))
             at += 1
     return Sequence(tuple(parts))
 

@@ -160,6 +160,7 @@ OTHERS += ["x" * 10_000, [], [None], DEEP, {}, {"a": 1}]
 NEVER = ("", "a\nb", "\ud800", "x" * 10_000)  # not even where a text is expected
 # What may be left out, and with it all that is in it.
 OPTIONAL = {"gap", "only_whole", "least_feasible_bytes", "budget_bytes", "own_device", "link", "n_extra"}
+OPTIONAL |= {"mixed", "given", "model_digest"}
 
 
 def test_no_field_takes_another_type(plan, tmp_path: Path) -> None:
