@@ -26,6 +26,7 @@ from tests.loops import (
     planned,
     step,
 )
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.parametrize("mode", MODES)
 
