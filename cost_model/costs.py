@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.loss import Loss, trace_loss
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
 from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
@@ -84,6 +85,8 @@ def build_cost_table(
     times: TimeSource | None = None,
     strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] | None = None,
     autocast: str | None = None,
+    loss: Loss | None = None,
+    given: Mapping[str, tuple[str | None, tuple[int, ...] | None]] | None = None,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
@@ -95,10 +98,13 @@ def build_cost_table(
         progress: called with the name of each step as it is traced.
         times: the device's roofline if not given; strategies that have none are left out, except `whole`.
         strategies: those to trace of a step whose target has a shape; all there are if not given.
+        loss: of forward's results; the mean of their squares if not given.
+        given: dtype by name and strides of arguments where they are not as the model wants them.
         autocast: dtype by name that torch.autocast runs products in; None: as `dtype` says.
 
     Raises:
         MissingTimesError: some step has no time under any strategy.
+        ValueError: the loss cannot be traced; says why.
     """
     times = times or Roofline(device, dtype)
     traced_here = partial(offered_strategies, kernels=kernels_for(device.kind))
@@ -108,7 +114,10 @@ def build_cost_table(
         model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
         before = trace.live_bytes
-        tensors = {name: torch.empty(shape, dtype=torch_dtype) for name, shape in shapes.items()}
+        tensors = {
+            name: made_like(shape, torch_dtype, *(given or {}).get(name, (None, None)))
+            for name, shape in shapes.items()
+        }
         state, constants = model.prepare(**tensors)
         input_bytes = trace.live_bytes - before
         del tensors
@@ -154,14 +163,17 @@ def build_cost_table(
                 state[step.target] = torch.empty(new_shape, dtype=torch_dtype)
                 largest[step.target] = max(largest[step.target], state[step.target].nbytes)
         state_bytes = {name: _rounded(size, device) for name, size in largest.items()}
+        # mean_square makes the gradients and nothing else.
+        loss_bytes = sum(state_bytes[name] for name in chain.outputs)
+        loss_bytes += LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
+        if loss is not None and training:
+            loss_bytes = max(loss_bytes, trace_loss(loss, model.results(state), trace, casting))
     return CostTable(
         options=tuple(options),
         step_reads=step_reads,
         groups=chain.groups,
         state_bytes=state_bytes,
-        # mean_square makes the gradients and nothing else.
-        loss_bytes=sum(state_bytes[name] for name in chain.outputs)
-        + LOSS_NUMBERS * _rounded(NUMBER_BYTES, device),
+        loss_bytes=loss_bytes,
         training=training,
         outputs=chain.outputs,
         units=chain.units,
@@ -172,3 +184,13 @@ def build_cost_table(
 
 def _rounded(size: int, device: Device) -> int:
     return -(-size // device.block_bytes) * device.block_bytes
+
+
+def made_like(
+    shape: Sequence[int], dtype: torch.dtype, other: str | None = None, stride: Sequence[int] | None = None
+) -> Tensor:
+    """A tensor of that shape; in another dtype by name, and with other strides, where these are given."""
+    dtype = getattr(torch, other) if other else dtype
+    return (
+        torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+    )

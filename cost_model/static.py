@@ -15,6 +15,7 @@ def static_bytes(
     device: Device,
     optimizer: str,
     training: bool,
+    reserve_bytes: int = 0,
 ) -> dict[str, int]:
     """Each part in bytes, every tensor rounded as the device's allocator rounds it.
 
@@ -24,12 +25,13 @@ def static_bytes(
         parameter_sizes: elements of each parameter tensor, and whether it is trained.
         input_bytes: what forward is given and the constants made from it.
         output_bytes: what it returns.
+        reserve_bytes: kept free for what is not planned.
     """
     item = DTYPES[dtype]
     block = device.block_bytes
     parameters = [(-(-count * item // block) * block, trained) for count, trained in parameter_sizes]
     trained = sum(size for size, trained in parameters if trained) if training else 0
-    return {
+    parts = {
         "parameters": sum(size for size, _ in parameters),
         "gradients": trained,
         "optimizer": OPTIMIZER_STATES[optimizer] * trained,
@@ -37,3 +39,4 @@ def static_bytes(
         "outputs": output_bytes,
         "workspace": device.workspace_bytes,
     }
+    return parts | ({"reserve": reserve_bytes} if reserve_bytes else {})

@@ -238,6 +238,18 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         yield mode
 
 
+@contextmanager
+def real_tensors_too() -> Iterator[None]:
+    """Inside `fake_tensors`, operators may take real tensors: labels that a loss has at hand."""
+    mode = torch._guards.detect_fake_mode()
+    assert mode is not None
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
 def fake_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The same module with parameters and buffers that have no data; call inside `fake_tensors`."""
     memo: dict[int, Any] = {}

@@ -10,7 +10,7 @@ from typing import Any
 _LAZY = {
     "make_plan": "evoplan.planner.planning",
     "NoPlanError": "evoplan.planner.planning",
-    "apply_plan": "evoplan.planner.verify",
+    "apply_plan": "evoplan.planner.applying",
     "verify_plan": "evoplan.planner.verify",
     "simulate_plan": "evoplan.planner.verify",
     "Plan": "evoplan.planner.plan",

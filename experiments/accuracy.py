@@ -19,10 +19,11 @@ from rich.table import Table
 
 from evoplan.model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
 from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.schedule import depth
+from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.verify import verify_plan
 
@@ -88,7 +89,8 @@ def main() -> int:
         print(f"{case[1]} blocks, {case[2]}, {case[3]} ...", file=sys.stderr, flush=True)
         for row in rows(case):
             everything.append(row)
-            print(f"  {row['predicted_bytes']} -> {row['measured_bytes']}", file=sys.stderr, flush=True)
+            sizes = (format_size(row[f"{which}_bytes"]) for which in ("predicted", "measured"))
+            print(f"  {' -> '.join(sizes)}", file=sys.stderr, flush=True)
             table.add_row(
                 *(str(row[key]) for key in ("blocks", "c_m", "s", "r", "dtype", "dropout", "depth")),
                 f"{row['predicted_bytes'] / 1e6:.2f} MB", f"{row['measured_bytes'] / 1e6:.2f} MB",

@@ -22,12 +22,13 @@ from rich.table import Table
 from evoplan.cost_model.devices import DEVICES
 from evoplan.experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
 from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.flags import Size
-from evoplan.planner.plan import SolverReport, write_json
+from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.flags import Size, json_option
+from evoplan.planner.plan import SolverReport
 from evoplan.planner.planning import NoPlanError
 from evoplan.planner.report import describe_problem, print_rank_verifications, print_verification
 from evoplan.planner.sizes import format_seconds, format_size
-from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, run_command
+from evoplan.planner.terminal import CHECK_FAILED, console_for_output, run_command
 from evoplan.planner.verify import Verification, verify_on, verify_plan
 from evoplan.planner.world import World, joined
 
@@ -48,12 +49,12 @@ MB = 2**20  # the original tables' unit
 @click.option("--memory", type=Size(), help="Budget for planned and chunk; else the device's memory.")
 @click.option("--measure", is_flag=True, help="Run a reduced size here in float32, beside the plain model.")
 @click.option("--tables", is_flag=True, help="Make all of the original tables anew: docs/alphafold2.md.")
-@click.option("--json", "json_path", type=click.Path(), help="Also write the figures here.")
+@json_option
 def command(
     policy: str | None, schedule: str, measure: bool, tables: bool, json_path: str | None, **asked: Any
 ) -> None:
     """Run AlphaFold 2's Evoformer under one of the original benchmark's policies and a schedule."""
-    check_writable(json_path)
+    check_writable(json_path=json_path)
     if tables:
         if policy is not None or json_path is not None:
             raise ValueError("--tables makes all policies' and writes where it always does; give it alone")
@@ -68,12 +69,12 @@ def command(
                 "--measure runs on the ranks that are there; start as many with torchrun, without --ranks"
             )
         with joined(timeout=60) as world:
-            results = measured(policy, schedule, world, asked)
+            results = measured(policy, schedule, world, asked | {"json_path": json_path})
             if world.first and json_path:
                 write_json(json_path, {"rows": [result.to_json() for result in results]})
         sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
     else:
-        rows = simulated(policy, schedule, asked, console_for_output())
+        rows = simulated(policy, schedule, asked, console_for_output(json_path=json_path))
         if json_path:
             write_json(json_path, {"policy": policy, "schedule": schedule, "rows": rows})
 
@@ -140,7 +141,7 @@ def measured(policy: str, schedule: str, world: World, asked: dict[str, Any]) ->
     else:
         results = verify_on(world, plan, 3, "evoplan.experiments.alphafold2")
     if world.first:
-        console = console_for_output()
+        console = console_for_output(json_path=asked["json_path"])
         console.print(f"{policy}, {schedule}: {describe_problem(plan.problem)}", highlight=False)
         print_verification(results[0], console)
         print_rank_verifications(results, console)

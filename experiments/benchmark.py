@@ -27,9 +27,11 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.times import local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed
-from evoplan.planner.flags import Size
-from evoplan.planner.plan import Plan, SolverReport, write_json
+from evoplan.planner.files import STDOUT, check_writable, write_json
+from evoplan.planner.flags import REPEATS, Size
+from evoplan.planner.plan import Plan, SolverReport
 from evoplan.planner.planning import NoPlanError, plan_of, solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.profiling import profile_problem
@@ -43,10 +45,9 @@ from evoplan.planner.solvers.baselines import (
     keep_everything,
     square_root,
 )
-from evoplan.planner.terminal import check_writable, console_for_output, progress, run_command
+from evoplan.planner.terminal import console_for_output, progress, run_command
 from evoplan.planner.timing import cost_with_times
 from evoplan.planner.trial import Trial, random_inputs, random_stack
-from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("64,96,4", "64,128,4")
@@ -187,11 +188,9 @@ def print_size(found: dict[str, Any], console: Console) -> None:
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Peak against time: a panel for each size."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import ScalarFormatter
+
+    from evoplan.planner.plot import plt, save_figure
 
     sizes = document["sizes"]
     rows, columns = -(-len(sizes) // 2), min(2, len(sizes))
@@ -222,20 +221,22 @@ def draw(document: dict[str, Any], path: Path) -> None:
     panels[0][0].legend(fontsize=8)
     figure.suptitle(document["device"], fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 @click.command()
 @click.option("--size", "sizes", type=SizeOf(), multiple=True, default=SIZES, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each.")
+@click.option("--rounds", type=REPEATS, default=5, show_default=True, help="Timed runs of each.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")
 @click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
-    "--json", "json_path", type=click.Path(), help="Where the result goes; else experiments/results."
+    "--json",
+    "json_path",
+    type=click.Path(),
+    help="Where the result goes, with a picture beside it; -: to standard output; else experiments/results.",
 )
 def benchmark(
     sizes: tuple,
@@ -248,8 +249,10 @@ def benchmark(
     json_path: str | None,
 ) -> None:
     """Plans against schedules by hand, at equal measured peaks."""
-    check_writable(json_path)
-    console = console_for_output()
+    path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
+    picture = None if json_path == STDOUT else path.with_suffix(".png")
+    check_writable(picture, json_path=path, reads=(cache,))
+    console = console_for_output(json_path=json_path)
     document: dict[str, Any] = {"torch": torch.__version__, "device": local_name(device), "sizes": []}
     for s, r, blocks in sizes:
         config = EvoformerConfig(n_block=blocks).with_dropout(0.0)
@@ -264,11 +267,11 @@ def benchmark(
             found = run_size(problem, cache, rounds, compiled, say)
         document["sizes"].append(found)
         print_size(found, console)
-    path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
-    document["sizes"] = _with_earlier(path, document)
+    if picture is not None:
+        document["sizes"] = _with_earlier(path, document)
     write_json(path, document)
-    if all("runs" in found for found in document["sizes"]):
-        draw(document, path.with_suffix(".png"))
+    if picture is not None and all("runs" in found for found in document["sizes"]):
+        draw(document, picture)
 
 
 def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from evoplan.model.alignment import read_alignment
 from evoplan.model.config import InputShape, preset
 from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve, sweep
 from evoplan.planner.plot import plot_sweep
 from evoplan.planner.problem import Problem

@@ -27,7 +27,7 @@ from evoplan.model.evoformer import EvoformerStack
 from evoplan.model.loss import mean_square
 from evoplan.model.strategy import WHOLE
 from evoplan.planner.apply import PlannedModule
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"

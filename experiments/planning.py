@@ -22,7 +22,7 @@ from rich.table import Table
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.config import override, preset
 from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.problem import Problem
 from evoplan.planner.replay import replay
 from evoplan.planner.solvers import BASELINES, Frontier, cp_sat

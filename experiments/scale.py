@@ -29,13 +29,13 @@ from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from evoplan.cost_model.roofline import reduction_seconds
 from evoplan.model.config import PRESETS, preset
 from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import check_writable, picture_format, write_json
 from evoplan.planner.planning import NoPlanError, solve
 from evoplan.planner.plot import plt, save_figure
 from evoplan.planner.problem import Problem
 from evoplan.planner.sizes import format_seconds, format_size, parse_size
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.terminal import check_writable, console_for_output, run_command
+from evoplan.planner.terminal import console_for_output, run_command
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scale.png"
@@ -188,14 +188,23 @@ def read_cluster(path: str | None) -> Cluster:
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="bfloat16", show_default=True
 )
 @click.option(
-    "--batch", type=click.IntRange(1), default=128, show_default=True, help="Inputs of a global batch."
+    "--batch",
+    type=click.IntRange(1, 10_000_000),
+    default=128,
+    show_default=True,
+    help="Inputs of a global batch.",
 )
 @click.option("--most", type=click.IntRange(1, 65536), default=512, show_default=True, help="Devices.")
 @click.option(
     "--most-ranks", type=click.IntRange(1, 64), default=8, show_default=True, help="That share one input."
 )
 @click.option(
-    "--json", "json_path", type=click.Path(), default=str(RESULTS), show_default="experiments/results/"
+    "--json",
+    "json_path",
+    type=click.Path(),
+    default=str(RESULTS),
+    show_default="experiments/results/",
+    help="Where the result goes; -: to standard output, words to standard error.",
 )
 @click.option("--plot", type=click.Path(), default=str(PICTURE), show_default="docs/scale.png")
 def command(
@@ -203,8 +212,10 @@ def command(
     most_ranks: int, json_path: str, plot: str,
 ) -> None:  # fmt: skip
     """Plan a training on 1 to 512 devices of a described cluster."""
-    check_writable(json_path, plot)
-    cluster, chosen, console = read_cluster(cluster_path), preset(model), console_for_output()
+    check_writable(plot, json_path=json_path, reads=(cluster_path,))
+    picture_format(plot)
+    cluster, chosen = read_cluster(cluster_path), preset(model)
+    console = console_for_output(json_path=json_path)
     budget = cluster.memory or DEVICES[cluster.device].memory_bytes
     if budget is None:
         raise ValueError(f"the memory of {cluster.device} is not known; give it in the cluster's description")

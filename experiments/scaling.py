@@ -7,6 +7,7 @@ that share the cores.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -23,11 +24,13 @@ from typing import Any
 import click
 
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
-from evoplan.planner.flags import Number
-from evoplan.planner.terminal import CHECK_FAILED, make_folder, run_command
+from evoplan.planner.files import make_folder, write_text
+from evoplan.planner.flags import REPEATS, STEPS, Number
+from evoplan.planner.terminal import CHECK_FAILED, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
+MOST_GPUS, MOST_BATCH = 512, 4096
 COLUMNS = ("num_gpus", "batch_size", "run", "throughput_samples_per_sec")
 
 
@@ -49,18 +52,18 @@ class _Counts(click.ParamType):
         if isinstance(value, list):
             return value
         parts = value.replace(",", " ").split()
-        if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f'{value!r}: give numbers of devices, as "1 2 4 8"', param, ctx)
+        if not parts or not all(part.isdecimal() and 0 < int(part) <= MOST_GPUS for part in parts):
+            self.fail(f'{value!r}: give numbers of devices up to {MOST_GPUS}, as "1 2 4 8"', param, ctx)
         return list(dict.fromkeys(int(part) for part in parts))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--gpus", type=_Counts(), default="1 2 4 8", show_default=True, help="Devices, or processes.")
-@click.option("--batch-per-gpu", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--batch-per-gpu", type=click.IntRange(1, MOST_BATCH), default=8, show_default=True)
+@click.option("--steps", type=STEPS, default=50, show_default=True)
 @click.option(
     "--runs",
-    type=click.IntRange(1),
+    type=REPEATS,
     default=1,
     show_default=True,
     help="Of each number, for a mean and a deviation.",
@@ -100,7 +103,7 @@ def command(
         "amp": amp, "profile": profile, "cores": os.cpu_count(), "extra_flags": " ".join(extra) or "none",
         "started": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
-    (folder / CONFIG).write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    write_text(folder / CONFIG, "".join(f"{name}: {value}\n" for name, value in settings.items()))
     # As Ctrl-C does, so that no run outlives the study.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = []
@@ -114,7 +117,7 @@ def command(
             click.echo(f"{count} x {batch_per_gpu} samples, run {run}: {said}")
             _write_table(folder / TABLE, results)  # what there is, should the study be stopped
     summary = summarise(results)
-    (folder / SUMMARY).write_text(summary)
+    write_text(folder / SUMMARY, summary)
     click.echo("\n" + summary, nl=False)
     if any(result.throughput is not None for result in results):
         _plot(results, folder / PICTURE)
@@ -212,19 +215,17 @@ def summarise(results: list[Result]) -> str:
 
 
 def _write_table(path: Path, results: list[Result]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for result in results:
-            if result.throughput is not None:
-                writer.writerow((result.gpus, result.batch, result.run, result.throughput))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(COLUMNS)
+    for result in results:
+        if result.throughput is not None:
+            writer.writerow((result.gpus, result.batch, result.run, result.throughput))
+    write_text(path, table.getvalue())
 
 
 def _plot(results: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from evoplan.planner.plot import plt, save_figure
 
     speeds: dict[int, list[float]] = {}
     for result in results:
@@ -242,8 +243,7 @@ def _plot(results: list[Result], path: Path) -> None:
     axes.set_title("TinyOpenFold, the same batch on each device")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

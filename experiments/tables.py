@@ -22,7 +22,7 @@ from rich.console import Console
 from evoplan.cost_model.devices import DEVICES
 from evoplan.experiments.policies import POLICIES, figures, plan_under, seed_rows
 from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.plan import write_atomically, write_json
+from evoplan.planner.files import write_json, write_text
 from evoplan.planner.planning import NoPlanError
 from evoplan.planner.sizes import format_seconds, format_size
 
@@ -152,7 +152,7 @@ def make_tables(console: Console) -> None:
         "runs": [run(*each) for each in RUNS],
     }
     write_json(RESULTS, document)
-    write_atomically(DOCUMENT, "\n".join(lines(document)).encode())
+    write_text(DOCUMENT, "\n".join(lines(document)))
     console.print(f"written: {RESULTS.relative_to(ROOT)}, {DOCUMENT.relative_to(ROOT)}", highlight=False)
 
 

@@ -24,18 +24,20 @@ from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.chain import Step
 from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.plan import Plan, write_json
+from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.flags import REPEATS
+from evoplan.planner.plan import Plan
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.profiling import Measurement, profile_problem
 from evoplan.planner.report import new_table
 from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.terminal import CHECK_FAILED, check_writable, console_for_output, progress, run_command
+from evoplan.planner.terminal import CHECK_FAILED, console_for_output, progress, run_command
 from evoplan.planner.timing import time_source
 from evoplan.planner.trial import Trial, random_inputs, random_stack
-from evoplan.planner.verify import apply_plan
 
 RESULTS = Path(__file__).parent / "results" / "times.json"
 CASES = [(4, InputShape(64, 96)), (3, InputShape(48, 160))]
@@ -98,18 +100,19 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
 
 
 @click.command()
-@click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each plan."
-)
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each step's time.")
+@click.option("--rounds", type=REPEATS, default=5, show_default=True, help="Timed runs of each plan.")
+@click.option("--repeats", type=REPEATS, default=3, show_default=True, help="Of each step's time.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
-    "--json", "json_path", type=click.Path(), help="Where the result goes; else experiments/results."
+    "--json",
+    "json_path",
+    type=click.Path(),
+    help="Where the result goes, - for standard output; else experiments/results.",
 )
 def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -> None:
     """Predicted beside measured step times; 1 if one is off by more than 15 % or the order is wrong."""
-    check_writable(json_path)
-    console = console_for_output()
+    check_writable(json_path=json_path or RESULTS, reads=(cache,))
+    console = console_for_output(json_path=json_path)
     problems = [problem_of(*case) for case in CASES]
     with progress("measuring") as say:
         steps = [

@@ -255,7 +255,8 @@ class TinyOpenFold(nn.Module):
         with region(MSA_EMBEDDING):
             m = self.msa_embedding(tokens)
         with region(PAIR_EMBEDDING):
-            z = self.pair_embedding(pair_features)
+            # Under autocast a product is in half precision; the residual stream is not.
+            z = self.pair_embedding(pair_features).to(m.dtype)
         (z,) = self.stack(m, z)
         with region(HEAD):
             predicted = self.distance_head(z).sigmoid() * LARGEST_DISTANCE

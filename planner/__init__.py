@@ -11,7 +11,7 @@ _LAZY = {
     "load_plan": "evoplan.planner.plan",
     "make_plan": "evoplan.planner.planning",
     "NoPlanError": "evoplan.planner.planning",
-    "apply_plan": "evoplan.planner.verify",
+    "apply_plan": "evoplan.planner.applying",
     "verify_plan": "evoplan.planner.verify",
     "simulate_plan": "evoplan.planner.verify",
 }

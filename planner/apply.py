@@ -7,6 +7,7 @@ hooks and `torch.autograd.grad` see them as usual). What nodes need for backward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from evoplan.model.strategy import Strategy
 from evoplan.model.view import View
 from evoplan.planner.host import Host, check_away, moves
 from evoplan.planner.schedule import Action, Sequence, actions, all_runs
+from evoplan.planner.shapes import Fit, Fits, cropped, padded
 from evoplan.planner.tape import Tape
 
 
@@ -58,27 +60,24 @@ class PlannedModule(View):
 
     Args:
         stack: the model, or one rank's share of it.
-        schedule: covers all its steps.
-        shapes: the state's shapes that the schedule was made for; others are refused. None: any.
+        schedules: one that covers all its steps, for inputs of any shape; or several for different ones.
         host: makes where state waits that is off the device, for each forward.
+
+    Raises:
+        ValueError: a schedule is for another chain of steps.
     """
 
     stack: Plannable
 
-    def __init__(
-        self,
-        stack: Plannable,
-        schedule: Sequence,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-        host: Callable[[], Host] = Host,
-    ) -> None:
+    def __init__(self, stack: Plannable, schedules: Sequence | Fits, host: Callable[[], Host] = Host) -> None:
         super().__init__(stack)
-        self.schedule, self.shapes, self.host = schedule, shapes, host
+        self.fits = Fits([Fit(schedules)]) if isinstance(schedules, Sequence) else schedules
+        self.host = host
         chain = Chain.of(stack)
         self.liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
-        if schedule.span != range(len(chain.steps)):
-            raise ValueError(f"the plan covers {len(schedule.span)} steps, the model has {len(chain.steps)}")
-        check_away(schedule, self.liveness)
+        for fit in self.fits.all:
+            _check_covers(fit.schedule, chain)
+            check_away(fit.schedule, self.liveness)
 
     @torch.compiler.disable  # a compiled model around it breaks its graph here, and nowhere else
     def forward(
@@ -86,31 +85,44 @@ class PlannedModule(View):
     ) -> tuple[Tensor, ...]:
         """As the stack's own forward."""
         state, constants = self.stack.prepare(*tensors, **named)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        fit = self.fits.find(self.stack, shapes)
+        pads = self.fits.other_shapes == "pad" and fit.shapes not in (None, shapes)
+        if pads:
+            arguments = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
+            state, constants = self.stack.prepare(**padded(self.stack, arguments, fit.shapes))
+            del arguments
+        fit.check_room((*tensors, *named.values()), (*state.values(), *constants.values()))
         del tensors, named
-        for name, shape in (self.shapes or {}).items():
-            if tuple(state[name].shape) != shape:
-                raise ValueError(f"the plan is for {name} of shape {shape}, not {tuple(state[name].shape)}")
-        seed = self.stack.draw_seed(dropout_seed)
+        self._run(fit.schedule, state, constants, self.stack.draw_seed(dropout_seed))
+        results = self.stack.results(state)
+        if pads:
+            names = self.stack.outputs
+            return tuple(cropped(tensor, shapes[n]) for n, tensor in zip(names, results, strict=True))
+        return results
+
+    def _run(
+        self, schedule: Sequence, state: State, constants: Mapping[str, Tensor], seed: int | None
+    ) -> None:
+        """All steps over the state, which is the last one afterwards."""
         chain = Chain.of(self.stack)
-        if len(chain.steps) != len(self.schedule.span):
-            raise ValueError(
-                f"the plan covers {len(self.schedule.span)} steps, the model now has {len(chain.steps)}"
-            )
+        _check_covers(schedule, chain)
         if torch.is_grad_enabled():
-            if any(run.away for run in all_runs(self.schedule)):
+            if any(run.away for run in all_runs(schedule)):
                 raise ValueError("the plan is for inference: call the model under torch.no_grad()")
-            self._record(Tape(chain, self.liveness, constants, seed), state)
+            self._record(Tape(chain, self.liveness, constants, seed), schedule, state)
         else:
             with Context.of_steps():
-                self._infer(chain, state, constants, seed)
-        return self.stack.results(state)
+                self._infer(chain, schedule, state, partial(Step.tensors, constants=constants, seed=seed))
 
-    def _infer(self, chain: Chain, state: State, constants: Mapping[str, Tensor], seed: int | None) -> None:
+    def _infer(
+        self, chain: Chain, schedule: Sequence, state: State, tensors: Callable[[Step, State], State]
+    ) -> None:
         """Every step once. What the chain itself has made is written over and may leave the device."""
         host = self.host()
         # A hook may keep what it sees, so that nothing may be written over.
         owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
-        *todo, (_, _, last_take) = moves(self.schedule)
+        *todo, (_, _, last) = moves(schedule)
 
         def perform(step: Step, state: State) -> None:
             run, put, take = todo[step.index]
@@ -119,19 +131,19 @@ class PlannedModule(View):
             in_place = owned and self.liveness.owns_target(step.index)
 
             def new_target(*read: Tensor) -> Tensor:
-                tensors = step.tensors(step.named(read), constants, seed)
                 with region(step.name):
-                    return run_discarded(step.submodule, run.strategy, tensors, in_place)
+                    of_stages = tensors(step, step.named(read))
+                    return run_discarded(step.submodule, run.strategy, of_stages, in_place)
 
             state[step.target] = step.called(state, new_target)
             self._forget(step, state)
 
         chain.walk(chain.steps, state, perform)
-        host.move(state, (), last_take)
+        host.move(state, (), last)
 
-    def _record(self, tape: Tape, state: State) -> None:
+    def _record(self, tape: Tape, schedule: Sequence, state: State) -> None:
         """A forward for a backward."""
-        todo = tuple(actions(self.schedule))
+        todo = tuple(actions(schedule))
 
         def perform(step: Step, state: State) -> None:
             action = todo[step.index]
@@ -148,6 +160,11 @@ class PlannedModule(View):
     def _forget(self, step: Step, state: State) -> None:
         for name in self.liveness.last_reads(step.index):
             del state[name]
+
+
+def _check_covers(schedule: Sequence, chain: Chain) -> None:
+    if schedule.span != range(len(chain.steps)):
+        raise ValueError(f"the plan covers {len(schedule.span)} steps, the model has {len(chain.steps)}")
 
 
 def _advance(tape: Tape, step: Step, action: Action, *read: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoplan.cost_model.costs import CostTable, build_cost_table
+from evoplan.cost_model.costs import CostTable, Loss, build_cost_table
 from evoplan.cost_model.devices import Device, device
 from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.roofline import reduction_seconds
@@ -127,6 +127,7 @@ def cost_problem(
     rank: int = 0,
     only: Sequence | None = None,
     times: TimeSource | None = None,
+    loss: Loss | None = None,
 ) -> Costed:
     """Trace the costs of a problem.
 
@@ -135,9 +136,11 @@ def cost_problem(
         rank: whose share is costed, of several.
         only: a schedule whose strategies are all that is traced.
         times: where times come from; the device's roofline if not given.
+        loss: of forward's results, where that is not the mean of their squares.
 
     Raises:
         MissingTimesError: some step has none.
+        ValueError: the loss cannot be traced; says why.
     """
     model = planned_model(problem, rank, stack)
     where = device_of(problem)
@@ -157,11 +160,21 @@ def cost_problem(
         times,
         None if only is None else used,
         problem.autocast,
+        loss,
+        # A rank is given shards, which lie as they were made.
+        {given.name: (given.dtype, given.stride if problem.ranks == 1 else None) for given in problem.given},
     )
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)
     static = static_bytes(
-        sizes, table.input_bytes, outputs, problem.dtype, where, problem.optimizer, problem.training
+        sizes,
+        table.input_bytes,
+        outputs,
+        problem.dtype,
+        where,
+        problem.optimizer,
+        problem.training,
+        problem.reserve_bytes,
     )
     return Costed(problem, model, where, table, static, times)
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class _LinkEntry(_Strict):
+class LinkEntry(_Strict):
+    """What connects devices, as people write it down; the units are those of `Link`."""
+
     bandwidth: Rate
     latency: Seconds = 2e-6
 
@@ -46,7 +50,7 @@ class DeviceEntry(_Strict):
     launch_seconds: Seconds = 5e-6
     block_bytes: Annotated[int, Field(ge=1, le=2**30)] = 512
     workspace_bytes: Annotated[Size, Field(ge=0, le=2**60)] = 9 * 2**20
-    link: _LinkEntry = _LinkEntry(bandwidth=16e9)
+    link: LinkEntry = LinkEntry(bandwidth=16e9)
     host_bandwidth: Rate | None = None
 
     @field_validator("peak_flops")
@@ -63,6 +67,17 @@ class DeviceEntry(_Strict):
         return Device(memory_bytes=self.memory, link=Link(**self.link.model_dump()), **fields)
 
 
+@contextmanager
+def one_line(about: str = "") -> Iterator[None]:
+    """Validation whose error is a ValueError with the first of what is wrong, after what it is about."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) + ": " if first["loc"] else ""
+        raise ValueError(f"{about}{where}{first['msg'].removeprefix('Value error, ')}") from None
+
+
 def load_device(path: str | Path) -> Device:
     """Read a device file.
 
@@ -71,20 +86,17 @@ def load_device(path: str | Path) -> Device:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return DeviceEntry.model_validate_json(text).device()
+        with one_line(f"{path}: "):
+            return DeviceEntry.model_validate_json(text).device()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a device file or a name") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a device file; see docs/times.md for what one holds") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) + ": " if first["loc"] else ""
-        raise ValueError(f"{path}: {where}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def device_entry(device: Device) -> dict[str, Any]:
     """What a device's file holds."""
-    link = _LinkEntry(bandwidth=device.link.bandwidth, latency=device.link.latency)
+    link = LinkEntry(bandwidth=device.link.bandwidth, latency=device.link.latency)
     shared = {name: getattr(device, name) for name in DeviceEntry.model_fields if hasattr(device, name)}
     entry = DeviceEntry(**shared | {"memory": device.memory_bytes, "link": link})
     return entry.model_dump()

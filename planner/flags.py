@@ -22,6 +22,21 @@ _MODES = ["training", "inference"]
 
 AUTO = 0  # --ranks auto
 
+# Far more than anybody waits for; beyond that it is a slip.
+STEPS = click.IntRange(1, 10_000_000)
+REPEATS = click.IntRange(1, 10_000)
+
+cache_option = click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
+times_option = click.option(
+    "--times",
+    type=click.Choice(["auto", "measured", "calibrated", "roofline"]),
+    default="auto",
+    show_default=True,
+    help="Where step times come from; auto: the best there is.",
+)
+JSON_HELP = "Also write the result as JSON; -: to standard output, words to standard error."
+json_option = click.option("--json", "json_path", type=click.Path(), help=JSON_HELP)
+
 
 class Size(click.ParamType):
     name = "SIZE"
@@ -101,6 +116,10 @@ _PROBLEM_OPTIONS = [
     ),
     click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
+        "--reserve", type=Size(), default=0,
+        help="Of the budget, kept free for what is not in the plan: heads, losses.",
+    ),
+    click.option(
         "--ranks", type=_Ranks(), default=1, show_default=True,
         help="Devices that share each input; auto: as few as the budget needs.",
     ),
@@ -130,6 +149,7 @@ def problem_of(
     memory: int | None,
     ranks: int,
     link: int | None,
+    reserve: int,
     **rest: Any,
 ) -> Problem:
     """The problem that the flags describe."""
@@ -167,7 +187,7 @@ def problem_of(
     return Problem(
         model=model, config=config, shape=shape, device=device, budget_bytes=memory, ranks=ranks,
         link=None if link is None else replace((known or DEVICES["cpu"]).link, bandwidth=link),
-        own_device=own_device,
+        own_device=own_device, reserve_bytes=reserve,
         **rest,
     )  # fmt: skip
 
@@ -181,6 +201,13 @@ def check_skip_bad(msa: str | None, skip_bad: bool) -> None:
 def say(text: str) -> None:
     """Tell the user something that is no result: on standard error."""
     click.echo(text, err=True)
+
+
+def files_read(
+    cache: str | None = None, msa: str | None = None, device: str = "", **_: Any
+) -> list[str | None]:
+    """Files that a command with these flags reads, and so must not write over."""
+    return [cache, msa, device if device.endswith(".json") else None]
 
 
 def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:

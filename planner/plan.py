@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evoplan.model.strategy import Strategy
-from evoplan.planner.problem import Problem
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.files import write_json
+from evoplan.planner.problem import Name, Problem
+from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs, allow_depth, depth
 
 SCHEMA = 1
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
+
+
+TIMES = ("measured", "calibrated", "roofline")
+LONGEST_STRATEGY = 100  # characters
+MOST_CHARACTERS = 64 * 2**20  # of a plan file; a thousand blocks take one
+
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PlanFileError(ValueError):
@@ -28,10 +35,16 @@ class Prediction(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    peak_bytes: int
-    static_bytes: int
-    activation_bytes: int
-    step_seconds: float
+    peak_bytes: Annotated[Bytes, Field(ge=1)]
+    static_bytes: Bytes
+    activation_bytes: Bytes
+    step_seconds: Annotated[Seconds, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Prediction:
+        if self.peak_bytes != self.static_bytes + self.activation_bytes:
+            raise ValueError("peak_bytes is not static_bytes + activation_bytes")
+        return self
 
 
 class Certificate(BaseModel):
@@ -52,12 +65,12 @@ class Certificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str
-    max_depth: int | None
-    bound_seconds: float | None
-    best_seconds: float | None
-    gap: float | None
-    seconds: float
+    method: Name
+    max_depth: Annotated[int, Field(ge=0)] | None
+    bound_seconds: Seconds | None
+    best_seconds: Seconds | None
+    gap: Seconds | None
+    seconds: Seconds
 
 
 class SolverReport(BaseModel):
@@ -72,9 +85,9 @@ class SolverReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    seconds: float
-    gap: float | None = None
+    name: Name
+    seconds: Seconds
+    gap: Seconds | None = None
     certificates: tuple[Certificate, ...] = ()
 
 
@@ -87,6 +100,7 @@ class Plan(BaseModel):
         rank_peak_bytes: predicted peak of each rank.
         schedule: nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
+        model_digest: of the model that was costed (`planner.digest`).
         baselines: the same prediction for what people do by hand.
         only_whole: kinds of steps that offer no strategy in pieces.
     """
@@ -96,14 +110,15 @@ class Plan(BaseModel):
     format: Literal["evoplan-plan"] = "evoplan-plan"
     schema_version: Literal[1] = SCHEMA
     problem: Problem
-    costs: dict[str, str]
+    costs: dict[Name, Name]
     solver: SolverReport
     predicted: Prediction
-    rank_peak_bytes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    static: dict[str, int]
-    baselines: dict[str, Prediction]
-    least_feasible_bytes: int | None
-    only_whole: tuple[str, ...] = ()
+    rank_peak_bytes: tuple[Bytes, ...] = ()
+    static: dict[Name, Bytes]
+    baselines: dict[Name, Prediction]
+    least_feasible_bytes: Bytes | None
+    only_whole: tuple[Name, ...] = ()
+    model_digest: Name | None = None
     schedule: list[Any]
 
     @model_validator(mode="after")
@@ -115,6 +130,15 @@ class Plan(BaseModel):
         ranks, peaks = self.problem.ranks, len(self.rank_peak_bytes)
         if peaks != ranks and (peaks or ranks > 1):  # plans for one rank once had none
             raise ValueError(f"rank_peak_bytes has {peaks} entries, problem.ranks is {ranks}")
+        if peaks and max(self.rank_peak_bytes) != self.predicted.peak_bytes:
+            raise ValueError("predicted.peak_bytes is not the largest of rank_peak_bytes")
+        if (
+            set(self.static) - {"reserve"} != STATIC
+            or sum(self.static.values()) != self.predicted.static_bytes
+        ):
+            raise ValueError("static is not the parts of predicted.static_bytes")
+        if self.costs["time"] not in TIMES:
+            raise ValueError(f"costs.time is {self.costs['time']!r}; there are: {', '.join(TIMES)}")
         return self
 
     def sequence(self) -> Sequence:
@@ -137,68 +161,82 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanFileError: missing, cut off, altered, of another schema, or not a plan.
     """
+    document = _read(path)
+    if not isinstance(document, dict) or document.get("format") != "evoplan-plan":
+        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`")
+    schema = document.get("schema_version")
+    if schema != SCHEMA or not isinstance(schema, int) or isinstance(schema, bool):
+        raise PlanFileError(
+            f"{path}: plan schema {_short(schema)}, this version reads {SCHEMA}; "
+            "make it again with `evoplan plan --out`"
+        )
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        digest = document.pop("digest", None)
+        if digest != _digest(document):
+            raise PlanFileError(f"{path}: altered since it was made; make it again with `evoplan plan --out`")
+        return _checked(document)
+    except PlanFileError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in first["loc"][:6]) + ": " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise PlanFileError(f"{path}: {where}{message}; make it again with `evoplan plan --out`") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanFileError(f"{path}: schedule: {error}; make it again with `evoplan plan --out`") from None
+
+
+def _read(path: str | Path) -> Any:
+    """What the file holds."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS)
+            if file.read(1):
+                raise PlanFileError(f"{path}: too long for a plan file; make one with `evoplan plan --out`")
+        return json.loads(text)
     except OSError as error:
         raise PlanFileError(
             f"{path}: cannot be read ({error.strerror}); make it with `evoplan plan --out`"
         ) from None
-    except (UnicodeDecodeError, RecursionError):
-        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`") from None
     except json.JSONDecodeError as error:
         raise PlanFileError(
             f"{path}: cut off or not JSON (line {error.lineno}); make it again with `evoplan plan --out`"
         ) from None
-    if not isinstance(document, dict) or document.get("format") != "evoplan-plan":
-        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`")
-    if document.get("schema_version") != SCHEMA:
-        raise PlanFileError(
-            f"{path}: plan schema {document.get('schema_version')!r}, this version reads {SCHEMA}; "
-            "make it again with `evoplan plan --out`"
-        )
-    digest = document.pop("digest", None)
-    if digest != _digest(document):
-        raise PlanFileError(f"{path}: altered since it was made; make it again with `evoplan plan --out`")
-    try:
-        plan = Plan.model_validate(document)
-        if plan.sequence().span.start != 0:
-            raise ValueError("it does not start at the first step")
-        if plan.problem.training and any(run.away for run in all_runs(plan.sequence())):
-            raise ValueError("it has state in host memory, which training cannot; make it again")
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) + ": " if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise PlanFileError(f"{path}: {where}{message}; make it again with `evoplan plan --out`") from None
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(f"{path}: schedule: {error}") from None
+    except PlanFileError:
+        raise
+    except (ValueError, RecursionError):  # no text, numbers of thousands of digits, nested too deep
+        raise PlanFileError(f"{path}: not a plan file; make one with `evoplan plan --out`") from None
+
+
+def _checked(document: dict[str, Any]) -> Plan:
+    """The plan that a document holds; ValueError or RecursionError where it holds none."""
+    parts = document.get("schedule")
+    if not isinstance(parts, list):
+        raise ValueError(f"{_short(parts)} is no list of parts")
+    # By JSON's own types: a number in quotes is none. The schedule is checked by itself: it may be nested
+    # deeper than the validation's own parser goes.
+    plan = Plan.model_validate_json(json.dumps(document | {"schedule": []}), strict=True)
+    plan = plan.model_copy(update={"schedule": parts})
+    schedule = plan.sequence()
+    if schedule.span.start != 0:
+        raise ValueError("it does not start at the first step")
+    if depth(schedule) > len(schedule.span):
+        raise ValueError("it has more checkpoints within one another than steps")
+    allow_depth(len(schedule.span))
+    if plan.problem.training and any(run.away for run in all_runs(schedule)):
+        raise ValueError("it has state in host memory, which training cannot")
     return plan
+
+
+def _short(value: Any) -> str:
+    """A value as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(document: dict[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def write_json(path: str | Path, document: Any) -> None:
-    """Write JSON atomically: readers see the old file or the new one."""
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it; OSError leaves nothing behind."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def schedule_to_json(schedule: Sequence) -> list[Any]:
@@ -219,13 +257,21 @@ def schedule_from_json(parts: list[Any]) -> Sequence:
     built: list[Run | Checkpoint] = []
     for part in parts:
         match part:
+            case [bool(), *_]:
+                raise ValueError(f"{_short(part)} is no part of a schedule")
             case [int(step), str(strategy)]:
-                built.append(Run(step, Strategy.parse(strategy)))
+                built.append(Run(step, _strategy(strategy)))
             case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
-                built.append(Run(step, Strategy.parse(strategy), tuple(away)))
+                built.append(Run(step, _strategy(strategy), tuple(away)))
             case {"checkpoint": list(body), "discard": list(discard)}:
-                strategies = tuple(Strategy.parse(str(text)) for text in discard)
+                strategies = tuple(map(_strategy, discard))
                 built.append(Checkpoint(schedule_from_json(body), strategies))
             case _:
-                raise ValueError(f"{part!r} is no part of a schedule")
+                raise ValueError(f"{_short(part)} is no part of a schedule")
     return Sequence(tuple(built))
+
+
+def _strategy(text: Any) -> Strategy:
+    if not isinstance(text, str) or len(text) > LONGEST_STRATEGY:
+        raise ValueError(f"{_short(text)} is no strategy")
+    return Strategy.parse(text)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from evoplan.cost_model.loss import Loss
+from evoplan.model.chain import Plannable
 from evoplan.model.config import InputShape, TrunkConfig, with_blocks
 from evoplan.planner.costing import (
     Costed,
@@ -16,11 +20,12 @@ from evoplan.planner.costing import (
     only_whole,
     peaks_of_ranks,
 )
+from evoplan.planner.digest import model_digest
 from evoplan.planner.plan import Plan, Prediction, SolverReport, schedule_to_json
-from evoplan.planner.problem import Problem
+from evoplan.planner.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Problem
 from evoplan.planner.replay import replay
 from evoplan.planner.schedule import Sequence, shortened
-from evoplan.planner.sizes import parse_size
+from evoplan.planner.sizes import exact_size, parse_size
 from evoplan.planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
 from evoplan.planner.solvers.seed_dp import SeedProgram
 from evoplan.planner.timing import Times, cost_of_plan, cost_with_times
@@ -47,23 +52,23 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
         NoPlanError: nothing fits, or the named baseline does not.
     """
     start = time.perf_counter()
-    schedule, peaks = _fitting(costed, solver(solver_name))
+    find = solver(solver_name)
+    schedule, peaks, all_room = _fitting(costed, find)
     seconds = time.perf_counter() - start
     budget = costed.problem.budget_bytes
     if budget is not None and max(peaks) > budget:
         raise NoPlanError(
-            f"{solver_name} needs {max(peaks)} bytes, the budget is {budget} bytes; "
+            f"{solver_name} needs {exact_size(max(peaks))}, the budget is {exact_size(budget)}; "
             "use --solver dp or a larger budget",
             max(peaks),
         )
-    # In inference all solvers but the baselines find the shortest path, which is exact.
-    exact = not costed.problem.training and solver_name not in BASELINES
+    exact = not costed.problem.training and find.exact_in_inference and all_room
     report = SolverReport(name=solver_name, seconds=seconds, gap=0.0 if exact else None)
     return plan_of(costed, schedule, report, peaks)
 
 
-def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
-    """A schedule within the budget, and each rank's peak under it.
+def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...], bool]:
+    """A schedule within the budget, each rank's peak under it, and whether the solver had all of the budget.
 
     The first rank's shards are the longest, but where lengths are unlike another rank may need a little more:
     it runs fewer pieces, or sends and receives unequal parts. Then the first one leaves room for that.
@@ -86,15 +91,15 @@ def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...]]:
             peaks = peaks_of_ranks(costed, schedule)
             least = max(peaks)
             if budget is not None and least <= budget:
-                return schedule, peaks
+                return schedule, peaks, False
         end = "the loss" if error.phase == "loss" else "the end"
         step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
-            f"no plan fits a budget of {budget} bytes; the least that does is {least} bytes "
+            f"no plan fits a budget of {exact_size(budget)}; the least that does is {exact_size(least)} "
             f"(what stands in the way: {error.phase} of {step})",
             least,
         ) from None
-    return schedule, peaks
+    return schedule, peaks, room == costed.chain_budget()
 
 
 def plan_of(
@@ -112,6 +117,7 @@ def plan_of(
         baselines=predict_baselines(costed, costed.chain_budget()),
         least_feasible_bytes=None,
         only_whole=only_whole(costed),
+        model_digest=model_digest(getattr(costed.model, "stack", costed.model)),
         schedule=schedule_to_json(schedule),
     )
 
@@ -248,6 +254,7 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
             "predicted": _of_largest(costed.predict(schedule), peaks),
             "rank_peak_bytes": peaks,
             "static": costed.static,
+            "model_digest": model_digest(getattr(costed.model, "stack", costed.model)),
             "baselines": predict_baselines(costed, None),
             "schedule": schedule_to_json(schedule),
         }
@@ -255,8 +262,8 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
 
 
 def make_plan(
-    stack: nn.Module,
-    inputs: Iterable[Tensor],
+    stack: Plannable,
+    inputs: Iterable[Tensor | None],
     budget: str | int | None = None,
     *,
     device: str = "cpu",
@@ -265,22 +272,30 @@ def make_plan(
     ranks: int = 1,
     solver: str = "dp",
     times: Times = "auto",
+    autocast: torch.dtype | None = None,
+    loss: Loss | None = None,
+    reserve: str | int = 0,
 ) -> Plan:
     """Plan a model for inputs like these.
 
     Args:
         stack: an EvoformerStack, an EvoformerTrunk or a TinyOpenFoldStack.
         inputs: m [b, s, r, c_m], z [b, r, r, c_z] (for a trunk e [b, s_e, r, c_e] before them), and
-            optionally masks; only shapes and dtype count.
+            optionally masks, in forward's order; only shapes, dtypes and strides count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
         ranks: devices that share each input; the plan is for one of them.
         times: where step times come from; auto is the best there is (see `cost_with_times`).
+        autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
+        loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
+            Without it the peak holds for `model.loss.mean_square`, which makes nothing but its gradient.
+        reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
 
     Raises:
         NoPlanError: nothing fits.
         ValueError: inputs, budget or a name that make no sense.
     """
     tensors = list(inputs)
+    given = _given(stack, tensors)
     extra = [tensors.pop(0)] if isinstance(stack.config, TrunkConfig) else []
     m, z, *_ = tensors
     if any(tensor.ndim != 4 for tensor in (*extra, m, z)):
@@ -295,8 +310,36 @@ def make_plan(
         device=device,
         ranks=ranks,
         budget_bytes=None if budget is None else parse_size(budget),
+        reserve_bytes=parse_size(reserve) if reserve else 0,
+        mixed=_mixed(autocast),
+        loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        given=given,
     )
     for tensor, (name, shape) in zip((*extra, m, z), problem.state_shapes().items(), strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, the model and the other inputs need {shape}")
-    return solve(cost_with_times(problem, times, stack=stack), solver)
+    return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
+
+
+def _mixed(autocast: torch.dtype | None) -> Mixed | None:
+    if autocast is None:
+        return None
+    for mixed, name in AUTOCAST.items():
+        if autocast == getattr(torch, name):
+            return mixed
+    raise ValueError(f"autocast to {autocast}: choose torch.bfloat16 or torch.float16")
+
+
+def _given(stack: Plannable, tensors: Iterable[Tensor]) -> tuple[Given, ...]:
+    """Inputs that the model will have to copy, and how they are given."""
+    names = inspect.signature(stack.prepare).parameters
+    dtype = str(next(iter(tensors)).dtype).removeprefix("torch.")
+    found = []
+    for name, tensor in zip(names, tensors, strict=False):
+        if tensor is None:
+            continue
+        own = str(tensor.dtype).removeprefix("torch.")
+        if own != dtype or not tensor.is_contiguous():
+            stride = None if tensor.is_contiguous() else tensor.stride()
+            found.append(Given(name=name, dtype=None if own == dtype else own, stride=stride))
+    return tuple(found)

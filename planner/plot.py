@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
-from evoplan.planner.plan import write_atomically
+from evoplan.planner.files import picture_format, write_atomically
 
 GIB = 2**30
 
@@ -81,12 +81,9 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a picture, all of it or nothing, and close it; ValueError where the suffix is no format."""
-    picture = Path(path).suffix.lstrip(".").lower() or "png"
     content = io.BytesIO()
     try:
-        if picture not in figure.canvas.get_supported_filetypes():
-            raise ValueError(f"{path}: pictures are written as png, svg or pdf, not {picture!r}")
-        figure.savefig(content, format=picture, dpi=150)
+        figure.savefig(content, format=picture_format(path), dpi=150)
     finally:
         plt.close(figure)
     write_atomically(path, content.getvalue())

@@ -11,17 +11,24 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
 from evoplan.model.alignment import alignment_shape, warn_skipped
 from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
+from evoplan.planner.device_file import LinkEntry, device_entry, one_line
+from evoplan.planner.sizes import MOST
 
 Mode = Literal["training", "inference"]
 MEAN_SQUARE = "mean_square"  # of `model.loss`
 Optimizer = Literal["none", "sgd", "adamw"]
 Mixed = Literal["bf16-mixed", "fp16-mixed"]
 AUTOCAST: dict[Mixed, str] = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16"}
+# What is printed in a line.
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+MOST_BLOCKS = 1024  # for which planning takes minutes
+# Samples and rows go one by one through some steps, also where they are only counted.
+MOST_BATCH, MOST_LENGTH = 4096, 2**17
 
 
 def _kind_of_config(config: Any) -> str:
     """Which model's configuration it is, or in a plan file will be."""
-    names = config if isinstance(config, dict) else vars(config)
+    names = config if isinstance(config, dict) else getattr(config, "__dict__", ())  # or nothing of the kind
     return "trunk" if "extra" in names else "tiny-openfold" if "c_pair_features" in names else "stack"
 
 
@@ -29,12 +36,14 @@ class Given(BaseModel):
     """How an input is given where that is not as the model wants it, so that it is copied.
 
     Attributes:
+        name: of forward's argument.
         dtype: by name; None: the problem's.
         stride: in elements; None: without gaps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str
     dtype: str | None = None
     stride: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
@@ -49,7 +58,7 @@ class Problem(BaseModel):
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
         reserve_bytes: of the budget, kept free for what is not in the plan.
         loss: what the peak holds for: `mean_square` of all outputs, or the name of the user's own.
-        given: inputs that are not as the model wants them, by name.
+        given: inputs that are not as the model wants them.
         device: a name of the device table, or cuda for this machine's GPU.
         own_device: the device itself where the table does not have it.
         ranks: devices that share one input (dynamic axial parallelism).
@@ -58,7 +67,7 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
+    model: Name
     config: Annotated[
         Annotated[EvoformerConfig, Tag("stack")]
         | Annotated[TrunkConfig, Tag("trunk")]
@@ -70,20 +79,36 @@ class Problem(BaseModel):
     mixed: Mixed | None = None
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
-    device: str = "cpu"
+    device: Name = "cpu"
     own_device: Device | None = None
     ranks: int = Field(default=1, ge=1)
     link: Link | None = None
-    budget_bytes: int | None = Field(default=None, ge=1)
-    reserve_bytes: int = Field(default=0, ge=0)
-    loss: str = MEAN_SQUARE
-    given: dict[str, Given] = {}
+    budget_bytes: int | None = Field(default=None, ge=1, le=MOST)
+    reserve_bytes: int = Field(default=0, ge=0, le=MOST)
+    loss: Name = MEAN_SQUARE
+    given: tuple[Given, ...] = Field(default=(), max_length=16)
 
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str) -> str:
         if value not in DTYPES:
-            raise ValueError(f"unknown dtype {value!r}; choose one of: {', '.join(DTYPES)}")
+            raise ValueError(f"unknown dtype {value[:40]!r}; choose one of: {', '.join(DTYPES)}")
+        return value
+
+    @field_validator("own_device")
+    @classmethod
+    def _possible_device(cls, value: Device | None) -> Device | None:
+        if value is not None:
+            with one_line():
+                device_entry(value)
+        return value
+
+    @field_validator("link")
+    @classmethod
+    def _possible_link(cls, value: Link | None) -> Link | None:
+        if value is not None:
+            with one_line():
+                LinkEntry(**vars(value))
         return value
 
     @model_validator(mode="after")
@@ -97,6 +122,8 @@ class Problem(BaseModel):
             self.config.state_shapes(self.shape)  # says what is missing
             stacks = [self.config.extra, self.config.main]
             rows = [self.shape.n_extra, self.shape.n_seq]
+        elif self.shape.n_extra is not None:
+            raise ValueError("n_extra is for a trunk; this model has no extra stack")
         for c, s in zip(stacks, rows, strict=True):
             heads = max(c.n_head_msa * c.c_head_msa, c.n_head_pair * c.c_head)
             widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
@@ -104,6 +131,18 @@ class Problem(BaseModel):
                 raise ValueError(
                     f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
                 )
+            if max(c.c_m, c.c_z) * widest > 2**40:  # weights
+                raise ValueError(
+                    f"c_m={c.c_m}, c_z={c.c_z} at these heads and factors is beyond any machine; use less"
+                )
+        longest = max(*rows, r)
+        if b > MOST_BATCH or longest > MOST_LENGTH:
+            raise ValueError(
+                f"s={max(rows)}, r={r}, batch {b} is more than is planned for; at most {MOST_LENGTH} long, "
+                f"{MOST_BATCH} in a batch"
+            )
+        if self.config.n_block > MOST_BLOCKS:
+            raise ValueError(f"{self.config.n_block} blocks are too many to plan for; at most {MOST_BLOCKS}")
         if self.ranks > 1 and isinstance(self.config, TinyOpenFoldConfig):
             raise ValueError("TinyOpenFold's inputs are not shared by ranks; plan for 1 rank")
         return self

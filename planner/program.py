@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Casting, Trace, casting_of, fake_copy, fake_tensors
 from evoplan.model.batch import Batch
 from evoplan.model.masked_msa import MaskedMSAModel, Part
 from evoplan.model.parallel import ParallelEvoformer
@@ -35,21 +37,26 @@ def run_step(
     training: bool,
     dropout_seed: int | None = None,
     share: Share = (None, None),
+    casting: Casting = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """The loss of one step; in training, gradients are left in the parameters' own.
 
     Args:
         program: a `MaskedMSAModel`, or what calls it.
         share: of the model around which it is; the loss is a part of a sum then.
+        casting: what forward runs under, and backward does not.
+        scaler: of the loss, whose gradients half precision would lose.
     """
     if not training:
-        with torch.no_grad():
+        with torch.no_grad(), casting():
             return program(batch, *share)
     for parameter in program.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
-    loss = program(batch, *share, dropout_seed)
-    loss.backward()
+    with casting():
+        loss = program(batch, *share, dropout_seed)
+    (loss if scaler is None else scaler.scale(loss)).backward()
     return loss.detach()
 
 
@@ -77,5 +84,6 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
             parameter.grad = torch.zeros_like(parameter)
         before = trace.live_bytes
         trace.reset()
-        run_step(model, batch, problem.training, 0, share_of(model.stack))
+        casting = casting_of(where.kind, problem.autocast)
+        run_step(model, batch, problem.training, 0, share_of(model.stack), casting)
         return trace.peak_bytes - before

@@ -16,7 +16,7 @@ from evoplan.planner.plan import Certificate, Plan, Prediction
 from evoplan.planner.problem import Problem
 from evoplan.planner.replay import Moment, Replay
 from evoplan.planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs
-from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.sizes import exact_size, format_seconds, format_size
 from evoplan.planner.verify import Verification
 
 
@@ -24,7 +24,7 @@ def describe_problem(problem: Problem) -> str:
     """One line."""
     config, shape = problem.config, problem.shape
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
-    budget = "no budget" if problem.budget_bytes is None else f"budget {format_size(problem.budget_bytes)}"
+    budget = "no budget" if problem.budget_bytes is None else f"budget {exact_size(problem.budget_bytes)}"
     extra = "" if shape.n_extra is None else f", extra s={shape.n_extra}"
     ranks = f" on each of {problem.ranks} ranks" if problem.ranks > 1 else ""
     return (
@@ -194,7 +194,7 @@ def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: 
         )
     gradients = ", gradients included" if any(moment.phase == "backward" for moment in moments) else ""
     console.print(
-        f"peak {format_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {_where(peak, names)}: "
+        f"peak {exact_size(fixed_bytes + peak.peak_bytes)} in {peak.phase} of {_where(peak, names)}: "
         f"{format_size(fixed_bytes)} static, {format_size(peak.held_bytes)} kept by earlier steps, "
         f"{format_size(peak.peak_bytes - peak.held_bytes)} for the step itself{gradients}",
         highlight=False,
@@ -293,7 +293,7 @@ def print_ranks(ranks: list[dict], plan: Plan, kind: str, console: Console) -> N
         console.print(
             f"peak: predicted {format_size(row['predicted_peak_bytes'])}, measured "
             f"{format_size(row['measured_peak_bytes'])} ({kind}-allocator)"
-            + (f", budget {format_size(budget)}" if budget else ""),
+            + (f", budget {exact_size(budget)}" if budget else ""),
             highlight=False,
         )
         if row["step_seconds"] is not None:

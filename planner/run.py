@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from evoplan.cost_model import measure
+from evoplan.model.alignment import Alignment
 from evoplan.model.config import TinyOpenFoldConfig
 from evoplan.planner.data import alignment_for, batch_for
 from evoplan.planner.errors import CommonError, RunError
@@ -19,7 +21,7 @@ from evoplan.planner.plan import Plan
 from evoplan.planner.program import simulated_peak_bytes
 from evoplan.planner.report import describe_problem, print_ranks
 from evoplan.planner.schedule import opaque_kernels
-from evoplan.planner.sizes import format_seconds, format_size
+from evoplan.planner.sizes import exact_size, format_seconds
 from evoplan.planner.snapshots import Snapshots
 from evoplan.planner.training import Training, dropout_seed
 from evoplan.planner.trial import available_bytes, kind_here
@@ -88,12 +90,28 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     sharing = world.local_size if kind == "cpu" else 1  # ranks that share this memory
     if plan.predicted.peak_bytes * sharing > available_bytes(kind):
         raise ValueError(
-            f"the plan needs {format_size(plan.predicted.peak_bytes * sharing)}, this machine has "
-            f"{format_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
+            f"the plan needs {exact_size(plan.predicted.peak_bytes * sharing)}, this machine has "
+            f"{exact_size(available_bytes(kind))} free; plan with a smaller --memory or fewer --n-blocks"
         )
     console.print(describe_problem(problem), highlight=False)
     training = Training(plan, world, settings.seed, settings.learning_rate)
-    snapshots, first = _snapshots(plan, settings, training, console, world)
+    snapshots = _snapshots(plan, settings, world)
+    with nullcontext() if snapshots is None else closing(snapshots):
+        return _train(plan, settings, training, snapshots, alignment, console)
+
+
+def _train(
+    plan: Plan,
+    settings: Settings,
+    training: Training,
+    snapshots: Snapshots | None,
+    alignment: Alignment,
+    console: Console,
+) -> dict:
+    """The steps, from the newest snapshot on, and what came out."""
+    problem, world = plan.problem, training.world
+    kind = world.device.type
+    first = 0 if snapshots is None else _resumed(snapshots, settings, training, console)
     batch = batch_for(problem, alignment, settings.seed)
     beside = plan.static["workspace"] + sum(tensor.nbytes for tensor in batch.values())
     own_plan = (plan.rank_peak_bytes or (plan.predicted.peak_bytes,))[world.part]
@@ -123,7 +141,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
         console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
         every = settings.save_every
         if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):
-            snapshots.save(index + 1, training)
+            snapshots.save(index + 1, training, training.notes())
     mine = {
         "rank": world.rank,
         "predicted_peak_bytes": predicted,
@@ -155,39 +173,41 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _snapshots(
-    plan: Plan, settings: Settings, training: Training, console: Console, world: World
-) -> tuple[Snapshots | None, int]:
-    """Where snapshots go, and how many steps the training has behind it."""
+def _snapshots(plan: Plan, settings: Settings, world: World) -> Snapshots | None:
+    """Where snapshots go, if anywhere."""
     if settings.snapshots is None:
-        return None, 0
+        return None
     if not plan.problem.training:
         raise CommonError("snapshots are of a training; this plan is for inference")
     problem = plan.problem
     about = {
         "model": problem.model_dump(mode="json")["config"],
-        "dtype": problem.dtype,
+        "dtype": problem.precision,
         "optimizer": problem.optimizer,
         "seed": settings.seed,
     }
-    snapshots = Snapshots(settings.snapshots, about, world)
+    return Snapshots(settings.snapshots, about, world)
+
+
+def _resumed(snapshots: Snapshots, settings: Settings, training: Training, console: Console) -> int:
+    """How many steps the training has behind it, once it is where the newest snapshot was."""
     newest = snapshots.newest()
     if not settings.resume:
         if newest:
             raise CommonError(
                 f"{settings.snapshots} holds a snapshot of step {newest}; add --resume or name another folder"
             )
-        return snapshots, 0
+        return 0
     if newest >= settings.steps:
         raise CommonError(
             f"the snapshot in {settings.snapshots} is of step {newest}; to go on give more --steps"
         )
     if newest:
-        snapshots.load(newest, training)
+        training.restore(snapshots.load(newest, training))
         console.print(f"resumed after step {newest}", highlight=False)
     else:
         console.print(f"no snapshot in {settings.snapshots} yet: from the start", highlight=False)
-    return snapshots, newest
+    return newest
 
 
 def _checked_loss(part: float, training: Training, index: int, replicas: int, world: World) -> float:

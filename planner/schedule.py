@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from evoplan.model.kernels import is_opaque
@@ -78,7 +79,7 @@ class Sequence:
             if before.span.stop != after.span.start:
                 raise ValueError(f"step {before.span.stop} is missing or out of order in the schedule")
 
-    @property
+    @cached_property  # asked for again at every level above
     def span(self) -> range:
         """The steps covered."""
         return range(self.parts[0].span.start, self.parts[-1].span.stop)

@@ -1,14 +1,14 @@
-"""Sizes as people write them: 16GiB, 800MB, 1.5 GiB, 1048576."""
+"""Sizes as people write them: 16GiB, 800MB, 1.5 GiB, 1048576, 1,048,576 bytes."""
 
 from __future__ import annotations
 
 import re
 
 MOST = 2**60
-_UNITS = {"": 1, "b": 1}
+_UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1}
 for _power, _letter in enumerate("kmgtp", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+|\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
@@ -19,7 +19,7 @@ def parse_size(text: str | int) -> int:
         return text
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
-    number = float(match[1]) * unit if match and unit else 0.0
+    number = float(match[1].replace(",", "")) * unit if match and unit else 0.0
     if number > MOST:
         raise ValueError(f"{str(text)[:40]!r} is more memory than there is; write it like 16GiB")
     size = int(number)
@@ -36,6 +36,12 @@ def format_size(size: float) -> str:
             return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.4g} {unit}"
         size /= 1024
     raise AssertionError
+
+
+def exact_size(size: int) -> str:
+    """The same with the exact figure, as `parse_size` reads it: 1.5 GiB (1,610,612,736 bytes)."""
+    figure = f"{size:,} byte{'s' * (abs(size) != 1)}"
+    return figure if abs(size) < 1024 else f"{format_size(size)} ({figure})"
 
 
 def format_seconds(seconds: float) -> str:

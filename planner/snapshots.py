@@ -1,7 +1,8 @@
 """Snapshots of a training: parameters, optimizer states and the step, by torch.distributed.checkpoint.
 
 A snapshot is a folder `step-N`. It is written under another name and renamed when all of it is on disk, so
-that a run can be killed at any moment and the last complete one is there; the last two are kept.
+that a run can be killed at any moment and the last complete one is there; the last two are kept. One run at
+a time writes to a folder.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from evoplan.planner.errors import RunError
-from evoplan.planner.plan import write_json
+from evoplan.planner.errors import CommonError, RunError
+from evoplan.planner.files import lock_folder, make_folder, write_json
 from evoplan.planner.watch import first_line
 from evoplan.planner.world import World
 
@@ -45,17 +46,31 @@ class Trained(Protocol):
 class Snapshots:
     """The snapshots of one training, in a folder that all ranks see; all ranks call every method.
 
+    The first rank holds the folder until `close`, or until its process ends, however it ends.
+
     Args:
         about: what has to be the same where a training goes on: plain types, by what they are called.
+
+    Raises:
+        CommonError: another run holds the folder.
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any], world: World) -> None:
         self.folder, self.about, self.world = Path(folder), about, world
-        if world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(make_folder(folder)) if world.first else None
+        if not world.gathered_objects(self._lock is not None)[0]:
+            raise CommonError(
+                f"{folder}: another run writes its snapshots here; wait for its end or name another folder"
+            )
+        if world.first:  # what a run that was killed left
             for path in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         world.barrier()
+
+    def close(self) -> None:
+        """Let the folder go, for other runs."""
+        if self._lock is not None:
+            self._lock.close()
 
     def newest(self) -> int:
         """Steps that the newest complete snapshot has seen; 0 where there is none."""

@@ -1,4 +1,4 @@
-"""Where commands meet the terminal: exit codes, one line per error, progress, paths to write to."""
+"""Where commands meet the terminal: exit codes, one line per error, progress, output that nobody reads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from evoplan.cost_model.allocator import keep_freed_memory
 from evoplan.planner.errors import RunError
-from evoplan.planner.sizes import format_size
+from evoplan.planner.files import STDOUT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,43 +30,66 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def console_for_output(width: int = 110) -> Console:
-    """As wide as the terminal, or wide enough for every table."""
+def console_for_output(width: int = 110, json_path: str | None = None) -> Console:
+    """As wide as the terminal, or wide enough for every table; what it prints is taken as it is.
+
+    Args:
+        json_path: where the result goes as JSON; is that standard output, words go to standard error.
+    """
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    aside = json_path == STDOUT
+    console = Console(stderr=aside, markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=width, stderr=aside, markup=False, emoji=False)
 
 
-def check_writable(*paths: str | None) -> None:
-    """Refuse a path that cannot be written before the work is done."""
-    for path in filter(None, paths):
-        parent = Path(path).absolute().parent
-        if not parent.is_dir():
-            raise ValueError(f"{path}: folder {parent} does not exist; make it first")
-        if Path(path).is_dir():
-            raise ValueError(f"{path}: is a folder; name a file")
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path}: is not an ordinary file; name one")
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"{path}: folder {parent} is not writable; name another")
+class _Output:
+    """Standard output or error: what is written after its reader has gone is dropped.
 
-
-def make_folder(path: str) -> Path:
-    """The folder, made if it is not there.
-
-    Raises:
-        ValueError: it cannot be made, or written to; the message names it.
+    So `evoplan plan ... | head -1` does its work and exits as it would have.
     """
-    if not path:
-        raise ValueError("a folder without a name; name one")
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """All of it, to whoever reads."""
+        self._to_reader(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Now."""
+        self._to_reader(self._stream.flush)
+
+    def _to_reader(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BrokenPipeError:
+            self._drop()
+        except OSError as error:  # a full disk is said, but only once
+            self._drop()
+            raise OSError(error.errno, error.strerror, self._stream.name) from None
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _readers_may_go() -> Iterator[None]:
+    """Standard output and error as `_Output`."""
+    before = sys.stdout, sys.stderr
+    # None where it was closed from the start.
+    ours: list[Any] = [None if stream is None else _Output(stream) for stream in before]
+    sys.stdout, sys.stderr = ours
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be made a folder ({error.strerror}); name another") from None
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"{path}: folder is not writable; name another")
-    return Path(path)
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
@@ -76,35 +98,42 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
     Steps are timed and run with the allocator in the same state, whichever command does it.
     """
     keep_freed_memory()
+    with _readers_may_go():
+        try:
+            try:
+                command.main(args=arguments, prog_name=name, standalone_mode=False)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a full disk is said
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help())
+        except Exception as error:
+            line, code = _ending(error, name)
+            click.echo(f"{name}: {' '.join(line.split())}", err=True)
+            sys.exit(code)
 
-    def fail(message: str, code: int) -> NoReturn:
-        click.echo(f"{name}: {' '.join(message.split())}", err=True)
-        sys.exit(code)
 
-    try:
-        command.main(args=arguments, prog_name=name, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-    except click.ClickException as error:
-        fail(f"{error.format_message()} (see {name} --help)", BAD_INPUT)
-    except click.exceptions.Abort:
-        fail("interrupted", 130)
-    except MemoryError:
-        fail(NO_MEMORY, CHECK_FAILED)
-    except RuntimeError as error:
-        if isinstance(error, RunError):
-            fail(str(error), CHECK_FAILED)
-        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        fail(NO_MEMORY, CHECK_FAILED)
-    except (ValueError, OSError) as error:
-        from pydantic import ValidationError
+def _ending(error: Exception, name: str) -> tuple[str, int]:
+    """What a command that failed says, and its exit code; what nobody expects is raised again."""
+    if isinstance(error, click.ClickException):
+        return f"{error.format_message()} (see {name} --help)", BAD_INPUT
+    if isinstance(error, click.exceptions.Abort):
+        return "interrupted", 130
+    if isinstance(error, RunError):
+        return str(error), CHECK_FAILED
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    ):
+        return NO_MEMORY, CHECK_FAILED
+    if not isinstance(error, ValueError | OSError):
+        raise error
+    from pydantic import ValidationError
 
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            fail(where + first["msg"].removeprefix("Value error, "), BAD_INPUT)
-        least = getattr(error, "least_feasible_bytes", None)
-        if least is not None:
-            fail(f"{error} = {format_size(least)}", INFEASIBLE)
-        fail(str(error), BAD_INPUT)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        return where + first["msg"].removeprefix("Value error, "), BAD_INPUT
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, BAD_INPUT
+    return str(error), INFEASIBLE if hasattr(error, "least_feasible_bytes") else BAD_INPUT

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evoplan.cost_model.static import OPTIMIZER_STATES
+from evoplan.cost_model.trace import Casting
 from evoplan.model.batch import Batch
+from evoplan.model.context import autocast
 from evoplan.model.masked_msa import MaskedMSAModel
 from evoplan.model.trunk import build_model
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.plan import Plan
 from evoplan.planner.program import run_step, share_of
-from evoplan.planner.verify import apply_plan
 from evoplan.planner.world import World
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,7 +39,7 @@ class Training:
 
     def __init__(self, plan: Plan, world: World, seed: int, learning_rate: float) -> None:
         problem = plan.problem
-        self.plan, self.training = plan, problem.training
+        self.plan, self.world, self.training = plan, world, problem.training
         torch.manual_seed(seed)
         stack = build_model(problem.config)
         model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
@@ -46,6 +50,9 @@ class Training:
         self.program: nn.Module = model.train(self.training)
         copies = 2 + OPTIMIZER_STATES[problem.optimizer] if self.training else 1
         self.static_bytes = copies * sum(p.nbytes for p in self.parameters.values())
+        kind = world.device.type
+        self.casting: Casting = partial(autocast, kind, problem.autocast)
+        self.scaler = torch.amp.GradScaler(kind) if problem.mixed == "fp16-mixed" else None
         self.optimizer: torch.optim.Optimizer | None = None
         if not self.training:
             return
@@ -70,12 +77,25 @@ class Training:
 
     def step(self, batch: Batch, dropout_seed: int) -> float:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
-        return float(run_step(self.program, batch, self.training, dropout_seed, self.share))
+        how = self.share, self.casting, self.scaler
+        return float(run_step(self.program, batch, self.training, dropout_seed, *how))
 
     def update(self) -> None:
         """Let the optimizer move the parameters."""
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer is not None:
             self.optimizer.step()
+
+    def notes(self) -> dict[str, Any] | None:
+        """What a snapshot keeps besides tensors: where the scale of the loss stands."""
+        return None if self.scaler is None else self.scaler.state_dict()
+
+    def restore(self, notes: dict[str, Any] | None) -> None:
+        """Go on from such notes."""
+        if self.scaler is not None and notes:
+            self.scaler.load_state_dict(notes)
 
     def checksum(self) -> int:
         """Of the parameters' bits: equal on ranks that are in step."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.allocator import give_back_freed_memory
+from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.trace import Casting
 from evoplan.model.chain import Plannable
 from evoplan.model.context import autocast
@@ -19,7 +20,7 @@ from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.trunk import build_model
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.costing import device_of
-from evoplan.planner.problem import Problem
+from evoplan.planner.problem import Given, Problem
 
 
 def random_stack(problem: Problem, kind: str) -> Plannable:
@@ -36,11 +37,23 @@ def random_inputs(
     problem: Problem, shapes: Mapping[str, tuple[int, ...]], kind: str = "cpu"
 ) -> dict[str, Tensor]:
     """Forward's arguments by name: a normal state, and masks in which a tenth is missing."""
-    dtype = getattr(torch, problem.dtype)
-    inputs = {name: torch.randn(shape, dtype=dtype, device=kind) for name, shape in shapes.items()}
-    for name in problem.config.masks:
-        inputs[name] = inputs[name].gt_(-1.3).to(dtype)
+    inputs, others = {}, {given.name: given for given in problem.given}
+    for name, shape in shapes.items():
+        given = others.get(name, Given(name=name))
+        dtype = getattr(torch, given.dtype or problem.dtype)
+        is_mask = name in problem.config.masks
+        values = torch.randn(shape, dtype=torch.float32 if is_mask else dtype, device=kind)
+        values = (values > -1.3).to(dtype) if is_mask else values
+        inputs[name] = values if given.stride is None else _laid_out(values, given.stride)
     return inputs
+
+
+def _laid_out(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The values in a tensor with these strides; where one is 0, those at the first index count."""
+    first = tuple(slice(1) if step == 0 else slice(None) for step in stride)
+    kept = values[first]
+    inner = kept.new_empty_strided(kept.shape, stride).copy_(kept)
+    return inner.expand(values.shape)
 
 
 def kind_here(problem: Problem) -> str:
@@ -68,6 +81,7 @@ class Trial:
         module: the model, planned or not.
         inputs: forward's arguments by name; those of the state get gradients.
         share: the rank's share that `module` runs, where ranks share the model.
+        loss: of the results; the mean of their squares if not given.
     """
 
     def __init__(
@@ -76,10 +90,12 @@ class Trial:
         problem: Problem,
         inputs: dict[str, Tensor],
         share: ParallelEvoformer | None = None,
+        loss: Loss | None = None,
     ) -> None:
         self.module, self.training, self.share, self.inputs = module, problem.training, share, inputs
         kind = next(iter(inputs.values())).device.type
         self.casting: Casting = partial(autocast, kind, problem.autocast)
+        self.own_loss = loss
         whole = problem.state_shapes()
         self.state = {name: inputs[name] for name in whole}
         stack = module.stack if isinstance(module, PlannedModule) else module
@@ -97,6 +113,8 @@ class Trial:
 
     def loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """A loss of every entry of the results; of several ranks, this one's part of their sum."""
+        if self.own_loss is not None:
+            return self.own_loss(outputs)
         return mean_square(*outputs, counts=self.counts)
 
     def run(self) -> None:

@@ -12,6 +12,7 @@ from evoplan.model.strategy import EAGER, WHOLE, Strategy
 from evoplan.model.submodule import IndependentAxis
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.shapes import Fit, Fits
 from tests.conftest import TILES, TINY, random_inputs
 
 
@@ -89,7 +90,7 @@ def test_second_backward_says_what_to_do(stack: EvoformerStack) -> None:
 
 def test_other_shapes_are_refused(stack: EvoformerStack) -> None:
     schedule = Sequence(tuple(Run(i, WHOLE) for i in range(18)))
-    planned = PlannedModule(stack, schedule, {"m": (5, 7, 12), "z": (7, 7, 10)})
+    planned = PlannedModule(stack, Fits([Fit(schedule, {"m": (5, 7, 12), "z": (7, 7, 10)})]))
     with pytest.raises(ValueError, match=r"for m of shape \(5, 7, 12\), not \(6, 7, 12\)"):
         planned(**random_inputs(TINY, s=6))
 

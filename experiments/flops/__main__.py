@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from evoplan.planner.terminal import CHECK_FAILED, make_folder, progress, run_command
+from evoplan.planner.files import make_folder
+from evoplan.planner.flags import STEPS
+from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
 
 ANALYSES = ("detailed", "intensity", "roofline")
 
@@ -21,7 +23,7 @@ ANALYSES = ("detailed", "intensity", "roofline")
 @click.option("--num-blocks", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
     "--num-steps",
-    type=click.IntRange(1),
+    type=STEPS,
     default=10,
     show_default=True,
     help="Timed steps; 5 of warm-up come before.",

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+from evoplan.planner.plot import plt, save_figure
 
 
 def plot_roofline(data: Mapping[str, Any], path: str | Path) -> None:
@@ -41,5 +39,4 @@ def plot_roofline(data: Mapping[str, Any], path: str | Path) -> None:
     axes.set_title("TinyOpenFold, one training step; components as the roofline predicts them")
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

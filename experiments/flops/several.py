@@ -17,7 +17,7 @@ from evoplan.experiments.flops.documents import several_document
 from evoplan.experiments.flops.output import print_several
 from evoplan.experiments.flops.single import PROFILE, recipe_of
 from evoplan.planner.errors import RunError
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
 from evoplan.planner.terminal import CHECK_FAILED, progress
 
 SEVERAL = "flops_profile_multi_gpu.json"

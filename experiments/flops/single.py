@@ -17,7 +17,8 @@ from evoplan.experiments.tiny_openfold.setup import device_asked
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
 from evoplan.model.config import InputShape, TinyOpenFoldConfig
 from evoplan.planner.costing import Progress
-from evoplan.planner.plan import write_json
+from evoplan.planner.files import write_json
+from evoplan.planner.problem import Problem
 from evoplan.planner.world import World
 
 PROFILE, INTENSITY, ROOFLINE = "flops_profile.json", "computational_intensity.json", "roofline_data.json"
@@ -29,7 +30,9 @@ def recipe_of(
 ) -> Recipe:
     """The recipe that the flags of sizes describe."""
     config = TinyOpenFoldConfig(n_block=num_blocks, c_m=msa_dim, c_z=pair_dim)
-    return Recipe(config, InputShape(num_seqs, seq_len, batch_size))
+    shape = InputShape(num_seqs, seq_len, batch_size)
+    Problem(model="tiny-openfold", config=config, shape=shape)  # says what is beyond any machine
+    return Recipe(config, shape)
 
 
 def profile_single(

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from evoplan.experiments.tiny_openfold.options import SORT_BY, Options, ProfilerConfig
+from evoplan.experiments.tiny_openfold.options import SORT_BY, SUMMARY, Options, ProfilerConfig
 from evoplan.model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
-from evoplan.planner.flags import Number, Size
-from evoplan.planner.terminal import make_folder, progress, run_command
+from evoplan.planner.files import check_writable, make_folder
+from evoplan.planner.flags import STEPS, Number, Size
+from evoplan.planner.terminal import progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 
@@ -23,7 +24,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 @click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True, help="Residues.")
 @click.option(
     "--num-steps",
-    type=click.IntRange(1),
+    type=STEPS,
     default=50,
     show_default=True,
     help="Timed steps; 5 of warm-up come before.",
@@ -43,9 +44,7 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 @click.option("--enable-torch-compile", is_flag=True, help="Compile the model.")
 @click.option("--plan", "plan_path", type=click.Path(), help="Train under this plan of the stack.")
 @click.option("--memory", type=Size(), help="Plan for a step within this many bytes on each device.")
-@click.option(
-    "--save-every", type=click.IntRange(1), help="Steps between snapshots; one more after the last."
-)
+@click.option("--save-every", type=STEPS, help="Steps between snapshots; one more after the last.")
 @click.option(
     "--resume", is_flag=True, help="Go on from the newest snapshot; losses are as if uninterrupted."
 )
@@ -138,7 +137,8 @@ def _check(profiler: ProfilerConfig, options: Options) -> None:
     if options.resume and options.save_every is None:
         raise ValueError("--resume goes on saving: add --save-every")
     if not options.validate_setup:
-        make_folder(profiler.profile_dir)
+        summary = make_folder(profiler.profile_dir) / SUMMARY
+        check_writable(json_path=summary, reads=(options.plan_path,))
     if options.save_every is not None:
         make_folder(options.snapshots)
 

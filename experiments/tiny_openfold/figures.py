@@ -11,7 +11,9 @@ from typing import Any
 import click
 
 from evoplan.model.config import InputShape, TinyOpenFoldConfig
-from evoplan.planner.terminal import CHECK_FAILED, check_writable, progress, run_command
+from evoplan.planner.files import STDOUT, check_writable, write_json
+from evoplan.planner.flags import JSON_HELP
+from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
 
 # The original's configurations; medium with one sample, which is what a machine of 24 GB holds.
 CASES = {
@@ -24,14 +26,12 @@ SHARE, PEAK_TOLERANCE, LOSS_TOLERANCE, SLOWER = 0.5, 0.03, 1e-5, 1.35
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
-@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Steps of each.")
-@click.option("--json", "json_path", type=click.Path(), help="Also write the result as JSON.")
+@click.option("--rounds", type=click.IntRange(2, 10_000), default=7, show_default=True, help="Steps of each.")
+@click.option("--json", "json_path", type=click.Path(), help=JSON_HELP)
 def figures(cases: tuple[str, ...], rounds: int, json_path: str | None) -> None:
     """A plan for half of the unplanned peak: its peak, its losses, its time; 1 if one is not as promised."""
-    check_writable(json_path)
+    check_writable(json_path=json_path)
     import sys
-
-    from evoplan.planner.plan import write_json
 
     document: dict[str, Any] = {}
     for name in cases:
@@ -43,10 +43,13 @@ def figures(cases: tuple[str, ...], rounds: int, json_path: str | None) -> None:
             f"{found['planned_peak_bytes'] / found['measured_peak_bytes']:.3f} of it, predicted/measured "
             f"{found['planned_predicted_bytes'] / found['planned_peak_bytes']:.4f}, time "
             f"{found['ratio']:.3f} ({found['ratio_quartiles'][0]:.3f}-{found['ratio_quartiles'][1]:.3f}), "
-            f"largest difference of a loss {found['loss_difference']:.1e}"
+            f"largest difference of a loss {found['loss_difference']:.1e}",
+            err=json_path == STDOUT,
         )
-        if json_path:
+        if json_path and json_path != STDOUT:  # what there is, should it be stopped
             write_json(json_path, document)
+    if json_path == STDOUT:
+        write_json(json_path, document)
     sys.exit(0 if all(_as_promised(found) for found in document.values()) else CHECK_FAILED)
 
 

@@ -24,7 +24,7 @@ from evoplan.planner.errors import CommonError
 from evoplan.planner.plan import Plan
 from evoplan.planner.planning import NoPlanError, solve
 from evoplan.planner.problem import Problem
-from evoplan.planner.sizes import format_size
+from evoplan.planner.sizes import exact_size
 from evoplan.planner.trial import available_bytes
 from evoplan.planner.world import World
 
@@ -95,7 +95,7 @@ def check_fits(recipe: Recipe, where: Device, world: World, plan: Plan | None = 
     available = available_bytes(where.kind)
     if needed > available:
         raise CommonError(
-            f"a step needs {format_size(needed)}, this machine has {format_size(available)} free; "
+            f"a step needs {exact_size(needed)}, this machine has {exact_size(available)} free; "
             "use smaller sizes, or less with --memory"
         )
 
@@ -149,7 +149,8 @@ def plan_for(recipe: Recipe, problem: Problem, budget: int, progress: Progress =
             if needed <= budget:
                 return plan
             raise NoPlanError(
-                f"no plan fits a step into {budget} bytes; the one that needs least takes {needed} bytes",
+                f"no plan fits a step into {exact_size(budget)}; "
+                f"the one that needs least takes {exact_size(needed)}",
                 needed,
             ) from None
         over = predict(recipe, where, plan).peak_bytes - budget

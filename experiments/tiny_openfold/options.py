@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUMMARY = "performance_summary.json"
+
 # Columns of the table of operators. Names with cuda are those of older versions of torch for device.
 _TIMES_AND_BYTES = (
     "{}_time",

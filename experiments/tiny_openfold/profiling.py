@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.planner.files import write_text
 
 OPERATORS = "operators.txt"
 ROWS = 40
@@ -56,7 +57,7 @@ class StepProfiler:
             if self.kind != "cuda":
                 column = column.replace("device", "cpu")
             table = profiler.key_averages().table(sort_by=column, row_limit=ROWS)
-            (Path(self.config.profile_dir) / OPERATORS).write_text(table, encoding="utf-8")
+            write_text(Path(self.config.profile_dir) / OPERATORS, table)
 
 
 def system_info(device: torch.device) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from rich.progress import Progress
 from evoplan.cost_model.devices import Device
 from evoplan.experiments.tiny_openfold import output
 from evoplan.experiments.tiny_openfold.memory import Memory, measure_parts, measure_peak, predict
-from evoplan.experiments.tiny_openfold.options import Options, ProfilerConfig
+from evoplan.experiments.tiny_openfold.options import SUMMARY, Options, ProfilerConfig
 from evoplan.experiments.tiny_openfold.profiling import StepProfiler
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, StepResult, TinyTraining
 from evoplan.planner.errors import CommonError, RunError
-from evoplan.planner.plan import Plan, write_json
+from evoplan.planner.files import write_json
+from evoplan.planner.plan import Plan
 from evoplan.planner.snapshots import Snapshots
-
-SUMMARY = "performance_summary.json"
 
 
 class Run:
@@ -65,6 +64,14 @@ class Run:
         """
         output.print_setup(self.training, self.options.num_steps, self.profiler, self.plan, self.say)
         snapshots = self._snapshots()
+        with nullcontext() if snapshots is None else closing(snapshots):
+            self._train(snapshots)
+        self.say("\nTraining completed successfully!")
+
+    def _train(self, snapshots: Snapshots | None) -> None:
+        """The steps, from the newest snapshot on, and what is written at the end."""
+        if snapshots is not None:
+            self._go_on(snapshots)
         if self.first < WARMUP_STEPS:
             self.say(f"\nRunning {WARMUP_STEPS} warmup steps...")
         with ExitStack() as stack:
@@ -90,7 +97,6 @@ class Run:
         self._report()
         if snapshots is not None:  # after the summary: a run that is killed here has it, or does this again
             self._save(snapshots, self.last)
-        self.say("\nTraining completed successfully!")
 
     def _save(self, snapshots: Snapshots, steps: int) -> None:
         notes = {"losses": self.losses, "scaler": self.training.scaler.state_dict()}
@@ -140,11 +146,14 @@ class Run:
         return every is not None and step > 0 and step % every == 0 and number + 1 < self.last
 
     def _snapshots(self) -> Snapshots | None:
-        """Where snapshots go, if anywhere; the newest is gone on from where that is asked for."""
-        options, folder = self.options, self.options.snapshots
-        if options.save_every is None:
+        """Where snapshots go, if anywhere."""
+        if self.options.save_every is None:
             return None
-        snapshots = Snapshots(folder, asdict(self.training.recipe), self.world)
+        return Snapshots(self.options.snapshots, asdict(self.training.recipe), self.world)
+
+    def _go_on(self, snapshots: Snapshots) -> None:
+        """Go on from the newest snapshot, where that is asked for."""
+        options, folder = self.options, self.options.snapshots
         newest = snapshots.newest()
         held = f"{folder} holds a snapshot of step {newest - WARMUP_STEPS}"
         if newest and not options.resume:
@@ -161,7 +170,6 @@ class Run:
             self.say(f"\nResumed after step {newest - WARMUP_STEPS}")
         elif options.resume:
             self.say(f"\nNo snapshot in {folder} yet: from the start")
-        return snapshots
 
     def _progress_bar(self, stack: ExitStack) -> Callable[[], None]:
         """Progress on a terminal; nothing where output goes to a file."""

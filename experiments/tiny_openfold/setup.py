@@ -12,10 +12,11 @@ from evoplan.experiments.tiny_openfold import output
 from evoplan.experiments.tiny_openfold.memory import check_fits, plan_for
 from evoplan.experiments.tiny_openfold.options import Options
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
+from evoplan.planner.consistency import load_consistent
 from evoplan.planner.costing import device_of
 from evoplan.planner.errors import CommonError
-from evoplan.planner.plan import Plan, load_plan
-from evoplan.planner.problem import Problem
+from evoplan.planner.plan import Plan
+from evoplan.planner.problem import AUTOCAST, Problem
 from evoplan.planner.watch import first_line
 from evoplan.planner.world import World
 
@@ -42,6 +43,7 @@ def set_up(
         config=recipe.config,
         shape=replace(recipe.shape, batch=b // world.size),
         device=device.type,
+        mixed=next((name for name, dtype in AUTOCAST.items() if dtype == recipe.amp), None),
     )
     plan = _plan(recipe, options, problem, world)
     if plan is not None and options.enable_torch_compile:
@@ -83,8 +85,6 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
         return None
     if options.plan_path is not None and options.memory is not None:
         raise CommonError("--plan and --memory are two ways to say one thing; give one")
-    if recipe.amp is not None:
-        raise CommonError("a plan is for one dtype; leave --use-amp out, or the plan")
     if options.memory is not None:
         made = []
         if world.first:
@@ -93,16 +93,18 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
                 made.append(found.model_dump(mode="json"))
         return Plan.model_validate(world.gathered_objects(made)[0][0])
     assert options.plan_path is not None
-    plan = load_plan(options.plan_path)
+    plan = load_consistent(options.plan_path)
     ours, theirs = (
-        (asked.config, asked.shape, asked.dtype, asked.mode, asked.ranks) for asked in (problem, plan.problem)
+        (asked.config, asked.shape, asked.precision, asked.mode, asked.ranks)
+        for asked in (problem, plan.problem)
     )
     if ours != theirs:
         c, s = problem.config, problem.shape
+        how = f" --precision {problem.mixed}" if problem.mixed else ""
         raise CommonError(
-            f"{options.plan_path} is for another model or other shapes; plan with `evoplan plan --model "
-            f"tiny-openfold --n-blocks {c.n_block} --c-m {c.c_m} --c-z {c.c_z} --n-seq {s.n_seq} "
-            f"--n-res {s.n_res} --batch {s.batch}`"
+            f"{options.plan_path} is for another model, other shapes or another precision; plan with "
+            f"`evoplan plan --model tiny-openfold --n-blocks {c.n_block} --c-m {c.c_m} --c-z {c.c_z} "
+            f"--n-seq {s.n_seq} --n-res {s.n_res} --batch {s.batch}{how}`"
         )
     return plan
 

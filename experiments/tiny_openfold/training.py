@@ -18,9 +18,9 @@ from evoplan.model.regions import region
 from evoplan.model.tiny_data import tiny_batch
 from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
 from evoplan.planner.apply import PlannedModule
+from evoplan.planner.applying import apply_plan
 from evoplan.planner.plan import Plan
 from evoplan.planner.training import data_parallel
-from evoplan.planner.verify import apply_plan
 from evoplan.planner.world import World
 
 SEED = 42

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.planner.replay import replay
@@ -13,7 +14,24 @@ from evoplan.planner.solvers.frontier import Frontier, InfeasibleError
 from evoplan.planner.solvers.inference import inference_schedule
 from evoplan.planner.solvers.seed_dp import SeedProgram
 
-Solver = Callable[[CostTable, int | None], Sequence]
+Find = Callable[[CostTable, int | None], Sequence]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a schedule is found, and what may be said of it.
+
+    Attributes:
+        find: from a table and a budget in bytes (None: no limit); raises InfeasibleError.
+        exact_in_inference: whether no schedule on offer is faster in inference, where that is proven.
+    """
+
+    find: Find
+    exact_in_inference: bool = False
+
+    def __call__(self, table: CostTable, budget_bytes: int | None) -> Sequence:
+        """A schedule within the budget."""
+        return self.find(table, budget_bytes)
 
 
 def dynamic_program(table: CostTable, budget_bytes: int | None) -> Sequence:
@@ -64,20 +82,22 @@ BASELINES: dict[str, Callable[[CostTable], Sequence]] = {
     "sqrt": baselines.square_root,
 }
 
-SOLVERS: dict[str, Solver] = {
-    "dp": dynamic_program,
-    "cp-sat": by_cp_sat,
+# In inference three of them are one: a shortest path (`solvers.inference`). A bare function claims nothing.
+SOLVERS: dict[str, Solver | Find] = {
+    "dp": Solver(dynamic_program, exact_in_inference=True),
+    "cp-sat": Solver(by_cp_sat, exact_in_inference=True),
     **{name: (lambda table, _, make=make: make(table)) for name, make in BASELINES.items()},
-    "seed-dp": flat_program,
+    "seed-dp": Solver(flat_program, exact_in_inference=True),
 }
 
 
 def solver(name: str) -> Solver:
     """Look a solver up; raises ValueError that lists the names."""
     try:
-        return SOLVERS[name]
+        found = SOLVERS[name]
     except KeyError:
         raise ValueError(f"unknown solver {name!r}; choose one of: {', '.join(SOLVERS)}") from None
+    return found if isinstance(found, Solver) else Solver(found)
 
 
-__all__ = ["BASELINES", "SOLVERS", "Frontier", "InfeasibleError", "solver"]
+__all__ = ["BASELINES", "SOLVERS", "Frontier", "InfeasibleError", "Solver", "solver"]

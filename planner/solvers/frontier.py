@@ -18,6 +18,7 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.model.strategy import Strategy
 from evoplan.planner.replay import Replay, replay
 from evoplan.planner.schedule import Run, Sequence, allow_depth
+from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times, unit_bytes
 
@@ -38,7 +39,9 @@ class InfeasibleError(ValueError):
 
     def __init__(self, budget_bytes: int, least: Replay) -> None:
         self.least_bytes, self.phase, self.step = least.peak_bytes, least.peak.phase, least.peak.step
-        super().__init__(f"no plan fits {budget_bytes} bytes; the least that does is {self.least_bytes}")
+        super().__init__(
+            f"no plan fits {exact_size(budget_bytes)}; the least that does is {exact_size(self.least_bytes)}"
+        )
 
 
 @dataclass

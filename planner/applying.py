@@ -1,0 +1,137 @@
+"""From a plan and a model to the model under the plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from torch.distributed import ProcessGroup
+
+from evoplan.model.chain import Plannable
+from evoplan.model.config import EvoformerConfig, InputShape, ModelConfig, TrunkConfig
+from evoplan.model.parallel import ParallelEvoformer
+from evoplan.model.ranks import Ranks
+from evoplan.planner.apply import PlannedModule
+from evoplan.planner.digest import altered_names, model_digest
+from evoplan.planner.plan import Plan
+from evoplan.planner.planning import solve
+from evoplan.planner.shapes import Fit, Fits, OtherShapes, Shapes
+from evoplan.planner.timing import Times, cost_with_times
+
+
+def apply_plan(
+    stack: Plannable,
+    plan: Plan | Iterable[Plan],
+    ranks: Ranks | ProcessGroup | None = None,
+    other_shapes: OtherShapes = "refuse",
+) -> PlannedModule:
+    """The stack under a plan, or under several for inputs of different shapes: same parameters, same outputs.
+
+    Args:
+        ranks: that the plan's several ranks are, or their process group; each is then given its shards of
+            the state and whole masks, and returns its shards of the results (see `ParallelEvoformer`).
+        other_shapes: what to do with inputs of a shape that no plan is for. "refuse" says so; "clip" runs
+            them under the nearest larger plan, in as many pieces as their axes allow; "pad" fills them up to
+            that plan's shapes, masked, and crops the outputs; "plan" plans for them under the same budget,
+            which takes seconds, and keeps the plan.
+
+    Raises:
+        ValueError: a plan is for another model, dtype or number of ranks.
+    """
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    if not plans:
+        raise ValueError("apply_plan needs at least one plan")
+    for each in plans:
+        check_model(stack, each)
+    first = plans[0].problem
+    if first.ranks == 1 and ranks is None:
+        on_demand = partial(_planned_for, plans[0])
+        return PlannedModule(stack, Fits(map(_fit, plans), other_shapes, on_demand))
+    if ranks is None:
+        raise ValueError(f"the plan is for {first.ranks} ranks; give their process group")
+    if len(plans) > 1 or other_shapes != "refuse":
+        raise ValueError("on several ranks a model has one plan, for one shape; give no other_shapes")
+    shared = ParallelEvoformer(stack, ranks, first.shape, whole=False)
+    if shared.ranks.size != first.ranks:
+        raise ValueError(f"the plan is for {first.ranks} ranks, not {shared.ranks.size}; plan for those")
+    return PlannedModule(shared, Fits([Fit(plans[0].sequence(), shared.input_shapes)]))
+
+
+def check_model(stack: Plannable, plan: Plan) -> None:
+    """See that a plan is for a model. One with layers that the plan does not know runs, with a warning.
+
+    Raises:
+        ValueError: it is for another.
+    """
+    config = getattr(stack, "config", None)
+    if config is None or without_rates(config) != without_rates(plan.problem.config):
+        raise ValueError(
+            f"the plan is for {plan.problem.config}, the model has {config}; plan for this model"
+        )
+    dtype = next(stack.parameters()).dtype
+    if str(dtype) != f"torch.{plan.problem.dtype}":
+        raise ValueError(
+            f"the plan is for {plan.problem.dtype}, the model is in {dtype}; plan for that dtype"
+        )
+    if plan.model_digest is None or plan.model_digest == model_digest(stack):
+        return
+    altered = altered_names(stack)
+    if not altered:
+        raise ValueError("the plan's figures are for a model that is built otherwise; plan for this model")
+    more = f" and {len(altered) - 1} more" if len(altered) > 1 else ""
+    warnings.warn(
+        f"the plan does not know {altered[0]}{more}, so that its memory may be more; "
+        "plan again for the model as it is",
+        stacklevel=3,
+    )
+
+
+def _fit(plan: Plan) -> Fit:
+    problem = plan.problem
+    budget, reserve = problem.budget_bytes, plan.static.get("reserve", 0)
+    slack = None if budget is None else budget - plan.predicted.peak_bytes + reserve
+    return Fit(plan.sequence(), problem.state_shapes(), plan.static["inputs"], slack)
+
+
+def _planned_for(plan: Plan, model: Plannable, shapes: Shapes) -> Fit:
+    """As `plan`, for inputs of other shapes.
+
+    Raises:
+        NoPlanError: its budget is too small for them.
+        ValueError: the model takes no such inputs.
+    """
+    problem = plan.problem.model_copy(update={"shape": shape_of_state(shapes), "given": ()})
+    if problem.state_shapes() != dict(shapes):
+        raise ValueError(f"the model takes {problem.state_shapes()}, not {dict(shapes)}")
+    kind = plan.costs["time"]
+    times: Times = "auto" if kind == "measured" else "calibrated" if kind == "calibrated" else "roofline"
+    return _fit(solve(cost_with_times(problem, times, stack=model), plan.solver.name))
+
+
+def shape_of_state(shapes: Mapping[str, tuple[int, ...]]) -> InputShape:
+    """The sizes of inputs whose state has these shapes.
+
+    Raises:
+        ValueError: they have no batch dimension.
+    """
+    if any(len(shape) != 4 for shape in shapes.values()):
+        raise ValueError("inputs need a batch dimension: m [b, s, r, c_m] and z [b, r, r, c_z]")
+    batch, n_seq, n_res, _ = shapes["m"]
+    return InputShape(n_seq, n_res, batch, *((shapes["e"][1],) if "e" in shapes else ()))
+
+
+def without_rates(config: ModelConfig) -> ModelConfig:
+    """The model with one rate wherever it drops: memory asks whether there is a mask, not how dense it is."""
+
+    def dropping(rate: float) -> float:
+        return 0.5 if rate else 0.0
+
+    if isinstance(config, TrunkConfig):
+        return TrunkConfig(without_rates(config.extra), without_rates(config.main))
+    if not isinstance(config, EvoformerConfig):
+        return config
+    return replace(
+        config, dropout_msa=dropping(config.dropout_msa), dropout_pair=dropping(config.dropout_pair)
+    )

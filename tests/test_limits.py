@@ -1,0 +1,157 @@
+"""Numbers beyond any machine, sizes as errors say them, and what solvers may claim."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+
+from evoplan.model import EvoformerConfig, InputShape
+from evoplan.planner.costing import cost_problem
+from evoplan.planner.planning import NoPlanError, solve
+from evoplan.planner.problem import Problem
+from evoplan.planner.sizes import exact_size, parse_size
+from evoplan.planner.solvers import BASELINES, SOLVERS, Solver, solver
+from evoplan.planner.solvers.inference import inference_schedule
+from evoplan.planner.terminal import run_command
+from tests.test_cli import call
+
+TINY = ["--model", "alphafold2-narrow", "--n-blocks", "1", "--n-seq", "2", "--n-res", "3"]
+TINY += ["--c-m", "8", "--c-z", "8", "--mode", "inference"]
+HUGE = ["1000000000", "1" + "0" * 30]
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            ["plan", *TINY, flag]
+            for flag in ("--n-blocks", "--n-seq", "--n-res", "--c-m", "--c-z", "--batch")
+        ),
+        ["plan", *TINY, "--ranks"],
+        ["plan", "--model", "alphafold2-trunk", "--mode", "inference", "--n-extra"],
+        ["plan", "--model", "tiny-openfold", "--n-blocks"],
+        ["plan", "--model", "tiny-openfold", "--c-z"],
+        ["roofline", *TINY, "--c-m"],
+        ["sweep", *TINY, "--points"],
+        ["profile", *TINY, "--repeats"],
+        ["verify", "plan.json", "--repeats"],
+        *(["run", "plan.json", flag] for flag in ("--steps", "--timeout", "--learning-rate", "--save-every")),
+    ],
+    ids=lambda flags: " ".join(flags[-1:]),
+)
+def test_huge_numbers_are_refused_at_once(
+    capsys: pytest.CaptureFixture, flags: list[str], number: str
+) -> None:
+    start = time.perf_counter()
+    code, out, error = call(capsys, *flags, number)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert "plan.json: cannot be read" not in error
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("flag", ["--link", "--memory"])
+def test_huge_sizes_are_no_sizes(capsys: pytest.CaptureFixture, flag: str) -> None:
+    code, _, error = call(capsys, "plan", *TINY, flag, "1" + "0" * 30)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "is more memory than there is" in error
+
+
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [
+        *(("tiny_openfold.__main__", flag) for flag in ("--num-steps", "--save-every", "--num-blocks")),
+        *(("flops.__main__", flag) for flag in ("--num-steps", "--num-blocks", "--seq-len", "--msa-dim")),
+        *(("scaling", flag) for flag in ("--gpus", "--steps", "--runs", "--batch-per-gpu")),
+        *(("times", flag) for flag in ("--rounds", "--repeats")),
+        ("benchmark", "--rounds"),
+        ("scale", "--most"),
+    ],
+)
+def test_experiments_refuse_them_too(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"evoplan.experiments.{program}")
+    (command,) = (value for value in vars(module).values() if isinstance(value, click.Command))
+    with pytest.raises(SystemExit) as stop:
+        run_command(command, "program", [flag, "1000000000"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (1023, "1,023 bytes"),
+        (1024, "1 KiB (1,024 bytes)"),
+        (3 * 2**29, "1.5 GiB (1,610,612,736 bytes)"),
+        (10**15 + 1, "9.313e+05 GiB (1,000,000,000,000,001 bytes)"),
+        (-(2**20), "-1 MiB (-1,048,576 bytes)"),
+    ],
+)
+def test_exact_sizes(size: int, text: str) -> None:
+    """The figure in them is a size that can be given."""
+    assert exact_size(size) == text
+    if size > 0:
+        assert parse_size(text.partition("(")[2].strip(")") or text) == size
+
+
+@pytest.mark.parametrize("text", ["1,00", "1,0000", ",100", "1,000.5 MB", "1,000,"])
+def test_commas_are_for_thousands(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_the_least_budget_can_be_copied(capsys: pytest.CaptureFixture) -> None:
+    code, _, error = call(capsys, "plan", *TINY, "--memory", "2KiB")
+    assert code == 3
+    assert "no plan fits a budget of 2 KiB (2,048 bytes); the least that does is " in error
+    least = error.split("the least that does is ")[1].split("(")[1].split(")")[0]
+    assert least.endswith(" bytes")
+    code, out, _ = call(capsys, "plan", *TINY, "--memory", least)
+    assert code == 0
+    assert f"({least})" in out
+    assert call(capsys, "plan", *TINY, "--memory", str(parse_size(least) - 1))[0] == 3
+
+
+@pytest.fixture(scope="module")
+def costed():
+    config = EvoformerConfig(1, 8, 8, 1, 1, 8, 4, 8, 2, c_head_msa=8)
+    problem = Problem(model="custom", config=config, shape=InputShape(2, 3), mode="inference")
+    return cost_problem(problem)
+
+
+def test_only_exact_solvers_claim_a_gap(costed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A property of the solver where it is registered: a function that somebody adds claims nothing."""
+    monkeypatch.setitem(SOLVERS, "mine", lambda table, _: BASELINES["none"](table))
+    monkeypatch.setitem(SOLVERS, "proven", Solver(inference_schedule, exact_in_inference=True))
+    gaps = {name: solve(costed, name).solver.gap for name in SOLVERS}
+    exact = {"dp", "cp-sat", "seed-dp", "proven"}
+    assert gaps == {name: 0.0 if name in exact else None for name in SOLVERS}
+    assert {name for name in SOLVERS if solver(name).exact_in_inference} == exact
+    with pytest.raises(ValueError, match="unknown solver 'other'; choose one of: dp, cp-sat"):
+        solver("other")
+
+
+def test_a_baseline_says_what_it_needs(costed) -> None:
+    problem = costed.problem.model_copy(update={"budget_bytes": 2048})
+    tight = replace(costed, problem=problem)
+    says = r"none needs .*KiB \([\d,]+ bytes\), the budget is 2 KiB \(2,048 bytes\)"
+    with pytest.raises(NoPlanError, match=says):
+        solve(tight, "none")
+
+
+def test_the_plan_file_says_the_gap(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    for name, gap in (("dp", 0), ("none", None)):
+        path = tmp_path / f"{name}.json"
+        assert call(capsys, "plan", *TINY, "--solver", name, "--out", str(path))[0] == 0
+        assert json.loads(path.read_text())["solver"]["gap"] == gap
