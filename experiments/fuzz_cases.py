@@ -246,17 +246,17 @@ def _config(rng: random.Random, kind: str) -> ModelConfig:
     return stack("global" if kind == "extra" else "gated", c_z)
 
 
-def _given(family: Family) -> dict[str, Given]:
+def _given(family: Family) -> tuple[Given, ...]:
     """How inputs are given that are not as the model wants them."""
-    problem, found = family.problem, {}
+    problem, found = family.problem, []
     shapes = problem.state_shapes() | problem.mask_shapes()
     for name, layout in family.layouts.items():
         tensor = laid(torch.empty(shapes[name]), layout)
         stride = None if tensor.is_contiguous() else tensor.stride()
         dtype = family.mask_dtypes.get(name, problem.dtype)
         if stride is not None or dtype != problem.dtype:
-            found[name] = Given(dtype=None if dtype == problem.dtype else dtype, stride=stride)
-    return found
+            found.append(Given(name=name, dtype=None if dtype == problem.dtype else dtype, stride=stride))
+    return tuple(found)
 
 
 def _offer(rng: random.Random, family: Family) -> Sequence:
