@@ -22,8 +22,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median_high
 from typing import Any
 
@@ -31,11 +32,11 @@ import click
 import torch
 
 from evoplan.cost_model import measure
-from evoplan.experiments.fuzz_cases import FAMILY, Case, Family, draw_case, draw_family, squares
+from evoplan.experiments.fuzz_cases import FAMILY, Case, draw_case, draw_family, squares
 from evoplan.experiments.fuzz_steps import FuzzStep, difference
 from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed
-from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.files import STDOUT, check_writable, write_json
 from evoplan.planner.plan import Plan
 from evoplan.planner.planning import NoPlanError, make_plan, solve
 from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
@@ -44,6 +45,7 @@ from evoplan.planner.timing import cost_with_times
 COMMAND = "python -m evoplan.experiments.fuzz"
 EVERY = 50  # cases for each line of progress
 FAULTS = ("over budget", "wrong", "crash")
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Check:
         family, inputs = self.case.family, self.case.inputs()
         theirs = make_plan(
             self.case.model(),
-            _in_order(family, inputs),
+            family.in_order(inputs),
             plan.problem.budget_bytes,
             mode=plan.problem.mode,
             optimizer=plan.problem.optimizer,
@@ -200,13 +202,7 @@ class Check:
             self._fault("wrong", what)
 
 
-def _in_order(family: Family, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
-    """Inputs as forward takes them; None: not given."""
-    names = [*family.problem.state_shapes(), *family.problem.mask_shapes()]
-    return [inputs.get(name) for name in names]
-
-
-def fuzz(seed: int, cases: int | None, minutes: float | None, say: Any = lambda _: None) -> Found:
+def fuzz(seed: int, cases: int | None, minutes: float | None, tell: Say, progressed: Say) -> Found:
     """Run cases by their index until there are as many, or the time is over."""
     found, start = Found(), time.monotonic()
     gc.collect()
@@ -215,24 +211,24 @@ def fuzz(seed: int, cases: int | None, minutes: float | None, say: Any = lambda 
         known = len(found.faults)
         Check(draw_case(seed, found.cases), found).run()
         for fault in found.faults[known:]:
-            click.echo(f"{fault.kind}: {fault.what}; repeat with: {fault.repeat}")
-        say(f"{found.cases} cases, {len(found.faults)} faults, {time.monotonic() - start:.0f} s")
+            tell(f"{fault.kind}: {fault.what}; repeat with: {fault.repeat}")
+        progressed(f"{found.cases} cases, {len(found.faults)} faults, {time.monotonic() - start:.0f} s")
     return found
 
 
-def report(found: Found, seconds: float) -> None:
+def report(found: Found, seconds: float, tell: Say) -> None:
     """The figures, for people."""
     counts = found.counts
-    click.echo(
+    tell(
         f"{found.cases} cases, {seconds / max(found.cases, 1):.2f} s each: "
         + ", ".join(f"{counts[kind]} {kind}" for kind in FAULTS)
         + f"; {found.refused} budgets below the least refused, {found.not_compared} not compared "
         "(the model overflows without a plan too)"
     )
     said = (f"{name} {ratio:.4f} (case {index})" for name, (ratio, index) in found.spread.items())
-    click.echo(f"measured / predicted peak: {', '.join(said)}")
+    tell(f"measured / predicted peak: {', '.join(said)}")
     if found.faults:
-        click.echo(f"repeat the first fault with: {found.faults[0].repeat}")
+        tell(f"repeat the first fault with: {found.faults[0].repeat}")
 
 
 def _case_number(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -255,7 +251,12 @@ def _lines(text: str) -> None:
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after so much time.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--case", "one", callback=_case_number, metavar="SEED:INDEX", help="Run this case alone.")
-@click.option("--json", "json_path", type=click.Path(), help="Also write the figures to this file.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(),
+    help="Also write the figures to this file; - is standard output.",
+)
 def command(
     cases: int | None,
     minutes: float | None,
@@ -264,25 +265,26 @@ def command(
     json_path: str | None,
 ) -> None:
     """Plan and run random problems; exit code 1 if any promise is not kept."""
-    check_writable(json_path)
+    check_writable(json_path=json_path)
+    tell = partial(click.echo, err=json_path == STDOUT)
     start = time.monotonic()
     if one is not None:
         if cases or minutes:
             raise click.UsageError("--case runs one case: leave --cases and --minutes out")
         found, case = Found(), draw_case(*one)
-        click.echo(str(case))
+        tell(str(case))
         Check(case, found).run()
         for fault in found.faults:
-            click.echo(f"{fault.kind}: {fault.what}")
+            tell(f"{fault.kind}: {fault.what}")
     else:
         cases = 100 if cases is None and minutes is None else cases
         if sys.stderr.isatty():
             with progress("drawing") as say:
-                found = fuzz(seed, cases, minutes, say)
+                found = fuzz(seed, cases, minutes, tell, say)
         else:
-            found = fuzz(seed, cases, minutes, _lines)
+            found = fuzz(seed, cases, minutes, tell, _lines)
     seconds = time.monotonic() - start
-    report(found, seconds)
+    report(found, seconds, tell)
     if json_path:
         write_json(
             json_path, {"torch": torch.__version__, "seed": seed, "seconds": seconds, **found.to_json()}

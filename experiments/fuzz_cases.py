@@ -90,6 +90,11 @@ class Family:
             stack = build_model(self.problem.config).train(self.problem.training)
         return self.trained.apply(stack)
 
+    def in_order(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Inputs as forward takes them; None: not given."""
+        names = [*self.problem.state_shapes(), *self.problem.mask_shapes()]
+        return [inputs.get(name) for name in names]
+
 
 @dataclass(frozen=True)
 class Case:
