@@ -133,9 +133,10 @@ def trace_step(
     trace.reset()
     with casting():
         run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
-    forward_bytes, forward_work = trace.peak_bytes - base, trace.work()
+    numbers = trace.kept_number_bytes  # a record in pieces is made without autograd and keeps none
+    forward_bytes, forward_work = trace.peak_bytes - base + numbers, trace.work()
     del output
-    preserved_bytes = trace.live_bytes - base - loss_bytes
+    preserved_bytes = trace.live_bytes - base - loss_bytes + numbers
 
     gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
     target = state[step.target]
@@ -143,7 +144,7 @@ def trace_step(
     del target
     trace.reset()
     result = run.vjp(gradients[step.target])
-    backward_bytes, backward_work = trace.peak_bytes - base, trace.work()
+    backward_bytes, backward_work = trace.peak_bytes - base + numbers, trace.work()
     del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
     return StepCost(

@@ -76,6 +76,7 @@ class Trace(TorchDispatchMode, PieceSample):
         super().__init__()
         self.block_bytes, self.scratch = block_bytes, scratch
         self.live_bytes = self._peak_of_storages = 0
+        self.kept_number_bytes = 0  # since the last reset, not in `live_bytes`; see `_keeps_number`
         self.kernels: Counter[tuple[int, int]] = Counter()
         self.collectives: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
@@ -86,6 +87,7 @@ class Trace(TorchDispatchMode, PieceSample):
         """Start a phase: its peak begins at what is live now, its work at none."""
         self._peak_of_storages = self.live_bytes
         self._live_after = {}
+        self.kept_number_bytes = 0
         self.kernels, self.collectives = Counter(), Counter()
 
     @property
@@ -120,6 +122,7 @@ class Trace(TorchDispatchMode, PieceSample):
             out = _strided_as_viewed(out)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
+        self.kept_number_bytes += KEPT_NUMBER_BYTES * (self.scratch is not None and _keeps_number(func, args))
         if made or func._schema.is_mutable:
             self._count_work(func, args, kwargs, out, outputs)
         if self.scratch is not None and (call := self.scratch.call(func, args)) is not None:
@@ -151,6 +154,18 @@ class Trace(TorchDispatchMode, PieceSample):
         self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat
 
 
+def _keeps_number(func: Any, args: tuple) -> bool:
+    """Whether autograd keeps a Python number by which something is scaled: a tensor that no mode sees.
+
+    It lives as long as the operator's node in the graph, which nobody can tell here.
+    """
+    if func not in _SCALING or not torch.is_grad_enabled():
+        return False
+    return args[0].requires_grad and isinstance(args[1], int | float)
+
+
+KEPT_NUMBER_BYTES = 8
+_SCALING = {torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor}
 _DEVICE = torch.ops.prim.device.default
 _VIEW = torch.ops.aten.view.default
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default

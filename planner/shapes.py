@@ -52,7 +52,7 @@ class Fit:
         if self.input_bytes is None or self.slack_bytes is None:
             return
         there = [tensor for tensor in given if tensor is not None]
-        sizes = {storage_key(tensor): tensor.numel() * tensor.element_size() for tensor in there}
+        sizes = {storage_key(tensor): _taken_bytes(tensor) for tensor in there}
         copies = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in made}
         taken = sum((copies | sizes).values())
         if taken > self.input_bytes + self.slack_bytes:
@@ -62,6 +62,12 @@ class Fit:
                 f"its budget has {left} left. Some are not contiguous, or masks not of the model's dtype: "
                 "make them so, or plan with inputs like these"
             )
+
+
+def _taken_bytes(tensor: Tensor) -> int:
+    """Of its elements, of which an expanded tensor has fewer than its shape says."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return min(tensor.numel(), last + 1) * tensor.element_size()
 
 
 class Fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -177,9 +178,8 @@ def beyond_rounding(plain: Trial, planned: Trial, problem: Problem) -> float:
     largest = max(float(g.abs().max()) for g in gradients[0])
     excess = []
     for true, without, under in zip(*gradients, strict=True):
-        ours, theirs = (float((found.float() - true).abs().max()) for found in (under, without))
-        excess.append(ours - theirs)
-    return max(0.0, *excess) / largest
+        excess.append(_apart(under, true) - _apart(without, true))
+    return max(0.0, *map(_counted, excess)) / largest
 
 
 def errors(plain: Trial, planned: Trial) -> tuple[float, float | None]:
@@ -195,14 +195,20 @@ def errors(plain: Trial, planned: Trial) -> tuple[float, float | None]:
         for index, name in enumerate(planned.state if gradients else share.outputs):
             parts[index] = share.ranks.own(parts[index], cuts[name])
     loss_error = max(
-        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-300))
+        _counted(_apart(a, b) / max(float(a.double().abs().max()), 1e-300))
         for a, b in zip(expected, got, strict=True)
     )
     if not gradients:
         return loss_error, None
     largest = max(float(g.abs().max()) for g in gradients)
-    differences = (
-        float((a.double() - b.double()).abs().max())
-        for a, b in zip(gradients, planned_gradients, strict=True)
-    )
-    return loss_error, max(differences) / largest
+    differences = (_apart(a, b) for a, b in zip(gradients, planned_gradients, strict=True))
+    return loss_error, max(_counted(difference / largest) for difference in differences)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _counted(error: float) -> float:
+    """NaN, which any comparison passes over, as what it is: beyond every tolerance."""
+    return math.inf if math.isnan(error) else error

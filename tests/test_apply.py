@@ -10,6 +10,7 @@ import torch
 from evoplan.model import Chain, EvoformerStack
 from evoplan.model.strategy import EAGER, WHOLE, Strategy
 from evoplan.model.submodule import IndependentAxis
+from evoplan.planner import NoPlanError, apply_plan, make_plan
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.shapes import Fit, Fits
@@ -104,3 +105,15 @@ def test_inference_equals_training_forward(stack: EvoformerStack) -> None:
     with torch.no_grad():
         for expected, got in zip(stack(**inputs), PlannedModule(stack, schedule)(**inputs), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+def test_inputs_that_the_plan_was_made_for_have_room(stack: EvoformerStack) -> None:
+    """An expanded mask takes what its one row takes, and the copy that is made of it."""
+    inputs = random_inputs(TINY, batch=(3,))
+    one = inputs["pair_mask"][:1]
+    given = [inputs["m"], inputs["z"], inputs["msa_mask"], one.expand(3, 7, 7)]
+    with pytest.raises(NoPlanError) as error:
+        make_plan(stack, given, 1, times="roofline")
+    plan = make_plan(stack, given, error.value.least_feasible_bytes, times="roofline")
+    expected = stack(*given, dropout_seed=1)
+    torch.testing.assert_close(apply_plan(stack, plan)(*given, dropout_seed=1), expected)

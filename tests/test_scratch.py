@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evoplan.cost_model import scratch
 from evoplan.cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
-from evoplan.cost_model.measure import peak_bytes
+from evoplan.cost_model.measure import peak_bytes, usage
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
@@ -127,3 +127,20 @@ def test_views_have_the_strides_of_real_ones(shape, stride, seen):
     with fake_tensors(), Trace(scratch=CpuScratch()):
         traced = torch.zeros(18).as_strided(shape, stride).view(seen)
     assert traced.stride() == real.stride()
+
+
+def test_numbers_that_autograd_keeps() -> None:
+    """A Python number by which a weight is scaled is kept as a tensor, also where the product is not."""
+
+    def scaled(weight: Tensor) -> Tensor:
+        return (weight * 0.5).bfloat16()
+
+    weight, kept = torch.ones(16, requires_grad=True), []
+    left = usage(lambda: kept.append(scaled(weight))).left - kept[0].nbytes
+    with fake_tensors(), Trace(scratch=CpuScratch()) as trace:
+        fake = torch.empty(16, requires_grad=True)
+        with torch.no_grad():
+            scaled(fake)
+        assert trace.kept_number_bytes == 0
+        found = scaled(fake)
+        assert trace.live_bytes - fake.nbytes - found.nbytes + trace.kept_number_bytes == left == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from evoplan.planner.costing import Costed, cost_problem
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.solvers import Frontier
+from evoplan.planner.tape import Tape
 
 CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
 
@@ -123,3 +125,20 @@ def test_masks_do_not_depend_on_the_dtype() -> None:
     masks = [dropout_mask(submodule, torch.empty(4, 6, 5, dtype=dtype), 7, 1) for dtype in dtypes]
     assert torch.equal(masks[0] == 0, masks[1] == 0)
     assert 0 < (masks[0] == 0).sum() < masks[0].numel()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_nan_is_no_gradient(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """In one gradient, and not the first: max() passes over it."""
+    problem = Problem(model="custom", config=replace(CONFIG, n_block=1), shape=InputShape(3, 4), dtype=dtype)
+    backward = Tape.backward
+
+    def wrong(tape, step, grad):
+        state, parameters = backward(tape, step, grad)
+        last = {name: g * (float("nan") if name == "linear_2.bias" else 1) for name, g in parameters.items()}
+        return state, last
+
+    monkeypatch.setattr(Tape, "backward", wrong)
+    found = verify_plan(None, solve(cost_problem(problem)), repeats=1)
+    assert found.max_gradient_error == math.inf
+    assert not found.ok
