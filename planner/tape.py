@@ -26,7 +26,7 @@ from evoplan.model.parameters import Parameters
 from evoplan.model.random_state import RandomState
 from evoplan.model.regions import region
 from evoplan.model.strategy import Strategy
-from evoplan.model.unchanged import Mark, check, marks
+from evoplan.model.unchanged import Mark, check, mark, marks
 from evoplan.planner.schedule import Action, Checkpoint, actions
 
 
@@ -37,11 +37,13 @@ class Met:
     Attributes:
         wanted: state tensors, by the submodule's names, that a gradient is wanted of.
         random: where the generators stood, if the step may draw from them.
+        buffers: marks of the buffers, which such a step may change.
     """
 
     parameters: Parameters
     wanted: tuple[str, ...]
     random: RandomState | None
+    buffers: Mapping[str, Mark]
 
     @property
     def differentiable(self) -> bool:
@@ -100,8 +102,11 @@ class Tape:
         """Look a step up as it is at this forward, about to run on these tensors."""
         of_state = zip(step.submodule.reads, read, strict=True)
         wanted = tuple(name for name, tensor in of_state if tensor.requires_grad)
-        random = RandomState() if any(altered_layers(step.submodule)) else None
-        met = self.met[step.index] = Met(Parameters(step.submodule), wanted, random)
+        # Our own layers draw nothing and change nothing.
+        altered = any(altered_layers(step.submodule))
+        random, buffers = (RandomState(), step.submodule.named_buffers()) if altered else (None, ())
+        met = Met(Parameters(step.submodule), wanted, random, marks(dict(buffers)))
+        self.met[step.index] = met
         return met
 
     def keep_entry(self, part: Checkpoint, state: Mapping[str, Tensor]) -> None:
@@ -129,12 +134,25 @@ class Tape:
             else:
                 with torch.no_grad():
                     output = run_discarded(step.submodule, strategy, tensors)
-        if met.random is not None and strategy.in_pieces and met.random.moved():
+        if met.random is not None:
+            self._check_repeatable(step, strategy, recorded, met.random)
+        return output
+
+    def _check_repeatable(self, step: Step, strategy: Strategy, recorded: bool, random: RandomState) -> None:
+        """Refuse a step that would not do the same again, where it is to run again."""
+        if strategy.in_pieces and random.moved():
             raise ValueError(
                 f"a layer of {step.name} draws random numbers, which come out otherwise in pieces "
-                f"({strategy}); plan again for the model as it is"
+                f"({strategy}); use a plan that runs it whole"
             )
-        return output
+        if recorded and not strategy.in_pieces:
+            return
+        for name, before in self.met[step.index].buffers.items():
+            if mark(name, step.submodule.get_buffer(name)) != before:
+                raise ValueError(
+                    f"{name} of {step.name} changes with every forward, which the plan runs more than once "
+                    f"({strategy}); use a plan that keeps this step, or put it in eval mode"
+                )
 
     # --- backward --------------------------------------------------------------------------
 

@@ -207,13 +207,33 @@ def test_adapters_that_drop(mode: str) -> None:
     model, plain = PlannedModule(stack, schedule), adapted(dropout=0.5)
     torch.manual_seed(3)
     if mode == "tight":
-        with pytest.raises(ValueError, match=r"draws random numbers.*plan again"):
+        with pytest.raises(ValueError, match=r"draws random numbers.*runs it whole"):
             step(model, inputs())
         return
     step(model, inputs())
     torch.manual_seed(3)
     step(plain, inputs())
     assert_same(gradients(plain), gradients(model), 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs as chunk:UserWarning")
+def test_a_layer_that_changes_at_every_forward(mode: str) -> None:
+    """A spectral norm iterates in forward: kept steps go on as ever, steps that run again say so."""
+
+    def make() -> nn.Module:
+        stack = new_stack()
+        torch.manual_seed(0)
+        nn.utils.parametrizations.spectral_norm(stack.blocks[0].msa_transition.linear_1)
+        return stack
+
+    plain, model = make(), apply_as_is(make(), mode)
+    if mode == "tight":
+        with pytest.raises(ValueError, match=r"_u of blocks.0.msa_transition changes with every forward"):
+            step(model, inputs())
+        return
+    step(plain, inputs())
+    step(model, inputs())
+    assert_same(gradients(plain), gradients(model))
 
 
 @pytest.mark.filterwarnings("ignore:.*runs as chunk:UserWarning")
