@@ -41,12 +41,6 @@ def check_consistent(plan: Plan) -> None:
     device = device_of(problem)
     model = planned_model(problem)
     steps = Chain.of(model).steps
-    whole = model.stack if isinstance(model, ParallelEvoformer) else model
-    if plan.model_digest is not None and plan.model_digest != model_digest(whole):
-        raise ValueError(
-            "its figures are for a model that is built otherwise than its configuration says; make it again, "
-            "or use it from Python with that model"
-        )
     covered = len(plan.sequence().span)
     if covered != len(steps):
         raise ValueError(f"schedule: it has {covered} steps, the model {len(steps)}; make it again")
@@ -66,6 +60,12 @@ def check_consistent(plan: Plan) -> None:
             raise ValueError(f"static.{name} is not that of its model; make it again")
     if plan.static["inputs"] < least and not problem.given:
         raise ValueError("static.inputs is less than its shapes take; make it again")
+    whole = model.stack if isinstance(model, ParallelEvoformer) else model
+    if plan.model_digest is not None and plan.model_digest != model_digest(whole):
+        raise ValueError(
+            "its figures are for a model that is built otherwise than its configuration says; make it again, "
+            "or use it from Python with that model"
+        )
 
 
 def _check_strategy(step: Step, strategy: Strategy, state: dict[str, tuple[int, ...]]) -> None:

@@ -87,10 +87,11 @@ def test_names_are_those_of_the_block() -> None:
 def test_bytes(case: str) -> None:
     """Only small terms are left out: the formulas are below the trace, by less than a hundredth.
 
-    By a little more where m is 64 wide: its normalisation keeps two numbers for each 64.
+    By a little more in the extra stack, whose m is narrow: its normalisation keeps two numbers in float32 for
+    each position.
     """
     config, shape = CASES[case]
-    least = 0.99 if config.c_m > 64 else 0.989
+    least = 0.99 if config.column_attention == "gated" else 0.98
     costs, block_bytes = traced_costs(config, shape)
     for name, formulas in block_formulas(config).items():
         saved, forward = (f.elements(config, shape) * HALF for f in (formulas.saved, formulas.forward))
@@ -174,7 +175,7 @@ def test_command_prints_the_document(
     monkeypatch.setenv("COLUMNS", "120")
     main([])
     printed = capsys.readouterr().out
-    for text in ("h s² r + s r (c_m + 6 h c)", "7,988.7", "1,829,952"):
+    for text in ("h s² r + s r (c_m + 6 h c)", "7,996.2", "1,829,952"):
         assert text in printed
 
 
