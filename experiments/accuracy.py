@@ -1,10 +1,10 @@
 """How close predictions are: predicted against the allocator's measured peak, over a grid of plans.
 
-    python -m evoplan.experiments.accuracy
+    python -m evoplan.experiments.accuracy [PRECISION ...]
 
-Sizes that do not divide, one to eight blocks, two dtypes, dropout on and off, an extra MSA stack before the
-main one; four to six budgets each from the least feasible up. Ratios are of activations: static bytes
-are excluded from both sides.
+Sizes that do not divide, one to eight blocks, two dtypes and mixed precision, dropout on and off, an extra
+MSA stack, alone or before the main one, TinyOpenFold; four to six budgets each from the least feasible up.
+Ratios are of activations: static bytes are excluded from both sides. Precisions named are all that runs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evoplan.model.config import EvoformerConfig, InputShape, TrunkConfig, with_blocks
+from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig, with_blocks
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
+from evoplan.planner.problem import AUTOCAST, Problem
 from evoplan.planner.schedule import depth
 from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers import Frontier
@@ -31,9 +31,10 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 NARROW = EvoformerConfig(c_m=64, c_z=64)
 WIDE = EvoformerConfig()
 EXTRA = EvoformerConfig(n_block=2, c_m=32, c_z=64, c_head_msa=8, column_attention="global")
+TINY = TinyOpenFoldConfig(c_m=32, c_z=48, c_opm=16)
 # Budgets as shares of the way from the least to the most, on a logarithmic scale.
 SPREAD, DEEP = (0.0, 0.3, 0.6, 0.9), (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)
-# (config, blocks, shape, dtype, dropout, shares); on DEEP checkpoints nest.
+# (config, blocks, shape, precision, dropout, shares); on DEEP checkpoints nest.
 GRID = [
     (NARROW, 1, InputShape(29, 31), "float32", True, SPREAD),
     (NARROW, 4, InputShape(19, 29), "float32", False, SPREAD),
@@ -44,6 +45,12 @@ GRID = [
     (NARROW, 4, InputShape(19, 29), "float32", True, DEEP),
     (NARROW, 8, InputShape(13, 23), "float32", False, DEEP),
     (TrunkConfig(EXTRA, NARROW), 4, InputShape(11, 19, n_extra=37), "float32", True, SPREAD),
+    (NARROW, 1, InputShape(29, 31), "bf16-mixed", True, SPREAD),
+    (NARROW, 4, InputShape(19, 29), "bf16-mixed", False, SPREAD),
+    (WIDE, 1, InputShape(9, 19), "bf16-mixed", True, SPREAD),
+    (EXTRA, 2, InputShape(67, 23), "bf16-mixed", True, SPREAD),
+    (TINY, 2, InputShape(7, 21, 2), "bf16-mixed", True, SPREAD),
+    (TINY, 4, InputShape(5, 19), "bf16-mixed", True, SPREAD),
 ]
 
 
@@ -52,7 +59,8 @@ def rows(case: tuple) -> list[dict]:
     config, blocks, shape, dtype, dropout, shares = case
     config = with_blocks(config, blocks)
     config = config if dropout else config.with_dropout(0.0)
-    problem = Problem(model="custom", config=config, shape=shape, dtype=dtype)
+    how = {"mixed": dtype} if dtype in AUTOCAST else {"dtype": dtype}
+    problem = Problem(model="custom", config=config, shape=shape, **how)
     c_m = config.state_shapes(shape)["m"][-1]
     costed = cost_problem(problem)
     budgets = Frontier(costed.table).budgets(101)
@@ -85,7 +93,8 @@ def main() -> int:
         "blocks", "c_m", "s", "r", "dtype", "dropout", "depth", "predicted", "measured", "ratio", "gradients"
     )
     everything = []
-    for case in GRID:
+    only = sys.argv[1:]
+    for case in [case for case in GRID if not only or case[3] in only]:
         print(f"{case[1]} blocks, {case[2]}, {case[3]} ...", file=sys.stderr, flush=True)
         for row in rows(case):
             everything.append(row)
@@ -103,7 +112,8 @@ def main() -> int:
         f"{len(ratios)} runs, {nested} of them nested two deep or more; "
         f"measured / predicted from {min(ratios):.4f} to {max(ratios):.4f}"
     )
-    write_json(RESULTS, {"torch": torch.__version__, "backend": "cpu-allocator", "runs": everything})
+    if not only:
+        write_json(RESULTS, {"torch": torch.__version__, "backend": "cpu-allocator", "runs": everything})
     return 0 if min(ratios) >= 0.98 and max(ratios) <= 1 else 1
 
 

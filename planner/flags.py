@@ -41,9 +41,12 @@ json_option = click.option("--json", "json_path", type=click.Path(), help=JSON_H
 class Size(click.ParamType):
     name = "SIZE"
 
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            return parse_size(value)
+            return parse_size(value, self.least)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -116,7 +119,7 @@ _PROBLEM_OPTIONS = [
     ),
     click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
-        "--reserve", type=Size(), default=0,
+        "--reserve", type=Size(least=0), default=0,
         help="Of the budget, kept free for what is not in the plan: heads, losses.",
     ),
     click.option(

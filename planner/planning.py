@@ -310,7 +310,7 @@ def make_plan(
         device=device,
         ranks=ranks,
         budget_bytes=None if budget is None else parse_size(budget),
-        reserve_bytes=parse_size(reserve) if reserve else 0,
+        reserve_bytes=parse_size(reserve, least=0),
         mixed=_mixed(autocast),
         loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
         given=given,

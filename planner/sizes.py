@@ -11,11 +11,11 @@ for _power, _letter in enumerate("kmgtp", start=1):
 _PATTERN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+|\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes in a size such as "16GiB"; ValueError says what is expected."""
+def parse_size(text: str | int, least: int = 1) -> int:
+    """Bytes in a size such as "16GiB", at least `least`; ValueError says what is expected."""
     if isinstance(text, int) and not isinstance(text, bool):
-        if text < 1:
-            raise ValueError(f"a size must be at least one byte, not {text}")
+        if text < least:
+            raise ValueError(f"a size must be at least {exact_size(least)}, not {text}")
         return text
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
@@ -23,7 +23,7 @@ def parse_size(text: str | int) -> int:
     if number > MOST:
         raise ValueError(f"{str(text)[:40]!r} is more memory than there is; write it like 16GiB")
     size = int(number)
-    if size < 1:
+    if not match or not unit or size < least:
         raise ValueError(f"{text!r} is not a size; write it like 16GiB, 800MB or 1048576")
     return size
 

@@ -56,6 +56,16 @@ def test_huge_numbers_are_refused_at_once(
     assert time.perf_counter() - start < 20
 
 
+def test_a_reserve_may_be_nothing(capsys: pytest.CaptureFixture) -> None:
+    plan = ["plan", *TINY, "--memory", "1GiB"]
+    assert call(capsys, *plan, "--reserve", "0")[0] == call(capsys, *plan)[0] == 0
+    assert call(capsys, *plan, "--reserve", "1GiB")[0] == 3
+    assert call(capsys, *plan, "--reserve=-1")[0] == 2
+    assert parse_size("0", least=0) == parse_size(0, least=0) == 0
+    with pytest.raises(ValueError, match="write it like"):
+        parse_size("", least=0)
+
+
 @pytest.mark.parametrize("flag", ["--link", "--memory"])
 def test_huge_sizes_are_no_sizes(capsys: pytest.CaptureFixture, flag: str) -> None:
     code, _, error = call(capsys, "plan", *TINY, flag, "1" + "0" * 30)

@@ -52,16 +52,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
     return cache(make)
 
 
-@pytest.fixture(scope="module")
-def other_plan(plan: Callable[[int], str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The file of a plan that says it is for two ranks; it cannot run."""
-    one = load_plan(plan(1))
-    path = tmp_path_factory.mktemp("other") / "plan.json"
-    problem = one.problem.model_copy(update={"ranks": 2})
-    one.model_copy(update={"problem": problem, "rank_peak_bytes": one.rank_peak_bytes * 2}).save(path)
-    return str(path)
-
-
 def replicas_by_hand(plan: Plan, replicas: int) -> list[float]:
     """Losses of one process that averages the gradients of all replicas' batches."""
     training = Training(plan, World(), seed=0, learning_rate=1e-2)
@@ -163,18 +153,18 @@ def test_ranks_end_with_their_launcher(plan: Callable[[int], str]) -> None:
             time.sleep(0.1)
 
 
-def test_a_wrong_world_is_refused(other_plan: str) -> None:
-    done = torchrun(2, "-m", "evoplan.planner", "run", other_plan, "--replicas", "2")
+def test_a_wrong_world_is_refused(plan: Callable[[int], str]) -> None:
+    done = torchrun(2, "-m", "evoplan.planner", "run", plan(2), "--replicas", "2")
     assert done.code != 0
     (line,) = done.lines
     assert "2 ranks in each of 2 replicas, 4 in all; torchrun started 2 processes" in line
-    assert f"`torchrun --nproc_per_node=4 -m evoplan.planner run {other_plan} --replicas 2`" in line
+    assert f"`torchrun --nproc_per_node=4 -m evoplan.planner run {plan(2)} --replicas 2`" in line
     assert "exitcode  : 2" in done.err
 
 
-def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], other_plan: str) -> None:
+def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str]) -> None:
     program = f"{sys.executable} -m evoplan.planner run"
-    script = f"files=({plan(1)} {other_plan}); exec {program} ${{files[RANK]}} --replicas 2"
+    script = f"files=({plan(1)} {plan(2)}); exec {program} ${{files[RANK]}} --replicas 2"
     done = torchrun(2, "--no-python", "bash", "-c", script)
     assert done.code != 0
     (line,) = done.lines
@@ -183,11 +173,11 @@ def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], other_p
     )
 
 
-def test_one_process_is_told_to_use_torchrun(other_plan: str, capsys: pytest.CaptureFixture) -> None:
+def test_one_process_is_told_to_use_torchrun(plan: Callable[[int], str], capsys: pytest.CaptureFixture) -> None:
     from evoplan.planner.cli import main
 
     with pytest.raises(SystemExit) as stop:
-        main(["run", other_plan])
+        main(["run", plan(2)])
     assert stop.value.code == 2
     assert "use `torchrun --nproc_per_node=2 -m evoplan.planner run" in capsys.readouterr().err
 

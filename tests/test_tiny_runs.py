@@ -158,7 +158,6 @@ def test_a_run_and_a_planned_run(tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         (("--memory", "1MB"), "the one that needs least takes"),
-        (("--memory", "1GB", "--use-amp"), "a plan is for one dtype"),
         (("--memory", "1GB", "--enable-torch-compile"), "leave --enable-torch-compile out"),
         (("--device", "7"), "0 GPUs here"),
         (("--msa-dim", "50"), "no multiple of its 4 heads"),
