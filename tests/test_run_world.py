@@ -173,7 +173,9 @@ def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str]) -> None
     )
 
 
-def test_one_process_is_told_to_use_torchrun(plan: Callable[[int], str], capsys: pytest.CaptureFixture) -> None:
+def test_one_process_is_told_to_use_torchrun(
+    plan: Callable[[int], str], capsys: pytest.CaptureFixture
+) -> None:
     from evoplan.planner.cli import main
 
     with pytest.raises(SystemExit) as stop:
