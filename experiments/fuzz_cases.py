@@ -227,25 +227,27 @@ def draw_case(seed: int, index: int) -> Case:
 
 
 def _config(rng: random.Random, kind: str) -> ModelConfig:
+    # At least two channels wherever a layer norm reads them: one alone has no gradient, and what is computed
+    # for it is rounding, 300 times enlarged.
     blocks = rng.choice((1, 1, 2))
     if kind == "tiny":
         heads, pair_heads = rng.randint(1, 3), rng.randint(1, 3)
         return TinyOpenFoldConfig(
-            n_block=blocks, c_m=heads * rng.randint(1, 5), c_z=pair_heads * rng.randint(1, 5),
+            n_block=blocks, c_m=heads * rng.randint(2, 5), c_z=pair_heads * rng.randint(2, 5),
             n_head_msa=heads, n_head_pair=pair_heads,
             c_opm=rng.randint(1, 5), transition_factor=rng.randint(1, 4),
         )  # fmt: skip
 
     def stack(columns: str, c_z: int) -> EvoformerConfig:
         return EvoformerConfig(
-            n_block=blocks if kind != "trunk" else 1, c_m=rng.randint(1, 15), c_z=c_z,
+            n_block=blocks if kind != "trunk" else 1, c_m=rng.randint(2, 15), c_z=c_z,
             n_head_msa=rng.randint(1, 4), n_head_pair=rng.randint(1, 4),
             c_head=rng.randint(1, 7), c_head_msa=rng.randint(1, 7), c_opm=rng.randint(1, 6),
-            c_tri=rng.randint(1, 9), transition_factor=rng.randint(1, 4), column_attention=columns,
+            c_tri=rng.randint(2, 9), transition_factor=rng.randint(1, 4), column_attention=columns,
             dropout_msa=rng.choice((0.0, 0.3)), dropout_pair=rng.choice((0.0, 0.3)),
         )  # fmt: skip
 
-    c_z = rng.randint(1, 13)
+    c_z = rng.randint(2, 13)
     if kind == "trunk":
         return TrunkConfig(stack("global", c_z), stack("gated", c_z))
     return stack("global" if kind == "extra" else "gated", c_z)
