@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.kept_traces import KeptTraces
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.loss import Loss, trace_loss
 from evoplan.cost_model.scratch import CpuScratch
@@ -110,6 +111,7 @@ def build_cost_table(
     traced_here = partial(offered_strategies, kernels=kernels_for(device.kind))
     torch_dtype = getattr(torch, dtype)
     scratch, casting = CpuScratch() if device.kind == "cpu" else None, casting_of(device.kind, autocast)
+    kept = KeptTraces((device.kind, device.block_bytes, dtype, autocast, training))
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
@@ -142,14 +144,17 @@ def build_cost_table(
                 known = [s for s in offered if s == WHOLE or times.knows(step, read, s)]
                 if not any(times.knows(step, read, strategy) for strategy in known):
                     raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
-                found = [
-                    times.timed(
-                        step,
-                        read,
-                        trace_step(step, s, state, constants, trace, live, training, in_place, casting),
-                    )
-                    for s in known
-                ]
+                constants_read = {n: constants[step.name_of(n)] for n in step.submodule.constants}
+                traced_costs = kept.costs(
+                    step.submodule,
+                    (step.names, step.reads, live, in_place, _layouts(constants_read), _layouts(state)),
+                    known,
+                    partial(
+                        trace_step, step, state=state, constants=constants, trace=trace, live=live,
+                        training=training, in_place=in_place, casting=casting,
+                    ),
+                )  # fmt: skip
+                found = [times.timed(step, read, cost) for cost in traced_costs]
                 if strategies is None:
                     gradients = sum(_rounded(state[name].nbytes, device) for name in live)
                     numbers = LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
@@ -180,6 +185,14 @@ def build_cost_table(
         input_bytes=input_bytes,
         host_bandwidth=device.host_bandwidth,
     )
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: _layout(tensor) for name, tensor in tensors.items()}
 
 
 def _rounded(size: int, device: Device) -> int:

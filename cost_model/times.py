@@ -353,8 +353,13 @@ def default_cache() -> Path:
     """EVOPLAN_CACHE, or evoplan/times.sqlite where the user's caches are."""
     if "EVOPLAN_CACHE" in os.environ:
         return Path(os.environ["EVOPLAN_CACHE"])
+    return caches_folder() / "times.sqlite"
+
+
+def caches_folder() -> Path:
+    """Where this user's caches of evoplan are."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home
         caches = Path(tempfile.gettempdir()) / f"caches-{os.getuid()}"
-    return caches / "evoplan" / "times.sqlite"
+    return caches / "evoplan"

@@ -91,6 +91,10 @@ class Reshard(Submodule):
         new[cut], new[new_cut] = size, self.ranks.lengths(shape[new_cut])[self.ranks.rank]
         return tuple(new)
 
+    @property
+    def shared_by(self) -> str:
+        return repr(self.ranks)
+
     def signature(self) -> tuple:
         kind, *about = super().signature()
         return kind, self.target, self.move, *about

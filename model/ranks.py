@@ -46,6 +46,9 @@ class Ranks:
         self.size = size if group is None else dist.get_world_size(group)
         self.backend = backend if group is None else dist.get_backend(group)
 
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.size} over {self.backend}"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a copy of a model talks to the same ranks
 

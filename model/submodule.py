@@ -193,8 +193,13 @@ class Submodule(nn.Module):
         """The shape of the new target where the target has `shape`."""
         return tuple(shape)
 
+    @property
+    def shared_by(self) -> str:
+        """How ranks share its work; equal where they do so alike."""
+        return repr(self.sharding)
+
     def signature(self) -> tuple:
-        """Equal for submodules that cost the same on the same input."""
+        """Equal for submodules that cost the same on the same input, shared alike."""
         parameters = tuple(
             (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()
         )
