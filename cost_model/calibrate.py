@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.trace import Work
@@ -60,6 +59,8 @@ def fit(measured: Sequence[tuple[Work, float]], device: Device, dtype: str) -> C
     Raises:
         ValueError: too few measurements.
     """
+    from scipy.optimize import least_squares  # half a second that few commands need
+
     if len(measured) < LEAST_ROWS:
         raise ValueError(f"{len(measured)} measured times are too few to calibrate; it takes {LEAST_ROWS}")
     counted = [

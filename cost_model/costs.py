@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -113,7 +113,6 @@ def build_cost_table(
     scratch, casting = CpuScratch() if device.kind == "cpu" else None, casting_of(device.kind, autocast)
     kept = KeptTraces((device.kind, device.block_bytes, dtype, autocast, training))
     with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
-        model = fake_copy(model, torch_dtype).train(training)
         chain = Chain.of(model)
         before = trace.live_bytes
         tensors = {
@@ -140,6 +139,7 @@ def build_cost_table(
             key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:
                 progress(step.name)
+                step = replace(step, submodule=fake_copy(step.submodule, torch_dtype).train(training))
                 read = {name: tuple(state[name].shape) for name in step.reads}
                 known = [s for s in offered if s == WHOLE or times.knows(step, read, s)]
                 if not any(times.knows(step, read, strategy) for strategy in known):

@@ -13,8 +13,9 @@ from evoplan.cost_model.trace import Casting, Trace, Work
 from evoplan.model.chain import Step
 from evoplan.model.execution import record, run_discarded
 from evoplan.model.kernels import kernels_for
+from evoplan.model.layers import altered_layers
 from evoplan.model.strategy import COMPILED, LEAN, WHOLE, Strategy
-from evoplan.model.submodule import IndependentAxis
+from evoplan.model.submodule import IndependentAxis, ReductionAxis
 
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.
@@ -73,7 +74,10 @@ def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] 
     submodule = step.submodule
     # Without a normalisation (a reshard) there is nothing that could be remade.
     strategies = [WHOLE, LEAN] if submodule.norms else [WHOLE]
+    altered = any(altered_layers(submodule))
     for axis in submodule.axes:
+        if altered and isinstance(axis, ReductionAxis):  # of such a layer's weight no slice can be taken
+            continue
         if isinstance(axis, IndependentAxis):
             kind, size = "chunk", shape[axis.cuts[submodule.target]]
         else:

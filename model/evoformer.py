@@ -57,7 +57,7 @@ class EvoformerStack(Plannable):
     def reset_parameters(self) -> None:
         """AlphaFold 2's initialisation: gates open, what enters the residual stream zero (Suppl. 1.11.4)."""
         for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear) or module.weight.is_meta:
                 continue
             last = name.rpartition(".")[2]
             if last in ("linear_o", "linear_out", "linear_2") or last.endswith(("_gate", "_g")):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
 from evoplan.model.chain import Plannable, State, laid_out
@@ -58,3 +60,10 @@ def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOp
     if isinstance(config, TinyOpenFoldConfig):
         return TinyOpenFoldStack(config)
     return EvoformerStack(config) if isinstance(config, EvoformerConfig) else EvoformerTrunk(config)
+
+
+@lru_cache(maxsize=4)
+def model_without_data(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOpenFoldStack:
+    """The same on the meta device and in training mode; whoever asks is given the same one, to look at."""
+    with torch.device("meta"):
+        return build_model(config).train()

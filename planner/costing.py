@@ -17,7 +17,7 @@ from evoplan.model.chain import Chain, Plannable, Step
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.ranks import Ranks
 from evoplan.model.strategy import Strategy
-from evoplan.model.trunk import build_model
+from evoplan.model.trunk import model_without_data
 from evoplan.planner.plan import Prediction
 from evoplan.planner.problem import Problem
 from evoplan.planner.replay import replay
@@ -104,9 +104,7 @@ def planned_model(problem: Problem, rank: int = 0, stack: Plannable | None = Non
         rank: of ranks that are only imagined.
         stack: the model; made without data and in training mode when not given.
     """
-    if stack is None:
-        with torch.device("meta"):
-            stack = build_model(problem.config).train()
+    stack = model_without_data(problem.config) if stack is None else stack
     if problem.ranks == 1:
         return stack
     backend = "gloo" if device_of(problem).kind == "cpu" else "nccl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -17,7 +18,9 @@ from evoplan.planner.problem import Problem
 from evoplan.planner.replay import Moment, Replay
 from evoplan.planner.schedule import Checkpoint, Sequence, all_runs, depth, final_strategies, forward_runs
 from evoplan.planner.sizes import exact_size, format_seconds, format_size
-from evoplan.planner.verify import Verification
+
+if TYPE_CHECKING:
+    from evoplan.planner.verify import Verification
 
 
 def describe_problem(problem: Problem) -> str:

@@ -22,6 +22,9 @@ from evoplan.model.tiled import tiled_attention
 # Nobody's own measured times come into a test.
 os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests-have-no-cache.sqlite")
 
+# Nor into the user's traces what tests make, but all processes of a test run share theirs.
+os.environ.setdefault("EVOPLAN_TRACES", str(Path(__file__).parents[1] / ".pytest_cache" / "evoplan"))
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads that wait for each other take minutes
 
