@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evoplan.cost_model.trace import Casting, Trace, Work
 from evoplan.model.chain import Step
-from evoplan.model.execution import record, run_discarded
+from evoplan.model.execution import PiecewiseRun, Run, record, run_discarded
 from evoplan.model.kernels import kernels_for
 from evoplan.model.layers import altered_layers
 from evoplan.model.strategy import COMPILED, LEAN, WHOLE, Strategy
@@ -136,10 +136,15 @@ def trace_step(
 
     trace.reset()
     with casting():
-        run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
-    numbers = trace.kept_number_bytes  # a record in pieces is made without autograd and keeps none
+        if strategy.in_pieces:  # recorded or not, the same runs: it need not be traced twice
+            run: Run = PiecewiseRun(step.submodule, strategy, step.tensors(state, constants, seed))
+        else:
+            run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
+            del output
+    numbers = trace.kept_number_bytes
     forward_bytes, forward_work = trace.peak_bytes - base + numbers, trace.work()
-    del output
+    if strategy.in_pieces:
+        forward_bytes, forward_work = discard_bytes, discard_work
     preserved_bytes = trace.live_bytes - base - loss_bytes + numbers
 
     gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
