@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -91,6 +92,9 @@ def build_cost_table(
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
+    Tensors are on the meta device; for autocast, which knows none such, they are fake ones, which take three
+    times as long.
+
     Args:
         model: its parameters may be on the meta device. One rank's share of a model costs what that rank's
             part does: no shard is longer than the first rank's.
@@ -112,11 +116,16 @@ def build_cost_table(
     torch_dtype = getattr(torch, dtype)
     scratch, casting = CpuScratch() if device.kind == "cpu" else None, casting_of(device.kind, autocast)
     kept = KeptTraces((device.kind, device.block_bytes, dtype, autocast, training))
-    with fake_tensors(), Trace(device.block_bytes, scratch) as trace, sampled_pieces(trace):
+    where = "cpu" if autocast else "meta"
+    with (
+        fake_tensors() if autocast else nullcontext(),
+        Trace(device.block_bytes, scratch) as trace,
+        sampled_pieces(trace),
+    ):
         chain = Chain.of(model)
         before = trace.live_bytes
         tensors = {
-            name: made_like(shape, torch_dtype, *(given or {}).get(name, (None, None)))
+            name: made_like(where, shape, torch_dtype, *(given or {}).get(name, (None, None)))
             for name, shape in shapes.items()
         }
         state, constants = model.prepare(**tensors)
@@ -139,7 +148,7 @@ def build_cost_table(
             key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
             if key not in traced:
                 progress(step.name)
-                step = replace(step, submodule=fake_copy(step.submodule, torch_dtype).train(training))
+                step = replace(step, submodule=fake_copy(step.submodule, torch_dtype, where).train(training))
                 read = {name: tuple(state[name].shape) for name in step.reads}
                 known = [s for s in offered if s == WHOLE or times.knows(step, read, s)]
                 if not any(times.knows(step, read, strategy) for strategy in known):
@@ -165,13 +174,16 @@ def build_cost_table(
             options.append(traced[key])
             new_shape = step.submodule.new_shape(state[step.target].shape)
             if new_shape != state[step.target].shape:
-                state[step.target] = torch.empty(new_shape, dtype=torch_dtype)
+                state[step.target] = state[step.target].new_empty(new_shape)
                 largest[step.target] = max(largest[step.target], state[step.target].nbytes)
         state_bytes = {name: _rounded(size, device) for name, size in largest.items()}
         # mean_square makes the gradients and nothing else.
         loss_bytes = sum(state_bytes[name] for name in chain.outputs)
         loss_bytes += LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
-        if loss is not None and training:
+        layouts = _layouts(state)
+    if loss is not None and training:
+        with fake_tensors(), Trace(device.block_bytes, scratch) as trace:
+            state = {name: torch.empty(shape, dtype=dtype) for name, (shape, _, dtype) in layouts.items()}
             loss_bytes = max(loss_bytes, trace_loss(loss, model.results(state), trace, casting))
     return CostTable(
         options=tuple(options),
@@ -200,10 +212,14 @@ def _rounded(size: int, device: Device) -> int:
 
 
 def made_like(
-    shape: Sequence[int], dtype: torch.dtype, other: str | None = None, stride: Sequence[int] | None = None
+    where: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    other: str | None = None,
+    stride: Sequence[int] | None = None,
 ) -> Tensor:
     """A tensor of that shape; in another dtype by name, and with other strides, where these are given."""
     dtype = getattr(torch, other) if other else dtype
-    return (
-        torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
-    )
+    if stride is None:
+        return torch.empty(shape, dtype=dtype, device=where)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=where)

@@ -113,7 +113,7 @@ def trace_step(
     in_place: bool = False,
     casting: Casting = nullcontext,
 ) -> StepCost:
-    """Cost of one step under one strategy; call on fake tensors, inside `trace`.
+    """Cost of one step under one strategy; call on tensors without data, inside `trace`.
 
     Args:
         live: tensors of the state that have a gradient when the step's backward begins; None for all.
@@ -122,7 +122,8 @@ def trace_step(
         casting: what forward runs under, and backward does not.
     """
     base = trace.live_bytes
-    loss = [torch.empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS if training else 0)]
+    numbers = range(LOSS_NUMBERS if training else 0)
+    loss = [state[step.target].new_empty(NUMBER_BYTES, dtype=torch.uint8) for _ in numbers]
     loss_bytes = trace.live_bytes - base
     seed = 0 if step.submodule.training else None
 
@@ -141,11 +142,11 @@ def trace_step(
         else:
             run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
             del output
-    numbers = trace.kept_number_bytes
-    forward_bytes, forward_work = trace.peak_bytes - base + numbers, trace.work()
+    kept_bytes = trace.kept_number_bytes
+    forward_bytes, forward_work = trace.peak_bytes - base + kept_bytes, trace.work()
     if strategy.in_pieces:
         forward_bytes, forward_work = discard_bytes, discard_work
-    preserved_bytes = trace.live_bytes - base - loss_bytes + numbers
+    preserved_bytes = trace.live_bytes - base - loss_bytes + kept_bytes
 
     gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
     target = state[step.target]
@@ -153,7 +154,7 @@ def trace_step(
     del target
     trace.reset()
     result = run.vjp(gradients[step.target])
-    backward_bytes, backward_work = trace.peak_bytes - base + numbers, trace.work()
+    backward_bytes, backward_work = trace.peak_bytes - base + kept_bytes, trace.work()
     del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
     return StepCost(

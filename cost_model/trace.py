@@ -1,4 +1,4 @@
-"""Live bytes and work of code run on fake tensors: nothing is computed, no memory is used.
+"""Live bytes and work of code run on tensors without data: nothing is computed, no memory is used.
 
 Every storage made under `Trace` is counted from the operator that makes it until its last
 reference is gone. The cost is linear in the number of operators.
@@ -179,12 +179,13 @@ _FREE = {
 def _with_statistics(out: tuple, x: Tensor, weight: Tensor | None, on_cpu: bool) -> tuple:
     """A normalisation's results with means and deviations in the dtype that real tensors get them in.
 
-    Of half precision that is float32, but on a CPU only where the weight is in float32; fake tensors get x's.
+    Of half precision that is float32, but on a CPU only where the weight is in float32; without data tensors get
+    x's if they are fake, and float32 if they are not.
     """
-    if x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype)):
-        return out
     normalised, *statistics = out
-    return normalised, *(torch.empty(tensor.shape, dtype=torch.float32) for tensor in statistics)
+    own = x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype))
+    dtype = x.dtype if own else torch.float32
+    return normalised, *(t if t.dtype == dtype else t.new_empty(t.shape, dtype=dtype) for t in statistics)
 
 
 def _strided_as_viewed(tensor: Tensor) -> Tensor:
@@ -265,12 +266,16 @@ def real_tensors_too() -> Iterator[None]:
         mode.allow_non_fake_inputs = before
 
 
-def fake_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The same module with parameters and buffers that have no data; call inside `fake_tensors`."""
+def fake_copy(module: nn.Module, dtype: torch.dtype | None = None, where: str = "cpu") -> nn.Module:
+    """The same module with parameters and buffers that have no data.
+
+    Args:
+        where: meta; or cpu, inside `fake_tensors`.
+    """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
+        data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=where)
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
     return copy.deepcopy(module, memo)

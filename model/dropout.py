@@ -23,7 +23,7 @@ def dropout_mask(submodule: Submodule, target: Tensor, seed: int | None, step: i
     if seed is None or not rate or shared is None:
         return None
     sharding = submodule.sharding
-    generator = torch.Generator(target.device)
+    generator = torch.Generator("cpu" if target.is_meta else target.device)
     generator.manual_seed((seed + (step + 1) * _SPREAD) % 2**63)
     # Ranks draw the whole mask and keep their part, so that all ranks together drop what one would.
     shape = list(target.shape) if sharding is None else sharding.whole_shape(target)

@@ -91,6 +91,7 @@ def mask_constants(
             f"masks must be shaped like their tensors without channels: msa_mask {tuple(msa_mask.shape)} "
             f"for m {tuple(m.shape)}, pair_mask {tuple(pair_mask.shape)} for z {tuple(z.shape)}"
         )
-    with torch.autocast(m.device.type, enabled=False):  # half precision cannot count to 257, or to 2,049
+    kind = "cpu" if m.is_meta else m.device.type  # autocast knows no meta device
+    with torch.autocast(kind, enabled=False):  # half precision cannot count to 257, or to 2,049
         count = pair_count(msa_mask)
     return {"msa_mask": msa_mask, "pair_mask": pair_mask, "pair_count": count}

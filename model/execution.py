@@ -16,12 +16,12 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from evoplan.model.chunks import chunked, chunked_vjp
 from evoplan.model.context import Context
 from evoplan.model.coshards import cosharded, cosharded_vjp
 from evoplan.model.gradients import Gradients, OfParameters, OfState
+from evoplan.model.internals import has_data
 from evoplan.model.kernels import using
 from evoplan.model.layers import altered_layers
 from evoplan.model.parameters import Parameters
@@ -67,7 +67,7 @@ def _possible(submodule: Submodule, strategy: Strategy) -> Strategy:
 
 def _whole(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
     """The new target of a run that is not in pieces."""
-    if strategy.kernel == COMPILED and not isinstance(tensors[submodule.target], FakeTensor):
+    if strategy.kernel == COMPILED and has_data(tensors[submodule.target]):
         return _compiled_target(submodule.attends)(submodule, tensors)
     return _new_target(submodule, tensors)
 

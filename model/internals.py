@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
 
@@ -30,6 +31,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is one of torch's as it comes: no subclass, no other forward, nothing hung on it."""
     return type(layer) is kind and "forward" not in layer.__dict__ and not has_hooks(layer)
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there are numbers in it: it is neither on the meta device nor a fake one."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def storage_key(tensor: Tensor) -> int:

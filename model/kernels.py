@@ -14,9 +14,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from evoplan.model.fused import KernelError, cuequivariance_attention, deepspeed_attention, sdpa_attention
+from evoplan.model.internals import has_data
 from evoplan.model.strategy import COMPILED, EAGER, Strategy
 from evoplan.model.tiled import tiled_attention
 
@@ -102,7 +102,7 @@ def _or_stand_in(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The kernel; on tensors without data, which it cannot run on, one that keeps as much."""
-    if isinstance(q, FakeTensor):
+    if not has_data(q):
         return tiled_attention(q, k, v, mask, bias, 2 * MIB)
     return attend(q, k, v, mask, bias)
 
