@@ -179,8 +179,8 @@ _FREE = {
 def _with_statistics(out: tuple, x: Tensor, weight: Tensor | None, on_cpu: bool) -> tuple:
     """A normalisation's results with means and deviations in the dtype that real tensors get them in.
 
-    Of half precision that is float32, but on a CPU only where the weight is in float32; without data tensors get
-    x's if they are fake, and float32 if they are not.
+    Of half precision that is float32, but on a CPU only where the weight is in float32. Without data they are
+    given x's on fake tensors, and float32 on the meta device.
     """
     normalised, *statistics = out
     own = x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype))
