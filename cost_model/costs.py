@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
-import torch
-from torch import Tensor, nn
-
 from evoplan.cost_model.devices import Device
-from evoplan.cost_model.kept_traces import KeptTraces
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
-from evoplan.cost_model.loss import Loss, trace_loss
-from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies, trace_step
+from evoplan.cost_model.loss import Loss
+from evoplan.cost_model.scratch import TensorSpec
+from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies
 from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
-from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
-from evoplan.model.chain import Chain, Step
+from evoplan.cost_model.tracing import Given, Here, Tracer, prepared
+from evoplan.model.chain import Chain, Plannable, Step
 from evoplan.model.kernels import kernels_for
-from evoplan.model.pieces import sampled_pieces
 from evoplan.model.strategy import WHOLE, Strategy
 
 
@@ -78,7 +72,7 @@ class CostTable:
 
 
 def build_cost_table(
-    model: nn.Module,
+    model: Plannable,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     device: Device,
@@ -88,12 +82,10 @@ def build_cost_table(
     strategies: Callable[[Step, Sequence[int]], Sequence[Strategy]] | None = None,
     autocast: str | None = None,
     loss: Loss | None = None,
-    given: Mapping[str, tuple[str | None, tuple[int, ...] | None]] | None = None,
+    given: Given | None = None,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
-    Tensors are on the meta device; for autocast, which knows none such, they are fake ones, which take three
-    times as long.
 
     Args:
         model: its parameters may be on the meta device. One rank's share of a model costs what that rank's
@@ -112,79 +104,40 @@ def build_cost_table(
         ValueError: the loss cannot be traced; says why.
     """
     times = times or Roofline(device, dtype)
-    traced_here = partial(offered_strategies, kernels=kernels_for(device.kind))
-    torch_dtype = getattr(torch, dtype)
-    scratch, casting = CpuScratch() if device.kind == "cpu" else None, casting_of(device.kind, autocast)
-    kept = KeptTraces((device.kind, device.block_bytes, dtype, autocast, training))
-    where = "cpu" if autocast else "meta"
-    with (
-        fake_tensors() if autocast else nullcontext(),
-        Trace(device.block_bytes, scratch) as trace,
-        sampled_pieces(trace),
-    ):
-        chain = Chain.of(model)
-        before = trace.live_bytes
-        tensors = {
-            name: made_like(where, shape, torch_dtype, *(given or {}).get(name, (None, None)))
-            for name, shape in shapes.items()
-        }
-        state, constants = model.prepare(**tensors)
-        input_bytes = trace.live_bytes - before
-        del tensors
-        state = {name: tensor.detach() for name, tensor in state.items()}
-        largest = {name: tensor.nbytes for name, tensor in state.items()}
-        step_reads = tuple(step.reads for step in chain.steps)
-        liveness = Liveness(step_reads, chain.outputs)
-        traced: dict[tuple, tuple[StepCost, ...]] = {}
-        options = []
-        for step in chain.steps:
-            live = tuple(version.tensor for version in liveness.alive(step.index + 1))
-            # What is live is so in the layout of the moment: ranks may share the state one way or another.
-            shapes_now = tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
-            offered = tuple((strategies or traced_here)(step, state[step.target].shape))
-            if strategies is None and not training:  # nothing is kept: lean is whole
-                offered = tuple(strategy for strategy in offered if strategy.kind != "lean")
-            in_place = not training and liveness.owns_target(step.index)
-            key = step.submodule.signature(), step.reads, live, shapes_now, offered, in_place
-            if key not in traced:
-                progress(step.name)
-                step = replace(step, submodule=fake_copy(step.submodule, torch_dtype, where).train(training))
-                read = {name: tuple(state[name].shape) for name in step.reads}
-                known = [s for s in offered if s == WHOLE or times.knows(step, read, s)]
-                if not any(times.knows(step, read, strategy) for strategy in known):
-                    raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
-                constants_read = {n: constants[step.name_of(n)] for n in step.submodule.constants}
-                traced_costs = kept.costs(
-                    step.submodule,
-                    (step.names, step.reads, live, in_place, _layouts(constants_read), _layouts(state)),
-                    known,
-                    partial(
-                        trace_step, step, state=state, constants=constants, trace=trace, live=live,
-                        training=training, in_place=in_place, casting=casting,
-                    ),
-                )  # fmt: skip
-                found = [times.timed(step, read, cost) for cost in traced_costs]
-                if strategies is None:
-                    gradients = sum(_rounded(state[name].nbytes, device) for name in live)
-                    numbers = LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
-                    opaque = times.opaque(step, read, gradients + numbers)
-                    # Pieces that write over their target take less than was measured.
-                    found += [cost for cost in opaque if not (in_place and cost.strategy.in_pieces)]
-                traced[key] = tuple(found)
-            options.append(traced[key])
-            new_shape = step.submodule.new_shape(state[step.target].shape)
-            if new_shape != state[step.target].shape:
-                state[step.target] = state[step.target].new_empty(new_shape)
-                largest[step.target] = max(largest[step.target], state[step.target].nbytes)
-        state_bytes = {name: _rounded(size, device) for name, size in largest.items()}
-        # mean_square makes the gradients and nothing else.
-        loss_bytes = sum(state_bytes[name] for name in chain.outputs)
-        loss_bytes += LOSS_NUMBERS * _rounded(NUMBER_BYTES, device)
-        layouts = _layouts(state)
+    tracer = Tracer(device, dtype, training, autocast)
+    state, constants, input_bytes = prepared(model, shapes, dtype, device, given or {})
+    largest = {name: spec.nbytes for name, spec in state.items()}
+    chain = Chain.of(model)
+    step_reads = tuple(step.reads for step in chain.steps)
+    liveness = Liveness(step_reads, chain.outputs)
+    known: dict[tuple, tuple[StepCost, ...]] = {}
+    options = []
+    for step in chain.steps:
+        # What is live is so in the layout of the moment: ranks may share the state one way or another.
+        here = Here(
+            dict(state),
+            {name: constants[name] for name in map(step.name_of, step.submodule.constants)},
+            tuple(version.tensor for version in liveness.alive(step.index + 1)),
+            not training and liveness.owns_target(step.index),
+        )
+        target = state[step.target]
+        offered = tuple((strategies or partial(_offered, device, training))(step, target.shape))
+        key = step.submodule.signature(), step.reads, offered, repr(here)
+        if key not in known:
+            progress(step.name)
+            step = tracer.step(step)
+            known[key] = tuple(_timed(step, offered, here, tracer, times, strategies is None))
+        options.append(known[key])
+        new_shape = step.submodule.new_shape(target.shape)
+        if new_shape != target.shape:
+            state[step.target] = new = TensorSpec.dense(new_shape, target.dtype)
+            largest[step.target] = max(largest[step.target], new.nbytes)
+    state_bytes = {name: device.in_blocks(size) for name, size in largest.items()}
+    # mean_square makes the gradients and nothing else.
+    loss_bytes = sum(state_bytes[name] for name in chain.outputs)
+    loss_bytes += LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES)
     if loss is not None and training:
-        with fake_tensors(), Trace(device.block_bytes, scratch) as trace:
-            state = {name: torch.empty(shape, dtype=dtype) for name, (shape, _, dtype) in layouts.items()}
-            loss_bytes = max(loss_bytes, trace_loss(loss, model.results(state), trace, casting))
+        loss_bytes = max(loss_bytes, tracer.loss_bytes(loss, model, state))
     return CostTable(
         options=tuple(options),
         step_reads=step_reads,
@@ -199,27 +152,26 @@ def build_cost_table(
     )
 
 
-def _layout(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+def _offered(device: Device, training: bool, step: Step, shape: Sequence[int]) -> list[Strategy]:
+    offered = offered_strategies(step, shape, kernels_for(device.kind))
+    # Where nothing is kept, lean is whole.
+    return [strategy for strategy in offered if training or strategy.kind != "lean"]
 
 
-def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    return {name: _layout(tensor) for name, tensor in tensors.items()}
-
-
-def _rounded(size: int, device: Device) -> int:
-    return -(-size // device.block_bytes) * device.block_bytes
-
-
-def made_like(
-    where: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    other: str | None = None,
-    stride: Sequence[int] | None = None,
-) -> Tensor:
-    """A tensor of that shape; in another dtype by name, and with other strides, where these are given."""
-    dtype = getattr(torch, other) if other else dtype
-    if stride is None:
-        return torch.empty(shape, dtype=dtype, device=where)
-    return torch.empty_strided(shape, stride, dtype=dtype, device=where)
+def _timed(
+    step: Step, offered: Sequence[Strategy], here: Here, tracer: Tracer, times: TimeSource, opaque: bool
+) -> Iterator[StepCost]:
+    """Costs under the strategies that there are times for, and under those that were measured whole."""
+    read = {name: here.state[name].shape for name in step.reads}
+    if not any(times.knows(step, read, strategy) for strategy in offered):
+        raise MissingTimesError(f"{step.name}: no {times.name} time for its shapes")
+    known = [strategy for strategy in offered if strategy == WHOLE or times.knows(step, read, strategy)]
+    for cost in tracer.costs(step, known, here):
+        yield times.timed(step, read, cost)
+    if opaque:
+        in_blocks = tracer.device.in_blocks
+        gradients = sum(in_blocks(here.state[name].nbytes) for name in here.live)
+        for cost in times.opaque(step, read, gradients + LOSS_NUMBERS * in_blocks(NUMBER_BYTES)):
+            # Pieces that write over their target take less than was measured.
+            if not (here.in_place and cost.strategy.in_pieces):
+                yield cost

@@ -68,6 +68,10 @@ class Device:
     host_bandwidth: float | None = None
     kind: str = "cuda"
 
+    def in_blocks(self, size: int) -> int:
+        """What an allocation of that many bytes takes."""
+        return -(-size // self.block_bytes) * self.block_bytes
+
 
 # Bytes per second over 16 lanes of PCI Express, by generation: about three quarters of what the lanes carry
 # (PCI-SIG: 15.8, 31.5 and 63 GB/s), for copies of pinned memory.

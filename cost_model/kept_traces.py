@@ -54,7 +54,7 @@ class KeptTraces:
         submodule: Submodule,
         about: Sequence[Any],
         strategies: Sequence[Strategy],
-        trace: Callable[[Strategy], StepCost],
+        trace: Callable[[Sequence[Strategy]], list[StepCost]],
     ) -> list[StepCost]:
         """Costs of a step under some strategies: those that are kept, and those that `trace` finds.
 
@@ -62,16 +62,16 @@ class KeptTraces:
             about: what they depend on, besides the submodule.
         """
         if self.path is None or not _is_ours(submodule):
-            return [trace(strategy) for strategy in strategies]
+            return trace(strategies)
         key = hashlib.sha256(
             repr((self._about, submodule.signature(), submodule.shared_by, *about)).encode()
         ).hexdigest()
         known = self._read(key)
         missing = [strategy for strategy in strategies if str(strategy) not in known]
-        found = {str(strategy): trace(strategy) for strategy in missing}
-        if found:
+        if missing:
+            found = dict(zip(map(str, missing), trace(missing), strict=True))
             self._write(key, found)
-        known |= found
+            known |= found
         return [known[str(strategy)] for strategy in strategies]
 
     def _read(self, key: str) -> dict[str, StepCost]:

@@ -18,6 +18,7 @@ For the others, closed forms give the exact bytes. Checked with torch 2.13 on x8
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from functools import cache, reduce
 from math import prod
 from typing import Any, NamedTuple
@@ -46,6 +47,23 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """A tensor's own."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @classmethod
+    def dense(
+        cls, shape: Iterable[int], dtype: torch.dtype, stride: tuple[int, ...] | None = None
+    ) -> TensorSpec:
+        """One without gaps, unless strides are given."""
+        shape = tuple(shape)
+        return cls(shape, _contiguous_stride(shape) if stride is None else stride, dtype)
+
+    def empty(self, where: str) -> Tensor:
+        """A tensor like it on a device."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
 
     @property
     def nbytes(self) -> int:

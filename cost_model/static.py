@@ -28,8 +28,7 @@ def static_bytes(
         reserve_bytes: kept free for what is not planned.
     """
     item = DTYPES[dtype]
-    block = device.block_bytes
-    parameters = [(-(-count * item // block) * block, trained) for count, trained in parameter_sizes]
+    parameters = [(device.in_blocks(count * item), trained) for count, trained in parameter_sizes]
     trained = sum(size for size, trained in parameters if trained) if training else 0
     parts = {
         "parameters": sum(size for size, _ in parameters),

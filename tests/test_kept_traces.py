@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from evoplan.cost_model import costs, kept_traces
+from evoplan.cost_model import kept_traces, tracing
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.steps import StepCost, trace_step
@@ -36,11 +36,11 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps that are traced from here on, not read."""
     names: list[str] = []
 
-    def noted(step: Any, strategy: Any, **about: Any) -> StepCost:
+    def noted(step: Any, *about: Any) -> StepCost:
         names.append(step.name)
-        return trace_step(step, strategy, **about)
+        return trace_step(step, *about)
 
-    monkeypatch.setattr(costs, "trace_step", noted)
+    monkeypatch.setattr(tracing, "trace_step", noted)
     return names
 
 
