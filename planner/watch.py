@@ -130,6 +130,7 @@ class Watch(threading.Thread):
         self.store, self.rank, self.size, self.seconds = store, rank, size, seconds
         self.members = {other: Member(other) for other in range(size)}
         self._handles: dict[int, int] = {}  # of other processes on this machine; their numbers may be reused
+        self._gone: set[int] = set()  # whose process had ended and been reaped before a handle was taken
         self._next = (rank + 1) % size
         self._last_beat, self._heard = b"", time.monotonic()
         self._stopped = False
@@ -151,8 +152,12 @@ class Watch(threading.Thread):
         mine = self.members[self.rank].machine
         for rank, member in self.members.items():
             if rank not in {*self._handles, self.rank} and mine and member.machine == mine:
-                with suppress(OSError):
+                try:
                     self._handles[rank] = os.pidfd_open(member.pid)
+                except ProcessLookupError:
+                    self._gone.add(rank)
+                except OSError:
+                    continue  # it cannot be seen from here, and its silence has to tell
 
     def stop(self) -> None:
         """End the watch; the run has gone well."""
@@ -219,7 +224,8 @@ class Watch(threading.Thread):
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
             final = time.monotonic() > deadline
-            dead = {rank for rank, handle in self._handles.items() if _ended(handle)}  # first: then its words
+            # First who has ended: then its words.
+            dead = self._gone | {rank for rank, handle in self._handles.items() if _ended(handle)}
             dead -= self._posted("done")
             failures = {
                 rank: Failure(**json.loads(self.store.get(f"failed/{rank}")))
