@@ -20,6 +20,7 @@ from evoplan.model.strategy import WHOLE, Strategy
 from evoplan.planner.replay import replay
 from evoplan.planner.schedule import depth
 from evoplan.planner.solvers.dp import Program
+from evoplan.planner.solvers.reading import Reader
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 
 KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))
@@ -109,10 +110,11 @@ def writes_all(table: CostTable) -> bool:
 def check_schedules(program: Program, table: CostTable) -> None:
     """Each distinct schedule read off: in its budget by the replay, and as fast as promised."""
     assert np.all(program.times[1:] <= program.times[:-1])
+    reader = Reader(program)
     for memory in range(program.size):
         if not program.times[memory] < (program.times[memory - 1] if memory else np.inf):
             continue
-        schedule = program.schedule(memory)
+        schedule = reader.schedule(memory)
         played = replay(schedule, table)
         assert played.peak_bytes - played.output_bytes <= memory * program.unit_bytes
         assert played.seconds <= program.times[memory]
@@ -234,11 +236,12 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
 def test_a_dropped_program_frees_its_tables(table: CostTable) -> None:
     """At once, not when the garbage collector comes by: tables are large."""
     program = Program(table, 1, UNITS)
-    program.schedule(program.size - 1)
+    reader = Reader(program)
+    reader.schedule(program.size - 1)
     gone = weakref.ref(program)
     gc.disable()
     try:
-        del program
+        del program, reader
         assert gone() is None
     finally:
         gc.enable()

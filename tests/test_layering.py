@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
+
+import networkx as nx
 
 ORDER = ["model", "cost_model", "planner", "experiments"]
 ROOT = Path(__file__).parents[1]
@@ -33,3 +36,27 @@ def test_imports_go_one_way() -> None:
 def test_only_the_executor_sees_a_schedule_and_modules() -> None:
     for path in [*(ROOT / "model").rglob("*.py"), *(ROOT / "cost_model").rglob("*.py")]:
         assert "planner" not in path.read_text(), f"{path} speaks of the planner"
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of evoplan that a file imports, wherever in it and be it for types alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("evoplan."):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_circle_of_imports() -> None:
+    graph = nx.DiGraph()
+    files = {
+        ".".join(("evoplan", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+        for package in ORDER
+        for path in (ROOT / package).rglob("*.py")
+    }
+    for module, path in files.items():
+        graph.add_edges_from((module, name) for name in imported(path) if name in files and name != module)
+    assert len(graph) > 100
+    circle = next(nx.simple_cycles(graph), None)
+    assert circle is None, " imports ".join(circle)

@@ -18,15 +18,12 @@ schedule never exceeds its budget.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import proxy
 
 import numpy as np
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.strategy import Strategy
-from evoplan.planner.schedule import Sequence
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
-from evoplan.planner.solvers.reading import Reader
 from evoplan.planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
@@ -90,7 +87,6 @@ class Program:
     optimistic: bool = False
 
     def __post_init__(self) -> None:
-        self._reader = Reader(proxy(self))  # a cycle would keep a dropped program's tables
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
@@ -249,10 +245,6 @@ class Program:
             if segments is not None:
                 segments.relax(best)
             self._first.fill(group, best)
-
-    def schedule(self, memory: int) -> Sequence:
-        """The fastest schedule within `memory` grid units, where `times` is finite."""
-        return self._reader.schedule(memory)
 
 
 def number_segments(kinds: list[int]) -> tuple[int, Integers]:

@@ -21,6 +21,7 @@ from evoplan.planner.schedule import Run, Sequence, allow_depth
 from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times, unit_bytes
+from evoplan.planner.solvers.reading import Reader
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.
@@ -59,7 +60,7 @@ class Frontier:
     table: CostTable
     max_depth: int | None = None
     _times: dict[int, Times] = field(default_factory=dict, repr=False)
-    _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # the latest few
+    _readers: dict[int, Reader] = field(default_factory=dict, repr=False)  # of the latest few programs
 
     def __post_init__(self) -> None:
         table = self.table
@@ -78,20 +79,20 @@ class Frontier:
         units = [UNITS] * (len(self.spans) - 1) + [UNITS * max(1, min(3, 256 // len(table.groups)))]
         self._units = [unit_bytes(*both, table) for both in zip(self.spans, units, strict=True)]
 
-    def _program(self, index: int) -> Program:
-        """The program on one grid; solved anew where it was dropped to save memory."""
-        if index not in self._programs:
+    def _reader(self, index: int) -> Reader:
+        """Of the program on one grid; solved anew where it was dropped to save memory."""
+        if index not in self._readers:
             unit = self._units[index]
-            while sum(program.nbytes for program in self._programs.values()) > KEEP_BYTES:
-                del self._programs[next(iter(self._programs))]
+            while sum(reader.program.nbytes for reader in self._readers.values()) > KEEP_BYTES:
+                del self._readers[next(iter(self._readers))]
             program = Program(self.table, unit, -(-self.spans[index] // unit), self.max_depth)
-            self._programs[index] = program
+            self._readers[index] = Reader(program)
             self._times[index] = program.times.copy()
-        return self._programs[index]
+        return self._readers[index]
 
     def _grid_times(self, index: int) -> Times:
         """Least seconds on one grid, by budget in its units."""
-        return self._times[index] if index in self._times else self._program(index).times
+        return self._times[index] if index in self._times else self._reader(index).program.times
 
     def _answers(self, budget_bytes: int) -> list[tuple[float, int, int]]:
         """(seconds, grid, memory in its units) of every grid asked for a budget."""
@@ -138,7 +139,7 @@ class Frontier:
         return min(found, key=lambda answer: answer[0])
 
     def _read(self, index: int, units: int) -> Sequence:
-        return self._program(index).schedule(units)
+        return self._reader(index).schedule(units)
 
     @cached_property
     def _least_on_grids(self) -> tuple[int, int] | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.solvers.dp import Depth, Program
 from evoplan.planner.solvers.grid import FIRST, Pass, Times
 from evoplan.planner.solvers.segments import Segments
-
-if TYPE_CHECKING:
-    from evoplan.planner.solvers.dp import Depth, Program
 
 Parts = list[Run | Checkpoint]
 
@@ -19,13 +16,13 @@ KEPT_WAYS = 128  # ways through a group that are kept: neighbouring budgets ask 
 
 @dataclass
 class Reader:
-    """Schedules of one program."""
+    """Schedules of one program whose costs are not rounded down."""
 
     program: Program
     _ways: dict[tuple, list[Times]] = field(default_factory=dict, repr=False)
 
     def schedule(self, memory: int) -> Sequence:
-        """The fastest schedule within `memory` grid units, where the program has one."""
+        """The fastest schedule within `memory` grid units, where the program's `times` are finite."""
         program, parts, group = self.program, [], 0
         while group < len(program.table.groups):
             segments, after = program.first_segments(group), program.first_of(group + 1)
