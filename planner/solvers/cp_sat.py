@@ -29,7 +29,7 @@ from evoplan.planner.solvers.items import GroupTable, Item, ItemMaker
 SHORT = 12  # steps up to which every step is chosen by itself
 UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square
 GROUP_UNITS = 80  # at least, of the most that a group makes use of
-SECONDS = 30.0  # of search
+WORK = 8.0  # of search, in OR-tools' deterministic time, so that a busy machine finds as much: half a minute
 TICKS = 2**34  # of the slowest item: seconds become whole numbers
 
 
@@ -58,7 +58,7 @@ def answer(
     max_depth: int = 1,
     optimistic: bool = False,
     units: int | None = None,
-    limit: float = SECONDS,
+    limit: float = WORK,
 ) -> Answer:
     """Solve a chain for which it `applies`, for training.
 
@@ -67,7 +67,7 @@ def answer(
         max_depth: 0 or 1.
         optimistic: round costs down, for a bound; the schedule may need more then.
         units: steps of the grid of memory.
-        limit: seconds of search.
+        limit: of search, in OR-tools' deterministic time.
     """
     if not applies(table):
         raise ValueError("cp-sat plans at most 12 steps, or any number of equal blocks; use --solver dp")
@@ -113,7 +113,7 @@ def _solve(
     rounded = np.floor if optimistic else np.ceil
     model.minimize(sum(int(rounded(seconds * scale)) * variable for variable, seconds in cost))
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = limit
+    solver.parameters.max_deterministic_time = limit
     solver.parameters.num_workers = 2
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
