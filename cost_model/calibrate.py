@@ -16,6 +16,7 @@ from evoplan.cost_model.devices import Device
 from evoplan.cost_model.trace import Work
 
 LEAST_ROWS = 12
+REACH = 1e4  # of what is fitted, times or part of a data sheet's figure
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def fit(measured: Sequence[tuple[Work, float]], device: Device, dtype: str) -> C
         return np.array([part.sum() for part in np.split(kernels, ends)]) / seconds
 
     start = np.log([device.peak_flops[dtype], device.bandwidth, device.launch_seconds])
-    found = least_squares(lambda logs: np.log(ratios(logs)), start, loss="soft_l1", f_scale=0.1)
+    # What bounds none of the kernels that were measured may be any number: it stays within reach.
+    bounds = start - np.log(REACH), start + np.log(REACH)
+    found = least_squares(
+        lambda logs: np.log(ratios(logs)), start, bounds=bounds, loss="soft_l1", f_scale=0.1
+    )
     rate, bandwidth, launch = map(float, np.exp(found.x))
     error = float(np.median(np.abs(ratios(found.x) - 1)))
     return Calibration(rate, bandwidth, launch, error, len(measured))

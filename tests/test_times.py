@@ -8,12 +8,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from evoplan.cost_model.calibrate import Calibration, fit
+from evoplan.cost_model.calibrate import REACH, Calibration, fit
 from evoplan.cost_model.devices import DEVICES, DTYPES, Device, Link, device
 from evoplan.cost_model.local import named
 from evoplan.cost_model.roofline import bounds, seconds
@@ -323,6 +325,23 @@ def test_calibration_finds_the_constants_that_made_the_times() -> None:
     assert applied.peak_flops["float64"] == DEVICES["cpu"].peak_flops["float64"]
     with pytest.raises(ValueError, match="too few to calibrate"):
         fit(measured[:5], DEVICES["cpu"], "float32")
+
+
+def test_a_figure_that_bounds_nothing_stays_within_reach() -> None:
+    """Small kernels on a busy machine take as long whatever they move: their bandwidth could be any."""
+    sheet = DEVICES["cpu"]
+    busy = np.random.default_rng(1).uniform(1, 3, 24)
+    works = [Work(Counter({(0, 2**25 * n): 40, (10 * n, n): 5})) for n in range(1, 25)]
+    measured = [
+        (work, 1e-4 * wait / n**0.5) for n, (work, wait) in enumerate(zip(works, busy, strict=True), 1)
+    ]
+    found = fit(measured, sheet, "float32")
+    for figure, of_sheet in (
+        (found.bandwidth, sheet.bandwidth),
+        (found.flops, sheet.peak_flops["float32"]),
+        (found.launch_seconds, sheet.launch_seconds),
+    ):
+        assert of_sheet / REACH * 0.999 <= figure <= of_sheet * REACH * 1.001
 
 
 @pytest.mark.parametrize(
