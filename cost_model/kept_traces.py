@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.times import caches_folder
+from evoplan.cost_model.times import caches_folder, local_name
 from evoplan.cost_model.trace import Work
 from evoplan.model.layers import altered_layers
 from evoplan.model.strategy import Strategy
@@ -123,8 +123,7 @@ def _is_ours(submodule: Submodule) -> bool:
 def _surroundings() -> tuple[Any, ...]:
     return (
         torch.__version__,
-        torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
+        local_name("cpu"),  # its processor and threads, on which scratch depends
         torch.are_deterministic_algorithms_enabled(),
     )
 
