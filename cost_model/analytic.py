@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from evoplan.model.config import PRESETS, EvoformerConfig, InputShape, override
+from evoplan.model.config import InputShape, override
+from evoplan.model.families import PRESETS, EvoformerConfig
 
 
 @dataclass(frozen=True)

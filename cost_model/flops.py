@@ -11,7 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig
 
 
 class Flops(NamedTuple):

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig, with_blocks
+from evoplan.model.config import InputShape
+from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve
@@ -57,7 +58,7 @@ GRID = [
 def rows(case: tuple) -> list[dict]:
     """The plans of one case, measured."""
     config, blocks, shape, dtype, dropout, shares = case
-    config = with_blocks(config, blocks)
+    config = config.with_blocks(blocks)
     config = config if dropout else config.with_dropout(0.0)
     how = {"mixed": dtype} if dtype in AUTOCAST else {"dtype": dtype}
     problem = Problem(model="custom", config=config, shape=shape, **how)

@@ -26,7 +26,8 @@ from rich.console import Console
 from evoplan.cost_model import measure
 from evoplan.cost_model.times import local_name
 from evoplan.experiments.interleaved import interleaved
-from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.model.config import InputShape
+from evoplan.model.families import EvoformerConfig
 from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed
 from evoplan.planner.files import STDOUT, check_writable, write_json

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from evoplan.model.alignment import read_alignment
-from evoplan.model.config import InputShape, preset
+from evoplan.model.config import InputShape
+from evoplan.model.families import preset
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import write_json
 from evoplan.planner.planning import solve, sweep

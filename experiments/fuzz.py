@@ -195,7 +195,7 @@ class Check:
     def _compare_numbers(self, plain: FuzzStep, planned: FuzzStep) -> None:
         expected, got = plain.results(), planned.results()
         self.found.overflows += not expected.finite
-        what = difference(expected, got, self.case.family.problem.precision, plain.exact)
+        what = difference(expected, got, self.case.family.problem.precision, plain)
         if what is not None:
             self._fault("wrong", what)
 

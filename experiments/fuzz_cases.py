@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.steps import offered_strategies
+from evoplan.model.build import build_model
 from evoplan.model.chain import Chain, Plannable
-from evoplan.model.config import EvoformerConfig, InputShape, ModelConfig, TinyOpenFoldConfig, TrunkConfig
+from evoplan.model.config import InputShape, ModelConfig
+from evoplan.model.families import (
+    EvoformerConfig,
+    MSAModuleConfig,
+    PairformerConfig,
+    TinyOpenFoldConfig,
+    TrunkConfig,
+)
 from evoplan.model.kernels import kernels_for
 from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.model.trunk import build_model
 from evoplan.planner.costing import kind_of
 from evoplan.planner.problem import Given, Problem
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
@@ -27,7 +34,7 @@ from evoplan.planner.trial import random_stack
 FAMILY = 16  # cases that share one trace
 FULL_OFFER = 0.04  # of all families, those whose plans choose among all strategies there are
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 17, 20)
-KINDS = ("main", "main", "extra", "trunk", "tiny")
+KINDS = ("main", "main", "extra", "trunk", "tiny", "pairformer", "msa")
 PRECISIONS = ("float64", "float64", "float32", "float32", "bfloat16", "float16", "bf16-mixed", "fp16-mixed")
 LAYOUTS = ("plain", "plain", "plain", "transposed", "channels first", "slice", "expanded")
 MASK_DTYPES = (None, None, "bool", "int64", "float32", "bfloat16")  # None: the state's
@@ -155,7 +162,8 @@ class Case:
 def laid(tensor: Tensor, layout: str) -> Tensor:
     """The tensor's values in another layout; an expanded batch repeats its first entry."""
     if layout == "transposed":
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        dims = (0, 1) if tensor.ndim == 2 else (1, 2)
+        return tensor.transpose(*dims).contiguous().transpose(*dims)
     if layout == "channels first":
         return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
     if layout == "slice":
@@ -166,12 +174,12 @@ def laid(tensor: Tensor, layout: str) -> Tensor:
 
 
 def mask(shape: tuple[int, ...], missing: str) -> Tensor:
-    """A mask [b, rows, columns] in which something is missing."""
+    """A mask [b, rows, columns] or [b, columns] in which something is missing."""
     there = torch.rand(shape) > 0.25
     if missing == "rows":
         there &= torch.rand(shape[:-1]).unsqueeze(-1) > 0.4
     elif missing == "columns":
-        there &= torch.rand(shape[0], 1, shape[-1]) > 0.4
+        there &= torch.rand(shape[0], *[1] * (len(shape) - 2), shape[-1]) > 0.4
     elif missing in ("all of it", "none of it"):
         there.fill_(missing == "none of it")
     return there
@@ -184,10 +192,9 @@ def draw_family(seed: int, number: int) -> Family:
     precision = rng.choice(PRECISIONS)
     kind = rng.choice(KINDS)
     config = _config(rng, kind)
-    shape = InputShape(
-        rng.choice(SIZES), rng.choice(SIZES), rng.choice((1, 1, 1, 2, 3)),
-        rng.choice(SIZES) if kind == "trunk" else None,
-    )  # fmt: skip
+    n_seq, n_res, batch = rng.choice(SIZES), rng.choice(SIZES), rng.choice((1, 1, 1, 2, 3))
+    n_extra = rng.choice(SIZES) if kind == "trunk" else None
+    shape = InputShape(None if kind == "pairformer" else n_seq, n_res, batch, n_extra)
     mixed = precision.endswith("mixed")
     problem = Problem(
         model="custom", config=config, shape=shape,
@@ -236,6 +243,20 @@ def _config(rng: random.Random, kind: str) -> ModelConfig:
             n_block=blocks, c_m=heads * rng.randint(2, 5), c_z=pair_heads * rng.randint(2, 5),
             n_head_msa=heads, n_head_pair=pair_heads,
             c_opm=rng.randint(1, 5), transition_factor=rng.randint(1, 4),
+        )  # fmt: skip
+
+    if kind in ("pairformer", "msa"):
+        widths = {
+            "n_block": blocks, "c_z": rng.randint(2, 13), "n_head_pair": rng.randint(1, 4),
+            "c_head": rng.randint(1, 7), "c_tri": rng.randint(2, 9), "transition_factor": rng.randint(1, 4),
+            "dropout_pair": rng.choice((0.0, 0.3)),
+        }  # fmt: skip
+        c, heads, c_head = rng.randint(2, 15), rng.randint(1, 4), rng.randint(1, 7)
+        if kind == "pairformer":
+            return PairformerConfig(c_s=c, n_head_single=heads, c_head_single=c_head, **widths)
+        return MSAModuleConfig(
+            c_m=c, n_head_msa=heads, c_head_msa=c_head, c_opm=rng.randint(1, 6), last_m=rng.random() < 0.5,
+            dropout_msa=rng.choice((0.0, 0.3)), **widths,
         )  # fmt: skip
 
     def stack(columns: str, c_z: int) -> EvoformerConfig:

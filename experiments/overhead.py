@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evoplan.cost_model import measure
 from evoplan.model.chain import Chain, Step
-from evoplan.model.config import EvoformerConfig
 from evoplan.model.evoformer import EvoformerStack
+from evoplan.model.families import EvoformerConfig
 from evoplan.model.loss import mean_square
 from evoplan.model.strategy import WHOLE
 from evoplan.planner.apply import PlannedModule

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.model.config import override, preset
+from evoplan.model.config import override
+from evoplan.model.families import preset
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import write_json
 from evoplan.planner.problem import Problem

@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from evoplan.model.config import override, preset, with_blocks
+from evoplan.model.config import override
+from evoplan.model.families import preset
 from evoplan.planner.costing import Costed
 from evoplan.planner.plan import Plan, SolverReport
 from evoplan.planner.planning import plan_of, solve
@@ -51,7 +52,7 @@ class Policy:
     ) -> Problem:
         """The policy at a size. The original figures hold no optimizer states, and neither does this."""
         chosen = preset(self.model)
-        config = chosen.config if blocks is None else with_blocks(chosen.config, blocks)
+        config = chosen.config if blocks is None else chosen.config.with_blocks(blocks)
         return Problem(
             model=self.model, config=config, shape=override(chosen.shape, n_seq=shape[0], n_res=shape[1]),
             dtype=dtype or self.dtype, mode=self.mode, optimizer="none", device=device, ranks=ranks,

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from evoplan.cost_model.roofline import reduction_seconds
-from evoplan.model.config import PRESETS, preset
+from evoplan.model.families import PRESETS, preset
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import check_writable, picture_format, write_json
 from evoplan.planner.planning import NoPlanError, solve

@@ -23,7 +23,8 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.chain import Step
-from evoplan.model.config import EvoformerConfig, InputShape
+from evoplan.model.config import InputShape
+from evoplan.model.families import EvoformerConfig
 from evoplan.planner.applying import apply_plan
 from evoplan.planner.costing import Costed, cost_problem
 from evoplan.planner.files import check_writable, write_json

@@ -6,7 +6,8 @@ Names are imported on first use, so that what needs no torch does not load it.
 from importlib import import_module
 from typing import Any
 
-from evoplan.model.config import PRESETS, EvoformerConfig, InputShape, TrunkConfig, preset
+from evoplan.model.config import InputShape
+from evoplan.model.families import PRESETS, EvoformerConfig, TrunkConfig, preset
 
 _LAZY = {
     "EvoformerBlock": "evoplan.model.evoformer",

@@ -31,19 +31,20 @@ class Attention(nn.Module):
 
     Args:
         gated: as AlphaFold 2 has it; else there is neither a gate nor an output bias.
+        bias: of gate and output; AlphaFold 3 has none.
 
     Source: Jumper et al. (2021), Suppl. Alg. 7, 8, 13, 14.
     """
 
-    def __init__(self, c_in: int, n_head: int, c_head: int, gated: bool = True) -> None:
+    def __init__(self, c_in: int, n_head: int, c_head: int, gated: bool = True, bias: bool = True) -> None:
         super().__init__()
         self.n_head, self.c_head = n_head, c_head
         width = n_head * c_head
         self.linear_q = nn.Linear(c_in, width, bias=False)
         self.linear_k = nn.Linear(c_in, width, bias=False)
         self.linear_v = nn.Linear(c_in, width, bias=False)
-        self.linear_g = nn.Linear(c_in, width) if gated else None
-        self.linear_o = nn.Linear(width, c_in, bias=gated)
+        self.linear_g = nn.Linear(c_in, width, bias=bias) if gated else None
+        self.linear_o = nn.Linear(width, c_in, bias=gated and bias)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None, pair_bias: Tensor | None, heads: slice = FULL

@@ -97,6 +97,12 @@ def scaled_deletions(counts: Tensor) -> Tensor:
     return torch.atan(counts / 3.0) * (2.0 / math.pi)
 
 
+def deletion_features(deletions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether there is a deletion, and 2/pi arctan(count / 3): [..., 2] (Suppl. Table 1)."""
+    counts = deletions.float()
+    return torch.stack((counts.clamp(max=1.0), scaled_deletions(counts)), dim=-1).to(dtype)
+
+
 def extra_rows(tokens: np.ndarray, deletions: np.ndarray) -> Batch:
     """What a trunk's extra stack is fed with: rows [s_e, r] that are neither masked nor clustered.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evoplan.model.config import ModelConfig
 from evoplan.model.dropout import dropout_mask
 from evoplan.model.internals import has_hooks, storage_key
 from evoplan.model.regions import region
@@ -45,9 +46,11 @@ class Plannable(nn.Module):
     """A module that is a chain: what has to be known of it to schedule and to run it.
 
     Attributes:
+        config: what it was made from.
         outputs: the state tensors that forward returns, in that order.
     """
 
+    config: ModelConfig
     outputs: tuple[str, ...]
 
     def stacks(self) -> Iterable[tuple[str, Iterable[Any], Mapping[str, str]]]:

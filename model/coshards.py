@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evoplan.model.gradients import Gradients
 from evoplan.model.pieces import spans
-from evoplan.model.slices import ROWS, add, buffer, cut, cuts_of, pick, view
+from evoplan.model.slices import add, buffer, cut, cuts_of, pick, view
 from evoplan.model.strategy import Strategy
 from evoplan.model.submodule import ReductionAxis, Submodule, Tensors, dropped
 
@@ -21,14 +21,14 @@ def cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_pla
         AlteredLayerError: one of its layers has been replaced or has hooks.
     """
     axis = submodule.axis(strategy.axis)
-    cuts = cuts_of(submodule, ROWS)
-    target = tensors[submodule.target]
+    cuts = cuts_of(submodule, submodule.rows)
+    target, dim = tensors[submodule.target], cuts[submodule.target]
     update = _reduced(submodule, axis, strategy.n, _normalised_inputs(submodule, tensors))
     new = buffer(target, in_place)
     inputs = pick(tensors, (*submodule.finish_inputs, "dropout"))
-    for span in _row_spans(target, strategy.n):
-        rows = _finished(submodule, view(update, -3, span).clone(), cut(inputs, cuts, span))
-        torch.add(view(target, -3, span), rows, out=view(new, -3, span))
+    for span in _row_spans(target, dim, strategy.n):
+        rows = _finished(submodule, view(update, dim, span).clone(), cut(inputs, cuts, span))
+        torch.add(view(target, dim, span), rows, out=view(new, dim, span))
         del rows
     return new
 
@@ -38,16 +38,17 @@ def cosharded_vjp(
 ) -> None:
     """Recompute and differentiate share by share; the gradients are added up in `gradients`."""
     axis = submodule.axis(strategy.axis)
-    cuts = cuts_of(submodule, ROWS)
+    cuts = cuts_of(submodule, submodule.rows)
+    dim = cuts[submodule.target]
     x = _normalised_inputs(submodule, tensors)
     update = None if submodule.finish_is_affine else _reduced(submodule, axis, strategy.n, x)
     finish_inputs = pick(tensors, (*submodule.finish_inputs, "dropout"))
 
     def finish_rows(span: slice) -> Tensor:
         piece = cut(finish_inputs, cuts, span)
-        grad_rows = view(grad, -3, span).contiguous()
+        grad_rows = view(grad, dim, span).contiguous()
         # An affine finish has the same gradient anywhere: at zero, say.
-        rows = torch.zeros_like(grad_rows) if update is None else view(update, -3, span)
+        rows = torch.zeros_like(grad_rows) if update is None else view(update, dim, span)
         grads = gradients.differentiate(
             lambda x: _finished(submodule, x["update"].clone(), {**piece, **x}),
             {"update": rows, **gradients.wanted(piece)},
@@ -57,11 +58,11 @@ def cosharded_vjp(
         return grads["update"]
 
     update_grad: Tensor | None = None
-    for span in _row_spans(grad, strategy.n):
+    for span in _row_spans(grad, dim, strategy.n):
         rows = finish_rows(span)
         if update_grad is None:
             update_grad = rows.new_empty((*grad.shape[:-1], rows.shape[-1]))
-        view(update_grad, -3, span).copy_(rows)
+        view(update_grad, dim, span).copy_(rows)
         del rows
     update = None
 
@@ -80,19 +81,20 @@ def cosharded_vjp(
     del update_grad
     x.clear()
     for name in list(x_grads):
-        for span in _row_spans(tensors[name], strategy.n):
+        dim = cuts[name]
+        for span in _row_spans(tensors[name], dim, strategy.n):
             grads = gradients.differentiate(
                 lambda leaves, name=name: submodule.normalised(leaves, (name,))[name],
-                {name: view(tensors[name], -3, span).contiguous()},
-                view(x_grads[name], -3, span),
+                {name: view(tensors[name], dim, span).contiguous()},
+                view(x_grads[name], dim, span),
             )
-            gradients.add_slices(grads, ROWS, span)
+            gradients.add_slices(grads, cuts, span)
             del grads
         del x_grads[name]
 
 
-def _row_spans(tensor: Tensor, n: int) -> Iterator[slice]:
-    return spans(tensor.shape[-3], min(n, tensor.shape[-3]))
+def _row_spans(tensor: Tensor, dim: int, n: int) -> Iterator[slice]:
+    return spans(tensor.shape[dim], min(n, tensor.shape[dim]))
 
 
 def _partial(submodule: Submodule, x: Tensors, part: slice) -> Tensor:

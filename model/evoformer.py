@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.model.chain import Block, Plannable, State, laid_out
-from evoplan.model.config import EvoformerConfig
+from evoplan.model.families import EvoformerConfig
 from evoplan.model.msa import MSAColumnAttention, MSAColumnGlobalAttention, MSARowAttentionWithPairBias
 from evoplan.model.outer_product_mean import OuterProductMean, pair_count
 from evoplan.model.transition import Transition
@@ -51,23 +51,7 @@ class EvoformerStack(Plannable):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(EvoformerBlock(config) for _ in range(config.n_block))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """AlphaFold 2's initialisation: gates open, what enters the residual stream zero (Suppl. 1.11.4)."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or module.weight.is_meta:
-                continue
-            last = name.rpartition(".")[2]
-            if last in ("linear_o", "linear_out", "linear_2") or last.endswith(("_gate", "_g")):
-                nn.init.zeros_(module.weight)
-            elif last == "linear_1":
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            else:
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.constant_(module.bias, 1.0 if last.endswith(("_gate", "_g")) else 0.0)
+        initialise(self)
 
     def prepare(
         self, m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
@@ -80,17 +64,45 @@ class EvoformerStack(Plannable):
         yield "blocks", self.blocks, {}
 
 
+@torch.no_grad()
+def initialise(stack: nn.Module) -> None:
+    """AlphaFold's initialisation: gates open, what enters the residual stream zero.
+
+    Where a gate has no bias, as in AlphaFold 3, it is half open.
+
+    Source: Jumper et al. (2021), Suppl. 1.11.4.
+    """
+    for name, module in stack.named_modules():
+        if not isinstance(module, nn.Linear) or module.weight.is_meta:
+            continue
+        last = name.rpartition(".")[2]
+        if last in ("linear_o", "linear_out", "linear_2") or last.endswith(("_gate", "_g")):
+            nn.init.zeros_(module.weight)
+        elif last.startswith("linear_1"):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        else:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.constant_(module.bias, 1.0 if last.endswith(("_gate", "_g")) else 0.0)
+
+
+def mask_for(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a representation's positions in its dtype; all ones where none is given."""
+    if mask is None:
+        return tensor.new_ones(tensor.shape[:-1])
+    if mask.shape != tensor.shape[:-1]:
+        raise ValueError(
+            "masks must be shaped like their tensors without channels: "
+            f"that of {name} {tuple(tensor.shape)} is {tuple(mask.shape)}"
+        )
+    return mask.to(tensor.dtype).contiguous()
+
+
 def mask_constants(
     m: Tensor, z: Tensor, msa_mask: Tensor | None = None, pair_mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """What submodules read besides the state, by name: both masks and the outer product's counts."""
-    msa_mask = m.new_ones(m.shape[:-1]) if msa_mask is None else msa_mask.to(m.dtype).contiguous()
-    pair_mask = z.new_ones(z.shape[:-1]) if pair_mask is None else pair_mask.to(z.dtype).contiguous()
-    if msa_mask.shape != m.shape[:-1] or pair_mask.shape != z.shape[:-1]:
-        raise ValueError(
-            f"masks must be shaped like their tensors without channels: msa_mask {tuple(msa_mask.shape)} "
-            f"for m {tuple(m.shape)}, pair_mask {tuple(pair_mask.shape)} for z {tuple(z.shape)}"
-        )
+    msa_mask, pair_mask = mask_for("m", m, msa_mask), mask_for("z", z, pair_mask)
     kind = "cpu" if m.is_meta else m.device.type  # autocast knows no meta device
     with torch.autocast(kind, enabled=False):  # half precision cannot count to 257, or to 2,049
         count = pair_count(msa_mask)

@@ -1,4 +1,4 @@
-"""A small trainable program around a stack or a trunk: embedding, masked-MSA head, and the loss.
+"""The masked-MSA program around a stack or a trunk of AlphaFold 2's.
 
 Source: Jumper et al. (2021), Suppl. Alg. 2, line 16, 3 and 4 (embedding), 1.9.9 (head and loss).
 Legend: b = 1 alignment, s = n_seq, r = n_res.
@@ -6,26 +6,17 @@ Legend: b = 1 alignment, s = n_seq, r = n_res.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-import torch
+import numpy as np
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from evoplan.model.alignment import N_TOKENS
-from evoplan.model.batch import Batch, scaled_deletions
-from evoplan.model.config import ModelConfig, TrunkConfig
-
-Stack = Callable[..., tuple[Tensor, Tensor]]
-# For some tensors of the state, by name: rows and columns (the last dimensions but the channels).
-Part = Mapping[str, tuple[slice, slice]]
-
-WHOLE = slice(None), slice(None)
-
-MAX_OFFSET = 32  # sequence distance from which all pairs count as equally far (Suppl. Alg. 4)
+from evoplan.model.alignment import N_TOKENS, Alignment
+from evoplan.model.batch import Batch, deletion_features, extra_rows, mask_msa
+from evoplan.model.config import InputShape, ModelConfig
+from evoplan.model.families import EvoformerConfig, TrunkConfig
+from evoplan.model.program import Part, Program, Stack, chosen_rows, cross_entropy, part_of
 
 
-class MaskedMSAModel(nn.Module):
+class MaskedMSAModel(Program):
     """Embeds an alignment, runs `stack` over it and predicts the tokens that were masked.
 
     What is embedded depends on the model:
@@ -35,58 +26,54 @@ class MaskedMSAModel(nn.Module):
       2 has no loss on it, as nobody reads its last m; here the masked-MSA loss stands in for what follows;
     - a trunk: e as the extra stack's m, from rows that are not masked, m and z as the main stack's.
 
-    `stack` is called as stack(*state, *masks, dropout_seed=seed), state and masks in the order of the
-    configuration's, and returns (m, z). The state has the dtype of this module's parameters, so
-    `model.to(torch.bfloat16)` selects it; batches stay as they were made, and have to be on the
-    parameters' device. Templates and recycling are left out.
+    `stack` returns (m, z). Templates and recycling are left out.
     """
 
-    def __init__(self, config: ModelConfig, stack: Stack) -> None:
-        super().__init__()
-        trunk = isinstance(config, TrunkConfig)
-        main = config.main if trunk else config
-        self.masks = tuple(config.masks)
+    loss_name = "masked-MSA loss"
+
+    def __init__(self, config: EvoformerConfig | TrunkConfig, stack: Stack) -> None:
+        super().__init__(config, stack, config.c_z)
         self.clusters = embeds_clusters(config)
-        # A linear layer on a one-hot vector picks a row of its weight, which is what an embedding does.
-        self.msa_embedding = nn.Embedding(N_TOKENS, main.c_m)
-        self.deletion_embedding = nn.Linear(2, main.c_m)
+        self.msa_embedding = nn.Embedding(N_TOKENS, config.c_m)
+        self.deletion_embedding = nn.Linear(2, config.c_m)
         if self.clusters:
-            self.profile_embedding = nn.Linear(N_TOKENS + 1, main.c_m, bias=False)
-            self.query_embedding = nn.Embedding(N_TOKENS, main.c_m)
-        if trunk:
-            self.extra_embedding = nn.Embedding(N_TOKENS, config.extra.c_m)
-            self.extra_deletion_embedding = nn.Linear(2, config.extra.c_m)
-        self.left_embedding = nn.Embedding(N_TOKENS, main.c_z)
-        self.right_embedding = nn.Embedding(N_TOKENS, main.c_z)
-        self.offset_embedding = nn.Embedding(2 * MAX_OFFSET + 1, main.c_z)
-        self.stack = stack
-        self.head_linear = nn.Linear(main.c_m, N_TOKENS)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Variance 1 / (inputs of the linear layer) and zero biases (Suppl. 1.11.4); the stack is left alone.
-
-        The head starts like the rest, not at zero, so that gradients reach the stack in the first step.
-        """
+            self.profile_embedding = nn.Linear(N_TOKENS + 1, config.c_m, bias=False)
+            self.query_embedding = nn.Embedding(N_TOKENS, config.c_m)
+        if isinstance(config, TrunkConfig):
+            self.extra_embedding = nn.Embedding(N_TOKENS, config.c_e)
+            self.extra_deletion_embedding = nn.Linear(2, config.c_e)
+        self.head_linear = nn.Linear(config.c_m, N_TOKENS)
         row_features = N_TOKENS + 2 + (N_TOKENS + 1) * self.clusters  # one layer, in parts
-        inputs = {
-            "msa_embedding": row_features,
-            "deletion_embedding": row_features,
-            "profile_embedding": row_features,
-            "query_embedding": N_TOKENS,
-            "extra_embedding": N_TOKENS + 2,
-            "extra_deletion_embedding": N_TOKENS + 2,
-            "left_embedding": N_TOKENS,
-            "right_embedding": N_TOKENS,
-            "offset_embedding": 2 * MAX_OFFSET + 1,
-            "head_linear": self.head_linear.in_features,
-        }
-        for name, embedding in self.named_children():
-            if name in inputs:
-                nn.init.normal_(embedding.weight, std=inputs[name] ** -0.5)
-                if getattr(embedding, "bias", None) is not None:
-                    nn.init.zeros_(embedding.bias)
+        self.initialise(
+            {
+                "msa_embedding": row_features,
+                "deletion_embedding": row_features,
+                "profile_embedding": row_features,
+                "query_embedding": N_TOKENS,
+                "extra_embedding": N_TOKENS + 2,
+                "extra_deletion_embedding": N_TOKENS + 2,
+                "head_linear": config.c_m,
+            }
+        )
+
+    @classmethod
+    def draw(cls, config: ModelConfig, shape: InputShape, alignment: Alignment, seed: int) -> Batch:
+        """One step's batch, on the CPU; the same seed makes the same one.
+
+        The main stack gets the query and a random choice of the others as cluster centres, whose features sum
+        up all other rows; a trunk's extra stack a random choice of those that are no centres (Suppl. 1.2.7).
+        The extra stack alone gets rows that are masked, without cluster features.
+        """
+        assert shape.n_seq is not None
+        order = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))
+        centres, others = np.split(order, [shape.n_seq - 1])
+        tokens, deletions = chosen_rows(alignment, np.append(0, centres))
+        if not embeds_clusters(config):
+            return mask_msa(tokens, deletions, seed, clusters=False)
+        batch = mask_msa(tokens, deletions, seed, chosen_rows(alignment, others))
+        if shape.n_extra is not None:
+            batch |= extra_rows(*chosen_rows(alignment, others[: shape.n_extra]))
+        return batch
 
     def embed(self, batch: Batch, own: Part | None = None) -> tuple[Tensor, ...]:
         """The state that the stack starts from: m [b, s, r, c_m] and z [b, r, r, c_z]; in a trunk, e first.
@@ -97,39 +84,31 @@ class MaskedMSAModel(nn.Module):
             batch: whole, also where only a part is embedded.
             own: for "e", "m" and "z" the rows and columns to embed, and no others; all where not named.
         """
-        own = own or {}
         query = batch["targets"][..., 0, :]  # [b, r]
-        m = self._embed_m(batch, query, *own.get("m", WHOLE))
-        z = self._embed_z(query, *own.get("z", WHOLE))
+        m = self._embed_m(batch, query, *part_of("m", own))
+        z = self.embed_z(query, *part_of("z", own))
         if "extra_mask" not in self.masks:
             return m, z
-        rows, columns = own.get("e", WHOLE)
+        rows, columns = part_of("e", own)
         e = self.extra_embedding(batch["extra_tokens"][..., rows, columns])
         deletions = batch["extra_deletions"][..., rows, columns]
-        e += self.extra_deletion_embedding(_deletion_features(deletions, e.dtype))
+        e += self.extra_deletion_embedding(deletion_features(deletions, e.dtype))
         return e, m, z
 
     def _embed_m(self, batch: Batch, query: Tensor, rows: slice, columns: slice) -> Tensor:
         # Sums are taken in place: no layer keeps its output for the backward pass.
         m = self.msa_embedding(batch["tokens_in"][..., rows, columns])
-        m += self.deletion_embedding(_deletion_features(batch["deletions"][..., rows, columns], m.dtype))
+        m += self.deletion_embedding(deletion_features(batch["deletions"][..., rows, columns], m.dtype))
         if self.clusters:
             m += self.profile_embedding(batch["profile"][..., rows, columns, :].to(m.dtype))
             m += self.query_embedding(query[..., columns]).unsqueeze(-3)
         return m
 
-    def _embed_z(self, query: Tensor, rows: slice, columns: slice) -> Tensor:
-        left, right = self.left_embedding(query[..., rows]), self.right_embedding(query[..., columns])
-        z = left.unsqueeze(-2) + right.unsqueeze(-3)
-        position = torch.arange(query.shape[-1], device=query.device)
-        z += self.offset_embedding(_clipped_offsets(position[rows], position[columns]))
-        return z
-
     def head(self, m: Tensor) -> Tensor:
         """Logits of the tokens, [*, s, r, 23], from m [*, s, r, c_m] (Suppl. 1.9.9)."""
         return self.head_linear(m)
 
-    def loss(self, m: Tensor, z: Tensor, batch: Batch, own: Part | None = None) -> Tensor:
+    def loss(self, results: tuple[Tensor, ...], batch: Batch, own: Part | None = None) -> Tensor:
         """Cross entropy averaged over the masked positions; a scalar, 0 where none is masked (Suppl. 1.9.9).
 
         It depends on m alone: z's own losses (AlphaFold 2's distogram head and structure module) are not
@@ -138,49 +117,16 @@ class MaskedMSAModel(nn.Module):
         through the pair bias of the next block's row attention.
 
         Args:
-            m, z: the stack's outputs, or the part of them that `own` names.
+            results: m and z, or the part of them that `own` names.
             batch: whole.
             own: as in `embed`. The losses of parts that make up the whole add up to the whole's.
         """
-        rows, columns = (own or {}).get("m", WHOLE)
-        logits = self.head(m).flatten(0, -2)
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()  # a log-softmax of 23 classes needs more than 8 or 11 bits
+        (m, _), (rows, columns) = results, part_of("m", own)
         is_masked = batch["is_masked"][..., rows, columns].flatten()
-        targets = batch["targets"][..., rows, columns].flatten()
-        each = F.cross_entropy(logits, targets, reduction="none")
+        each = cross_entropy(self.head(m), batch["targets"][..., rows, columns])
         return (each * is_masked).sum() / batch["is_masked"].sum().clamp(min=1)
-
-    def forward(
-        self,
-        batch: Batch,
-        own: Part | None = None,
-        own_outputs: Part | None = None,
-        dropout_seed: int | None = None,
-    ) -> Tensor:
-        """The loss of one batch; a scalar.
-
-        Args:
-            own: the part of the state that the stack takes, as in `embed`; its masks are whole all the same.
-            own_outputs: the part of m and z that it returns.
-            dropout_seed: for the stack, which draws one when None.
-        """
-        state = self.embed(batch, own)
-        m, z = self.stack(*state, *(batch[name] for name in self.masks), dropout_seed=dropout_seed)
-        return self.loss(m, z, batch, own_outputs)
 
 
 def embeds_clusters(config: ModelConfig) -> bool:
     """Whether m's rows are cluster centres, with their clusters' features: not in the extra stack alone."""
     return isinstance(config, TrunkConfig) or config.column_attention == "gated"
-
-
-def _deletion_features(deletions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether there is a deletion, and 2/pi arctan(count / 3): [..., 2] (Suppl. Table 1)."""
-    counts = deletions.float()
-    return torch.stack((counts.clamp(max=1.0), scaled_deletions(counts)), dim=-1).to(dtype)
-
-
-def _clipped_offsets(left: Tensor, right: Tensor) -> Tensor:
-    """Index of the class of the sequence offset i - j, [rows, columns] (Suppl. Alg. 4)."""
-    return (left[:, None] - right[None, :]).clamp(-MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.model.attention import Attention, mask_bias, transposed
-from evoplan.model.config import EvoformerConfig
+from evoplan.model.families import EvoformerConfig
 from evoplan.model.layers import FULL, columns, rows, times
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.representations import ALPHAFOLD
+from evoplan.model.submodule import ReductionAxis, Submodule
 
 
 class MSARowAttentionWithPairBias(Submodule):
@@ -18,13 +19,14 @@ class MSARowAttentionWithPairBias(Submodule):
     Source: Jumper et al. (2021), Suppl. Alg. 7; row-wise dropout, Suppl. 1.11.6.
     """
 
+    layout = ALPHAFOLD
     target = "m"
     context_inputs = ("z",)
     piece_inputs = ("m", "msa_mask")
-    context_cuts = {"z": -3}
-    context_dim = -2  # rows of z are queries of the bias
+    context_dims = ("head", "row", "column")
+    context_axis = ("row",)  # rows of z are queries of the bias
     attends = True
-    dropout_shared_dim = -3
+    dropout_shared = "seq"
 
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
@@ -32,10 +34,7 @@ class MSARowAttentionWithPairBias(Submodule):
         self.linear_b = nn.Linear(config.c_z, config.n_head_msa, bias=False)
         self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.dropout = config.dropout_msa
-        self.axes = (
-            IndependentAxis("seq", {"m": -3, "msa_mask": -2}),
-            ReductionAxis("head", config.n_head_msa),
-        )
+        self.axes = (self.along("seq"), ReductionAxis("head", config.n_head_msa))
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
@@ -50,6 +49,7 @@ class MSAColumnAttention(Submodule):
     Source: Jumper et al. (2021), Suppl. Alg. 8.
     """
 
+    layout = ALPHAFOLD
     target = "m"
     attends = True
     piece_inputs = ("m", "msa_mask")
@@ -58,10 +58,7 @@ class MSAColumnAttention(Submodule):
         super().__init__()
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
         self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa)
-        self.axes = (
-            IndependentAxis("res", {"m": -2, "msa_mask": -1}),
-            ReductionAxis("head", config.n_head_msa),
-        )
+        self.axes = (self.along("res"), ReductionAxis("head", config.n_head_msa))
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         columns = cheap(transposed, m)
@@ -78,6 +75,7 @@ class MSAColumnGlobalAttention(Submodule):
     Source: Jumper et al. (2021), Suppl. Alg. 19; the mean over present sequences as in AlphaFold's code.
     """
 
+    layout = ALPHAFOLD
     target = "m"
     piece_inputs = ("m", "msa_mask")
     eps = 1e-10
@@ -92,10 +90,7 @@ class MSAColumnGlobalAttention(Submodule):
         self.linear_v = nn.Linear(config.c_m, self.c_head, bias=False)
         self.linear_g = nn.Linear(config.c_m, width)
         self.linear_o = nn.Linear(width, config.c_m)
-        self.axes = (
-            IndependentAxis("res", {"m": -2, "msa_mask": -1}),
-            ReductionAxis("head", self.n_head),
-        )
+        self.axes = (self.along("res"), ReductionAxis("head", self.n_head))
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         width = times(part, self.c_head)

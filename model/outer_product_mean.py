@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from evoplan.model.config import EvoformerConfig
+from evoplan.model.families import EvoformerConfig, MSAModuleConfig
 from evoplan.model.layers import FULL, columns, rows, times
-from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.representations import ALPHAFOLD
+from evoplan.model.submodule import ReductionAxis, Submodule
 
 
 def pair_count(msa_mask: Tensor) -> Tensor:
@@ -17,26 +18,31 @@ def pair_count(msa_mask: Tensor) -> Tensor:
 class OuterProductMean(Submodule):
     """z_ij += W mean_s (a_si outer b_sj) + b, over the sequences where both residues are present.
 
+    Args:
+        bias: of the two factors, as AlphaFold 2 has it.
+
     Source: Jumper et al. (2021), Suppl. Alg. 10; the mean over present sequences as in AlphaFold's code.
+    Without biases Abramson et al. (2024), Suppl. Alg. 9.
     """
 
+    layout = ALPHAFOLD
     target = "z"
     context_inputs = ("m", "msa_mask")
     piece_inputs = ("m", "msa_mask")
     finish_inputs = ("pair_count",)
-    context_cuts = {"m": -2, "msa_mask": -1}
-    context_dim = -2
+    context_dims = ("seq", "res", "channel")
+    context_axis = ("res",)
     eps = 1e-3
 
-    def __init__(self, config: EvoformerConfig) -> None:
+    def __init__(self, config: EvoformerConfig | MSAModuleConfig, bias: bool = True) -> None:
         super().__init__()
         c = config.c_opm
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
-        self.linear_a = nn.Linear(config.c_m, c)
-        self.linear_b = nn.Linear(config.c_m, c)
+        self.linear_a = nn.Linear(config.c_m, c, bias=bias)
+        self.linear_b = nn.Linear(config.c_m, c, bias=bias)
         self.linear_out = nn.Linear(c * c, config.c_z)
         self.axes = (
-            IndependentAxis("row", {"z": -3, "m": -2, "msa_mask": -1, "pair_count": -2}),
+            self.along("row", "res"),
             ReductionAxis("channel", c),  # of the left factor
         )
 

@@ -25,10 +25,8 @@ from torch.distributed import ProcessGroup
 from evoplan.model.chain import Plannable, State
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.ranks import Enter, Exchange, Gather, Leave, Ranks
-from evoplan.model.submodule import FULL, Submodule, Tensors
+from evoplan.model.submodule import FULL, Layout, Submodule, Tensors
 from evoplan.model.view import View
-
-ROWS = -3  # where a tensor is cut whose steps don't care
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,16 @@ class Reshard(Submodule):
     """Moves one tensor of the state from shards along one dimension to shards along another (all-to-all).
 
     Args:
-        target: the tensor, as its block calls it.
+        target: the tensor, as its block calls it; `layout` has its dimensions.
         cut, new_cut: dimensions from the right; `size` is how long the whole is along `cut`.
     """
 
     axes = ()
     leads_in = True
 
-    def __init__(self, target: str, ranks: Ranks, cut: int, new_cut: int, size: int) -> None:
+    def __init__(self, target: str, layout: Layout, ranks: Ranks, cut: int, new_cut: int, size: int) -> None:
         super().__init__()
-        self.target, self.piece_inputs = target, (target,)
+        self.layout, self.target, self.piece_inputs = layout, target, (target,)
         self.norms = nn.ModuleDict()
         self.ranks, self.move = ranks, (cut, new_cut, size)
 
@@ -123,12 +121,13 @@ class _Sharer:
 
     Attributes:
         cuts: for each state tensor, the dimension along which it is cut where the walk has come to.
-        constant_cuts: each layout of a constant that some step reads, by its name: constant and dimension.
+        constant_cuts: each layout of a constant that some step reads, by its name: constant and dimension,
+            None where it is read whole.
     """
 
     def __init__(self, ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, int]) -> None:
         self.ranks, self.shapes, self.cuts = ranks, shapes, dict(cuts)
-        self.constant_cuts: dict[str, tuple[str, int]] = {}
+        self.constant_cuts: dict[str, tuple[str, int | None]] = {}
 
     def block(self, block: Any, names: Mapping[str, str]) -> _Block:
         """This rank's share of a block."""
@@ -138,7 +137,8 @@ class _Sharer:
                 called = names.get(tensor, tensor)
                 cut, wanted = self.cuts[called], submodule.shard_cuts.get(tensor)
                 if wanted not in (None, cut):
-                    reshard = Reshard(tensor, self.ranks, cut, wanted, self.shapes[called][cut])
+                    move = cut, wanted, self.shapes[called][cut]
+                    reshard = Reshard(tensor, submodule.layout, self.ranks, *move)
                     shared.steps.append((f"reshard_{tensor}_for_{name}", reshard))
                     self.cuts[called] = wanted
             shared.steps.append((name, self.submodule(submodule, names)))
@@ -158,7 +158,10 @@ class _Sharer:
         )
         shared.names = {}
         for constant in submodule.constants:
-            whole, cut = names.get(constant, constant), submodule.shard_cuts[constant]
+            whole, cut = names.get(constant, constant), submodule.shard_cuts.get(constant)
+            if cut is None:  # every rank reads all of it
+                self.constant_cuts[whole] = whole, None
+                continue
             shared.names[constant] = f"{whole} cut at {cut}"
             self.constant_cuts[shared.names[constant]] = whole, cut
         return shared
@@ -202,13 +205,14 @@ class ParallelEvoformer(View, Plannable):
         self.ranks = ranks if isinstance(ranks, Ranks) else Ranks(ranks)
         self.outputs: tuple[str, ...] = stack.outputs
         self.shapes: Mapping[str, tuple[int, ...]] = stack.config.state_shapes(shape)
-        for name, size in ((name, min(shape[-3:-1])) for name, shape in self.shapes.items()):
+        for name, size in ((name, min(shape[1:-1])) for name, shape in self.shapes.items()):
             if size < self.ranks.size:
                 raise ValueError(
                     f"{name} has an axis of {size}, which {self.ranks.size} ranks cannot share; "
                     f"use at most {size}"
                 )
-        self.input_cuts = dict.fromkeys(self.shapes, ROWS)
+        # Along the first dimension, where no step cares.
+        self.input_cuts = {name: 1 - len(shape) for name, shape in self.shapes.items()}
         for name, cut in reversed(list(self._wanted())):  # as the first step that cares wants it
             self.input_cuts[name] = cut
         sharer, _ = self._share()
@@ -219,12 +223,13 @@ class ParallelEvoformer(View, Plannable):
         """The whole model's."""
         return self.stack.config
 
-    def spans(self, cuts: Mapping[str, int]) -> dict[str, tuple[slice, slice]]:
-        """This rank's part of each state tensor cut so, as slices of its last two dimensions but channels."""
+    def spans(self, cuts: Mapping[str, int]) -> dict[str, tuple[slice, ...]]:
+        """This rank's part of each state tensor cut so: slices of its dimensions but batch and channels."""
         parts = {}
         for name, cut in cuts.items():
-            span = self.ranks.span(self.shapes[name][cut])
-            parts[name] = (span, FULL) if cut == ROWS else (FULL, span)
+            shape = self.shapes[name]
+            span = self.ranks.span(shape[cut])
+            parts[name] = tuple(span if dim == cut else FULL for dim in range(1 - len(shape), -1))
         return parts
 
     @property
@@ -263,17 +268,21 @@ class ParallelEvoformer(View, Plannable):
         given = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
         state = {name: given[name] for name in self.input_cuts}
         for name, expected in self.input_shapes.items():
-            if state[name].shape[-3:] != expected[-3:]:
+            if state[name].shape[1 - len(expected) :] != expected[1:]:
                 raise ValueError(f"built for {name} of shape {expected}, not {tuple(state[name].shape)}")
         # Constants are made of whole masks: what they need of the state is its shape and type.
         for name, tensor in state.items():
-            shape = (*tensor.shape[:-3], *self.shapes[name][-3:])
+            whole = self.shapes[name][1:]
+            shape = (*tensor.shape[: -len(whole)], *whole)
             given[name] = tensor.detach().new_empty(()).expand(shape)
         _, constants = self.stack.prepare(**given)
         if self.whole:
             state = {name: Enter.apply(self.ranks, state[name], cut) for name, cut in self.input_cuts.items()}
         cuts = self._constant_cuts.items()
-        return state, {name: self.ranks.own(constants[whole], cut) for name, (whole, cut) in cuts}
+        return state, {
+            name: constants[whole] if cut is None else self.ranks.own(constants[whole], cut)
+            for name, (whole, cut) in cuts
+        }
 
     def results(self, state: State) -> tuple[Tensor, ...]:
         """What forward returns: the outputs, whole or this rank's shards of them."""

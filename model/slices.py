@@ -9,9 +9,6 @@ from torch import Tensor
 
 from evoplan.model.submodule import Submodule, Tensors
 
-# Every tensor along its rows: what follows a reduction needs one position at a time.
-ROWS = {"m": -3, "z": -3, "msa_mask": -2, "pair_mask": -2, "pair_count": -2}
-
 
 def cuts_of(submodule: Submodule, cuts: Mapping[str, int]) -> Mapping[str, int]:
     """`cuts`, and where the dropout mask is cut with the target unless it is shared along that axis."""

@@ -12,19 +12,44 @@ stages read it. Nothing here knows of schedules; `model.execution` runs the stag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from evoplan.model.config import Dims
 from evoplan.model.layers import FULL, altered_layers
 from evoplan.model.remake import cheap
 
-STATE = ("m", "z")  # what a schedule moves; all other tensors a stage reads are constants
-
 # A stage argument by name: state tensors, masks, and "dropout" where there is one.
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What submodules call the tensors that they read, and the dimensions of each without its batch.
+
+    Attributes:
+        state: what a schedule moves.
+        constants: all others.
+    """
+
+    state: Mapping[str, Dims]
+    constants: Mapping[str, Dims]
+
+    def dims(self, tensor: str) -> Dims:
+        """The names of a tensor's dimensions."""
+        return self.state[tensor] if tensor in self.state else self.constants[tensor]
+
+    def dim(self, tensor: str, *names: str) -> int:
+        """The dimension of one of these names, from the right."""
+        dims = self.dims(tensor)
+        return next(index for index, name in enumerate(dims, start=-len(dims)) if name in names)
+
+    def cuts(self, tensors: Iterable[str], *names: str) -> dict[str, int]:
+        """Of some tensors, those that have a dimension of one of these names, and which it is."""
+        return {t: self.dim(t, *names) for t in dict.fromkeys(tensors) if {*names} & {*self.dims(t)}}
 
 
 @dataclass(frozen=True)
@@ -77,18 +102,19 @@ class Sharding(Protocol):
 class Submodule(nn.Module):
     """Base class of the submodules. Subclasses declare the class attributes and write the stages."""
 
+    layout: Layout
     target: str
     context_inputs: tuple[str, ...] = ()
     piece_inputs: tuple[str, ...]
     finish_inputs: tuple[str, ...] = ()
-    # How the context itself can be computed in slices: where its inputs are cut, where its result is joined.
-    # Ranks cut it so too: what the pieces read as well must be cut along the independent axis here.
-    context_cuts: Mapping[str, int] = {}
-    context_dim: int = -1
+    # The dimensions of the context, and those along which it can be computed in slices: its inputs are cut,
+    # its result is joined there. Ranks cut it so too: what the pieces read as well must be cut alike.
+    context_dims: Dims = ()
+    context_axis: Dims = ()
     # True where finish(u) = A u + b, so that its gradient needs no value of u.
     finish_is_affine: bool = True
-    # The dimension along which one dropout mask is shared; None where there is no dropout.
-    dropout_shared_dim: int | None = None
+    # The target's dimension along which one dropout mask is shared; None where there is no dropout.
+    dropout_shared: str | None = None
     # True where every position needs only itself, so that ranks may cut the target anywhere.
     positionwise: bool = False
 
@@ -126,16 +152,44 @@ class Submodule(nn.Module):
         return update
 
     @property
+    def _inputs(self) -> tuple[str, ...]:
+        return (self.target, *self.context_inputs, *self.piece_inputs, *self.finish_inputs)
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """State tensors that the submodule reads, its target first."""
-        inputs = (self.target, *self.context_inputs, *self.piece_inputs, *self.finish_inputs)
-        return tuple(dict.fromkeys(name for name in inputs if name in STATE))
+        return tuple(dict.fromkeys(name for name in self._inputs if name in self.layout.state))
 
     @property
     def constants(self) -> tuple[str, ...]:
         """Masks that the submodule reads."""
-        inputs = (*self.context_inputs, *self.piece_inputs, *self.finish_inputs)
-        return tuple(dict.fromkeys(name for name in inputs if name not in STATE))
+        return tuple(dict.fromkeys(name for name in self._inputs if name not in self.layout.state))
+
+    def along(self, *names: str) -> IndependentAxis:
+        """The axis of the first name: it cuts what pieces read wherever a dimension has one of the names."""
+        read = (self.target, *self.piece_inputs, *self.finish_inputs)
+        return IndependentAxis(names[0], self.layout.cuts(read, *names))
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Every tensor along its first dimension: what follows a reduction needs one position at a time."""
+        return {name: -len(self.layout.dims(name)) for name in (*self.reads, *self.constants)}
+
+    @property
+    def context_cuts(self) -> Mapping[str, int]:
+        """Where the context's inputs are cut for a slice of it."""
+        return self.layout.cuts(self.context_inputs, *self.context_axis)
+
+    @property
+    def context_dim(self) -> int:
+        """The context's dimension, from the right, along which its slices are joined."""
+        at = [index for index, name in enumerate(self.context_dims) if name in self.context_axis]
+        return at[0] - len(self.context_dims) if at else -1
+
+    @property
+    def dropout_shared_dim(self) -> int | None:
+        """The target's dimension, from the right, along which one dropout mask is shared."""
+        return None if self.dropout_shared is None else self.layout.dim(self.target, self.dropout_shared)
 
     def axis(self, name: str) -> Axis:
         """The declared axis of that name; ValueError lists the others."""

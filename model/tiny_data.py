@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evoplan.model.config import InputShape, Task, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
+from evoplan.model.families.tiny_openfold import Task
 from evoplan.model.tiny_openfold import LARGEST_DISTANCE
 
 STEP = 3.8  # Angstrom between neighbours along the chain, as between alpha carbons

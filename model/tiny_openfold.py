@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from evoplan.model.attention import Attention, transposed
 from evoplan.model.chain import Block, Plannable, State, laid_out
-from evoplan.model.config import TinyOpenFoldConfig
+from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.internals import has_hooks
 from evoplan.model.layers import FULL, columns, rows, times
 from evoplan.model.layout import channels_first, channels_last
 from evoplan.model.regions import region
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.representations import ALPHAFOLD
+from evoplan.model.submodule import ReductionAxis, Submodule
 
 LARGEST_DISTANCE = 20.0  # Angstrom; the head's sigmoid is scaled by it
 MSA_EMBEDDING, PAIR_EMBEDDING, HEAD, LOSS = (
@@ -39,11 +40,12 @@ def _twice(c: int) -> nn.Sequential:
 class TinyRowAttention(Submodule):
     """Attention along each row of the alignment, biased by the pair representation as it is."""
 
+    layout = ALPHAFOLD
     target = "m"
     context_inputs = ("z",)
     piece_inputs = ("m",)
-    context_cuts = {"z": -3}
-    context_dim = -2
+    context_dims = ("head", "row", "column")
+    context_axis = ("row",)
     attends = True
 
     def __init__(self, config: TinyOpenFoldConfig) -> None:
@@ -51,7 +53,7 @@ class TinyRowAttention(Submodule):
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
         self.linear_b = nn.Linear(config.c_z, config.n_head_msa, bias=False)
         self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa, gated=False)
-        self.axes = (IndependentAxis("seq", {"m": -3}), ReductionAxis("head", config.n_head_msa))
+        self.axes = (self.along("seq"), ReductionAxis("head", config.n_head_msa))
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
@@ -63,6 +65,7 @@ class TinyRowAttention(Submodule):
 class TinyAttention(Submodule):
     """Attention along the columns of m or, normalised twice, along the rows or columns of z; no bias."""
 
+    layout = ALPHAFOLD
     attends = True
 
     def __init__(
@@ -74,9 +77,7 @@ class TinyAttention(Submodule):
         c, n_head = (config.c_m, config.n_head_msa) if on_m else (config.c_z, config.n_head_pair)
         self.norms = nn.ModuleDict({target: nn.LayerNorm(c) if on_m else _twice(c)})
         self.attention = Attention(c, n_head, c // n_head, gated=False)
-        name = "res" if on_m else along
-        dim = -3 if self.along_rows else -2
-        self.axes = (IndependentAxis(name, {target: dim}), ReductionAxis("head", n_head))
+        self.axes = (self.along("res" if on_m else along), ReductionAxis("head", n_head))
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         if self.along_rows:
@@ -87,6 +88,7 @@ class TinyAttention(Submodule):
 class TinyTransition(Submodule):
     """relu(x W1) W2 on every position of one stream."""
 
+    layout = ALPHAFOLD
     positionwise = True
 
     def __init__(self, target: str, c: int, factor: int, axis: str) -> None:
@@ -95,7 +97,7 @@ class TinyTransition(Submodule):
         self.norms = nn.ModuleDict({target: nn.LayerNorm(c)})
         self.linear_1 = nn.Linear(c, factor * c, bias=False)
         self.linear_2 = nn.Linear(factor * c, c, bias=False)
-        self.axes = (IndependentAxis(axis, {target: -3}), ReductionAxis("channel", factor * c))
+        self.axes = (self.along(axis), ReductionAxis("channel", factor * c))
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
@@ -110,11 +112,12 @@ class TinyOuterProductMean(Submodule):
     The projection runs twice, in the context and in the pieces: 0.3 % more arithmetic.
     """
 
+    layout = ALPHAFOLD
     target = "z"
     context_inputs = ("m",)
     piece_inputs = ("m",)
-    context_cuts = {"m": -2}
-    context_dim = -2
+    context_dims = ("seq", "res", "channel")
+    context_axis = ("res",)
 
     def __init__(self, config: TinyOpenFoldConfig) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class TinyOuterProductMean(Submodule):
         self.norms = nn.ModuleDict({"m": nn.LayerNorm(config.c_m)})
         self.linear_a = nn.Linear(config.c_m, c, bias=False)
         self.linear_out = nn.Linear(c * c, config.c_z, bias=False)
-        self.axes = (IndependentAxis("row", {"z": -3, "m": -2}), ReductionAxis("channel", c))
+        self.axes = (self.along("row", "res"), ReductionAxis("channel", c))
 
     def context(self, m: Tensor, part: slice = FULL) -> Tensor:
         return self.linear_a(m)  # [*, s, r, c], needed whole by every piece
@@ -139,11 +142,13 @@ class TinyOuterProductMean(Submodule):
 class TinyTriangleMultiplication(Submodule):
     """z_ij += gate * W sum_k (a_ik b_jk) (outgoing) or W sum_k (a_ki b_kj) (incoming), z normalised twice."""
 
+    layout = ALPHAFOLD
     target = "z"
     context_inputs = ("z",)
     piece_inputs = ("z",)
     finish_inputs = ("z",)
     finish_is_affine = False
+    context_dims = ("channel", "row", "column")
 
     def __init__(self, config: TinyOpenFoldConfig, edges: Literal["outgoing", "incoming"]) -> None:
         super().__init__()
@@ -157,9 +162,9 @@ class TinyTriangleMultiplication(Submodule):
         self.linear_out = nn.Linear(c, c, bias=False)
         self.linear_gate = nn.Linear(c, c, bias=False)
         # As in `TriangleMultiplication`: pieces are rows i (outgoing) or columns j (incoming) of both.
-        dim, name = (-3, "row") if self.outgoing else (-2, "column")
-        self.context_dim, self.context_cuts = dim + 1, {"z": dim}
-        self.axes = (IndependentAxis(name, {"z": dim}), ReductionAxis("channel", c, concatenate=True))
+        axis = "row" if self.outgoing else "column"
+        self.context_axis = (axis,)
+        self.axes = (self.along(axis), ReductionAxis("channel", c, concatenate=True))
 
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
         second = (self.linear_b, self.linear_b_gate) if self.outgoing else (self.linear_a, self.linear_a_gate)

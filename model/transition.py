@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from evoplan.model.internals import has_hooks
 from evoplan.model.layers import FULL, columns, rows
-from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.representations import ALPHAFOLD
+from evoplan.model.submodule import ReductionAxis, Submodule
 
 
 class Transition(Submodule):
@@ -15,6 +16,7 @@ class Transition(Submodule):
     Source: Jumper et al. (2021), Suppl. Alg. 9 and 15.
     """
 
+    layout = ALPHAFOLD
     positionwise = True
 
     def __init__(self, target: str, c: int, factor: int, axis: str) -> None:
@@ -24,7 +26,7 @@ class Transition(Submodule):
         self.norms = nn.ModuleDict({target: nn.LayerNorm(c)})
         self.linear_1 = nn.Linear(c, factor * c)
         self.linear_2 = nn.Linear(factor * c, c)
-        self.axes = (IndependentAxis(axis, {target: -3}), ReductionAxis("channel", factor * c))
+        self.axes = (self.along(axis), ReductionAxis("channel", factor * c))
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.

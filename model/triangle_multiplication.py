@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.config import EvoformerConfig
+from evoplan.model.families import EvoformerConfig, MSAModuleConfig, PairformerConfig
 from evoplan.model.layers import FULL, rows
 from evoplan.model.layout import channels_first, channels_last
 from evoplan.model.remake import cheap
-from evoplan.model.submodule import IndependentAxis, ReductionAxis, Submodule
+from evoplan.model.representations import ALPHAFOLD
+from evoplan.model.submodule import ReductionAxis, Submodule
 
 
 class TriangleMultiplication(Submodule):
@@ -20,38 +21,43 @@ class TriangleMultiplication(Submodule):
     One operand is the context: b for outgoing edges, whose pieces are rows i, and a for
     incoming edges, whose pieces are columns j. So a piece and its gate read the same slice of z.
 
-    Source: Jumper et al. (2021), Suppl. Alg. 11 and 12; dropout, Alg. 6.
+    Args:
+        bias: of all linear layers, as AlphaFold 2 has it.
+
+    Source: Jumper et al. (2021), Suppl. Alg. 11 and 12; dropout, Alg. 6. Without biases Abramson et al.
+    (2024), Suppl. Alg. 12 and 13.
     """
 
+    layout = ALPHAFOLD
     target = "z"
     context_inputs = ("z", "pair_mask")
     piece_inputs = ("z", "pair_mask")
     finish_inputs = ("z",)
     finish_is_affine = False
-    dropout_shared_dim = -3
+    context_dims = ("channel", "row", "column")
+    dropout_shared = "row"
 
-    def __init__(self, config: EvoformerConfig, edges: Literal["outgoing", "incoming"]) -> None:
+    def __init__(
+        self,
+        config: EvoformerConfig | PairformerConfig | MSAModuleConfig,
+        edges: Literal["outgoing", "incoming"],
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         c = config.c_tri
         self.outgoing = edges == "outgoing"
         self.norms = nn.ModuleDict({"z": nn.LayerNorm(config.c_z)})
-        self.linear_a = nn.Linear(config.c_z, c)
-        self.linear_a_gate = nn.Linear(config.c_z, c)
-        self.linear_b = nn.Linear(config.c_z, c)
-        self.linear_b_gate = nn.Linear(config.c_z, c)
+        self.linear_a = nn.Linear(config.c_z, c, bias=bias)
+        self.linear_a_gate = nn.Linear(config.c_z, c, bias=bias)
+        self.linear_b = nn.Linear(config.c_z, c, bias=bias)
+        self.linear_b_gate = nn.Linear(config.c_z, c, bias=bias)
         self.norm_product = nn.LayerNorm(c)
-        self.linear_out = nn.Linear(c, config.c_z)
-        self.linear_gate = nn.Linear(config.c_z, config.c_z)
+        self.linear_out = nn.Linear(c, config.c_z, bias=bias)
+        self.linear_gate = nn.Linear(config.c_z, config.c_z, bias=bias)
         self.dropout = config.dropout_pair
-        # z and its mask [*, r, r] are cut along the same axis, which is one further right in the mask
-        # and in the context [*, c, r, r].
-        dim, name = (-3, "row") if self.outgoing else (-2, "column")
-        self.context_dim = dim + 1
-        self.context_cuts = {"z": dim, "pair_mask": dim + 1}
-        self.axes = (
-            IndependentAxis(name, self.context_cuts),
-            ReductionAxis("channel", c, concatenate=True),
-        )
+        axis = "row" if self.outgoing else "column"
+        self.context_axis = (axis,)
+        self.axes = (self.along(axis), ReductionAxis("channel", c, concatenate=True))
 
     def context(self, z: Tensor, pair_mask: Tensor, part: slice = FULL) -> Tensor:
         second = (self.linear_b, self.linear_b_gate) if self.outgoing else (self.linear_a, self.linear_a_gate)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
-import torch
 from torch import Tensor, nn
 
 from evoplan.model.chain import Plannable, State, laid_out
-from evoplan.model.config import EvoformerConfig, ModelConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.model.evoformer import EvoformerStack, mask_constants
-from evoplan.model.tiny_openfold import TinyOpenFoldStack
+from evoplan.model.families import TrunkConfig
 
 # What the extra stack's blocks call m, its mask and its pair counts.
 EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}
@@ -53,17 +50,3 @@ class EvoformerTrunk(Plannable):
         extra = mask_constants(e, z, extra_mask, constants["pair_mask"])
         constants |= {EXTRA_NAMES[name]: extra[name] for name in ("msa_mask", "pair_count")}
         return laid_out(e=e, m=m, z=z), constants
-
-
-def build_model(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOpenFoldStack:
-    """The model that a configuration describes."""
-    if isinstance(config, TinyOpenFoldConfig):
-        return TinyOpenFoldStack(config)
-    return EvoformerStack(config) if isinstance(config, EvoformerConfig) else EvoformerTrunk(config)
-
-
-@lru_cache(maxsize=4)
-def model_without_data(config: ModelConfig) -> EvoformerStack | EvoformerTrunk | TinyOpenFoldStack:
-    """The same on the meta device and in training mode; whoever asks is given the same one, to look at."""
-    with torch.device("meta"):
-        return build_model(config).train()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import partial
 
 from torch.distributed import ProcessGroup
 
 from evoplan.model.chain import Plannable
-from evoplan.model.config import EvoformerConfig, InputShape, ModelConfig, TrunkConfig
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.ranks import Ranks
 from evoplan.planner.apply import PlannedModule
@@ -66,7 +64,7 @@ def check_model(stack: Plannable, plan: Plan) -> None:
         ValueError: it is for another.
     """
     config = getattr(stack, "config", None)
-    if config is None or without_rates(config) != without_rates(plan.problem.config):
+    if config is None or config.without_rates() != plan.problem.config.without_rates():
         raise ValueError(
             f"the plan is for {plan.problem.config}, the model has {config}; plan for this model"
         )
@@ -102,36 +100,8 @@ def _planned_for(plan: Plan, model: Plannable, shapes: Shapes) -> Fit:
         NoPlanError: its budget is too small for them.
         ValueError: the model takes no such inputs.
     """
-    problem = plan.problem.model_copy(update={"shape": shape_of_state(shapes), "given": ()})
-    if problem.state_shapes() != dict(shapes):
-        raise ValueError(f"the model takes {problem.state_shapes()}, not {dict(shapes)}")
+    shape = plan.problem.config.input_shape(shapes)
+    problem = plan.problem.model_copy(update={"shape": shape, "given": ()})
     kind = plan.costs["time"]
     times: Times = "auto" if kind == "measured" else "calibrated" if kind == "calibrated" else "roofline"
     return _fit(solve(cost_with_times(problem, times, stack=model), plan.solver.name))
-
-
-def shape_of_state(shapes: Mapping[str, tuple[int, ...]]) -> InputShape:
-    """The sizes of inputs whose state has these shapes.
-
-    Raises:
-        ValueError: they have no batch dimension.
-    """
-    if any(len(shape) != 4 for shape in shapes.values()):
-        raise ValueError("inputs need a batch dimension: m [b, s, r, c_m] and z [b, r, r, c_z]")
-    batch, n_seq, n_res, _ = shapes["m"]
-    return InputShape(n_seq, n_res, batch, *((shapes["e"][1],) if "e" in shapes else ()))
-
-
-def without_rates(config: ModelConfig) -> ModelConfig:
-    """The model with one rate wherever it drops: memory asks whether there is a mask, not how dense it is."""
-
-    def dropping(rate: float) -> float:
-        return 0.5 if rate else 0.0
-
-    if isinstance(config, TrunkConfig):
-        return TrunkConfig(without_rates(config.extra), without_rates(config.main))
-    if not isinstance(config, EvoformerConfig):
-        return config
-    return replace(
-        config, dropout_msa=dropping(config.dropout_msa), dropout_pair=dropping(config.dropout_pair)
-    )

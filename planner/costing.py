@@ -13,11 +13,11 @@ from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.roofline import reduction_seconds
 from evoplan.cost_model.static import static_bytes
 from evoplan.cost_model.times import Roofline, TimeSource
+from evoplan.model.build import model_without_data
 from evoplan.model.chain import Chain, Plannable, Step
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.ranks import Ranks
 from evoplan.model.strategy import Strategy
-from evoplan.model.trunk import model_without_data
 from evoplan.planner.plan import Prediction
 from evoplan.planner.problem import Problem
 from evoplan.planner.replay import replay
@@ -68,8 +68,7 @@ class Costed:
     @property
     def unlike_ranks(self) -> bool:
         """Whether the ranks' shards differ in length."""
-        shapes = self.problem.state_shapes().values()
-        return any(size % self.problem.ranks for shape in shapes for size in shape[-3:-1])
+        return any(length % self.problem.ranks for length in self.problem.lengths())
 
     @property
     def reduction_seconds(self) -> float:
@@ -180,11 +179,10 @@ def cost_problem(
 def peaks_of_ranks(costed: Costed, schedule: Sequence) -> tuple[int, ...]:
     """Predicted peak of each rank under one schedule: those whose shards are shorter need less."""
     problem = costed.problem
-    sizes = {size for shape in problem.state_shapes().values() for size in shape[-3:-1]}
     known: dict[tuple[int, ...], int] = {}
     peaks = []
     for rank in range(problem.ranks):
-        shards = tuple(Ranks(None, rank, problem.ranks).lengths(size)[rank] for size in sizes)
+        shards = tuple(Ranks(None, rank, problem.ranks).lengths(size)[rank] for size in problem.lengths())
         if shards not in known:
             whole = getattr(costed.model, "stack", None)
             theirs = cost_problem(problem, whole, rank=rank, only=schedule) if rank else costed

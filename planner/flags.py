@@ -10,7 +10,8 @@ import click
 
 from evoplan.cost_model.devices import DEVICES, DTYPES
 from evoplan.cost_model.static import OPTIMIZER_STATES
-from evoplan.model.config import PRESETS, InputShape, ModelConfig, TrunkConfig, override, preset
+from evoplan.model.config import InputShape, override
+from evoplan.model.families import PRESETS, preset
 from evoplan.planner.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ _PROBLEM_OPTIONS = [
     click.option("--n-extra", type=click.IntRange(1), help="Rows of the extra alignment, for a trunk."),
     click.option("--c-m", type=click.IntRange(1), help="Channels of the MSA representation."),
     click.option("--c-z", type=click.IntRange(1), help="Channels of the pair representation."),
+    click.option("--c-s", type=click.IntRange(1), help="Channels of the single representation."),
     click.option("--batch", type=click.IntRange(1), help="Alignments per step."),
     click.option("--msa", type=click.Path(), help="Take r, and s up to --n-seq, from this alignment."),
     click.option("--skip-bad", is_flag=True, help="Leave out the bad sequences of --msa, and say how many."),
@@ -144,6 +146,7 @@ def problem_of(
     n_extra: int | None,
     c_m: int | None,
     c_z: int | None,
+    c_s: int | None,
     batch: int | None,
     msa: str | None,
     skip_bad: bool,
@@ -157,12 +160,14 @@ def problem_of(
 ) -> Problem:
     """The problem that the flags describe."""
     chosen = preset(model)
-    config = _resized(chosen.config, n_blocks, c_m, c_z)
+    config = chosen.config.resized(n_block=n_blocks, c_m=c_m, c_z=c_z, c_s=c_s)
     if dropout is not None:
         config = config.with_dropout(dropout)
     shape: InputShape = chosen.shape
     if n_extra is not None and shape.n_extra is None:
         raise ValueError(f"--n-extra: {model} has no extra stack; use --model alphafold2-trunk")
+    if n_seq is not None and shape.n_seq is None:
+        raise ValueError(f"--n-seq: {model} reads no alignment; leave it out")
     check_skip_bad(msa, skip_bad)
     if msa is not None:
         from evoplan.planner.problem import shape_for_alignment
@@ -211,11 +216,3 @@ def files_read(
 ) -> list[str | None]:
     """Files that a command with these flags reads, and so must not write over."""
     return [cache, msa, device if device.endswith(".json") else None]
-
-
-def _resized(config: ModelConfig, n_blocks: int | None, c_m: int | None, c_z: int | None) -> ModelConfig:
-    """The model with other sizes; in a trunk --n-blocks and --c-m are those of the main stack."""
-    if isinstance(config, TrunkConfig):
-        extra = override(config.extra, c_z=c_z)
-        return TrunkConfig(extra, override(config.main, n_block=n_blocks, c_m=c_m, c_z=c_z))
-    return override(config, n_block=n_blocks, c_m=c_m, c_z=c_z)

@@ -14,7 +14,7 @@ from evoplan.planner.files import write_json
 from evoplan.planner.problem import Name, Problem
 from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs, allow_depth, depth
 
-SCHEMA = 1
+SCHEMA = 2  # 1 did not name the model's family
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
 
 
@@ -108,7 +108,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["evoplan-plan"] = "evoplan-plan"
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     problem: Problem
     costs: dict[Name, Name]
     solver: SolverReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from evoplan.cost_model.loss import Loss
 from evoplan.model.chain import Plannable
-from evoplan.model.config import InputShape, TrunkConfig, with_blocks
 from evoplan.planner.costing import (
     Costed,
     Progress,
@@ -174,8 +173,7 @@ def solve_for_fewest_ranks(
     Raises:
         NoPlanError: the budget is too small for as many ranks as the shapes can be cut for.
     """
-    most = min(size for shape in problem.state_shapes().values() for size in shape[-3:-1])
-    for ranks in (2**power for power in range(most.bit_length())):
+    for ranks in (2**power for power in range(min(problem.lengths()).bit_length())):
         progress(f"tracing a share of {ranks}")
         try:
             return cost_and_solve(problem.model_copy(update={"ranks": ranks}), solver_name, times, cache)
@@ -227,6 +225,7 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
     found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
     large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
     return {
+        "title": _title(costed.problem),
         "problem": costed.problem.model_dump(mode="json"),
         "costs": costed.sources,
         "static_bytes": sum(costed.static.values()),
@@ -240,9 +239,13 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
     }
 
 
+def _title(problem: Problem) -> str:
+    return f"{problem.config.n_block} blocks, {problem.shape}, {problem.precision}, {problem.device}"
+
+
 def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -> Plan:
     """The plan for the first blocks of its stack, cut off, costed anew; it answers to no budget."""
-    config = with_blocks(plan.problem.config, blocks)
+    config = plan.problem.config.with_blocks(blocks)
     problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
     costed, _ = cost_of_plan(plan.model_copy(update={"problem": problem}), progress=progress)
     schedule = shortened(plan.sequence(), len(costed.table.options))
@@ -263,7 +266,7 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
 
 def make_plan(
     stack: Plannable,
-    inputs: Iterable[Tensor | None],
+    inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None],
     budget: str | int | None = None,
     *,
     device: str = "cpu",
@@ -279,9 +282,9 @@ def make_plan(
     """Plan a model for inputs like these.
 
     Args:
-        stack: an EvoformerStack, an EvoformerTrunk or a TinyOpenFoldStack.
-        inputs: m [b, s, r, c_m], z [b, r, r, c_z] (for a trunk e [b, s_e, r, c_e] before them), and
-            optionally masks, in forward's order; only shapes, dtypes and strides count.
+        stack: an EvoformerStack, EvoformerTrunk, PairformerStack, MSAModuleStack or TinyOpenFoldStack.
+        inputs: what forward takes, by name or in its order: the state, such as m [b, s, r, c_m] and
+            z [b, r, r, c_z], and masks if they will be given; only shapes, dtypes and strides count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
         ranks: devices that share each input; the plan is for one of them.
         times: where step times come from; auto is the best there is (see `cost_with_times`).
@@ -294,17 +297,14 @@ def make_plan(
         NoPlanError: nothing fits.
         ValueError: inputs, budget or a name that make no sense.
     """
-    tensors = list(inputs)
-    given = _given(stack, tensors)
-    extra = [tensors.pop(0)] if isinstance(stack.config, TrunkConfig) else []
-    m, z, *_ = tensors
-    if any(tensor.ndim != 4 for tensor in (*extra, m, z)):
-        raise ValueError("inputs need a batch dimension: m [b, s, r, c_m] and z [b, r, r, c_z]")
+    tensors = _by_name(stack, inputs)
+    state = {name: tensors[name] for name in stack.config.state}
+    dtype = _name_of(next(iter(state.values())).dtype)
     problem = Problem(
         model="custom",
         config=stack.config,
-        shape=InputShape(m.shape[1], m.shape[2], m.shape[0], *(tensor.shape[1] for tensor in extra)),
-        dtype=str(m.dtype).removeprefix("torch."),
+        shape=stack.config.input_shape({name: tuple(tensor.shape) for name, tensor in state.items()}),
+        dtype=dtype,
         mode=mode,
         optimizer=optimizer,
         device=device,
@@ -313,11 +313,8 @@ def make_plan(
         reserve_bytes=parse_size(reserve, least=0),
         mixed=_mixed(autocast),
         loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
-        given=given,
+        given=tuple(_given(tensors, dtype)),
     )
-    for tensor, (name, shape) in zip((*extra, m, z), problem.state_shapes().items(), strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, the model and the other inputs need {shape}")
     return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
 
 
@@ -330,16 +327,31 @@ def _mixed(autocast: torch.dtype | None) -> Mixed | None:
     raise ValueError(f"autocast to {autocast}: choose torch.bfloat16 or torch.float16")
 
 
-def _given(stack: Plannable, tensors: Iterable[Tensor]) -> tuple[Given, ...]:
+def _by_name(
+    stack: Plannable, inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None]
+) -> dict[str, Tensor]:
+    """Those of forward's arguments that are given.
+
+    Raises:
+        ValueError: they are none of this model's; says what it takes.
+    """
+    signature = inspect.signature(stack.prepare)
+    try:
+        bound = signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        raise ValueError(f"inputs: {error}; the model takes {takes}") from None
+    return {name: tensor for name, tensor in bound.arguments.items() if tensor is not None}
+
+
+def _given(tensors: Mapping[str, Tensor], dtype: str) -> Iterator[Given]:
     """Inputs that the model will have to copy, and how they are given."""
-    names = inspect.signature(stack.prepare).parameters
-    dtype = str(next(iter(tensors)).dtype).removeprefix("torch.")
-    found = []
-    for name, tensor in zip(names, tensors, strict=False):
-        if tensor is None:
-            continue
-        own = str(tensor.dtype).removeprefix("torch.")
+    for name, tensor in tensors.items():
+        own = _name_of(tensor.dtype)
         if own != dtype or not tensor.is_contiguous():
             stride = None if tensor.is_contiguous() else tensor.stride()
-            found.append(Given(name=name, dtype=None if own == dtype else own, stride=stride))
-    return tuple(found)
+            yield Given(name=name, dtype=None if own == dtype else own, stride=stride)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

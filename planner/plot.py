@@ -61,11 +61,7 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
             markersize=14,
             label="this plan",
         )
-    problem = document["problem"]
-    config, shape = problem["config"], problem["shape"]
-    blocks = sum(part["n_block"] for part in config.values()) if "extra" in config else config["n_block"]
-    sizes = f"{blocks} blocks, s={shape['n_seq']}, r={shape['n_res']}"
-    axes.set_title(f"{sizes}, {problem['mixed'] or problem['dtype']}, {problem['device']}")
+    axes.set_title(document["title"])
     axes.set_xscale("log")
     for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
 from evoplan.model.alignment import alignment_shape, warn_skipped
-from evoplan.model.config import EvoformerConfig, InputShape, TinyOpenFoldConfig, TrunkConfig
+from evoplan.model.config import InputShape, ModelConfig
+from evoplan.model.families import FAMILIES, family_of
 from evoplan.planner.device_file import LinkEntry, device_entry, one_line
 from evoplan.planner.sizes import MOST
 
@@ -26,10 +38,27 @@ MOST_BLOCKS = 1024  # for which planning takes minutes
 MOST_BATCH, MOST_LENGTH = 4096, 2**17
 
 
-def _kind_of_config(config: Any) -> str:
-    """Which model's configuration it is, or in a plan file will be."""
-    names = config if isinstance(config, dict) else getattr(config, "__dict__", ())  # or nothing of the kind
-    return "trunk" if "extra" in names else "tiny-openfold" if "c_pair_features" in names else "stack"
+def _config_of(value: Any) -> ModelConfig:
+    """A model's configuration from what a plan file has of it, which names its family."""
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("family"), str):
+        raise ValueError("it names no family")
+    family = FAMILIES.get(value["family"])
+    if family is None:
+        raise ValueError(f"unknown family {value['family'][:40]!r}; there are: {', '.join(FAMILIES)}")
+    sizes = {name: size for name, size in value.items() if name != "family"}
+    try:
+        config: ModelConfig = TypeAdapter(family.config).validate_json(json.dumps(sizes), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))[:80]
+        raise ValueError(f"{where}: " * bool(where) + first["msg"].removeprefix("Value error, ")) from None
+    return config
+
+
+def _config_to_json(config: ModelConfig) -> dict[str, Any]:
+    return {"family": family_of(config).name, **asdict(config)}  # type: ignore[call-overload]
 
 
 class Given(BaseModel):
@@ -68,12 +97,7 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Name
-    config: Annotated[
-        Annotated[EvoformerConfig, Tag("stack")]
-        | Annotated[TrunkConfig, Tag("trunk")]
-        | Annotated[TinyOpenFoldConfig, Tag("tiny-openfold")],
-        Discriminator(_kind_of_config),
-    ]
+    config: Annotated[ModelConfig, PlainValidator(_config_of), PlainSerializer(_config_to_json)]
     shape: InputShape
     dtype: str = "float32"
     mixed: Mixed | None = None
@@ -115,36 +139,21 @@ class Problem(BaseModel):
     def _within_reach(self) -> Problem:
         if self.mixed and self.dtype != "float32":
             raise ValueError(f"{self.mixed} has parameters in float32; leave --dtype {self.dtype} out")
-        # The largest tensors: attention weights, the outer product, a transition's hidden layer.
-        rows, (r, b) = [self.shape.n_seq], (self.shape.n_res, self.shape.batch)
-        stacks = [self.config]
-        if isinstance(self.config, TrunkConfig):
-            self.config.state_shapes(self.shape)  # says what is missing
-            stacks = [self.config.extra, self.config.main]
-            rows = [self.shape.n_extra, self.shape.n_seq]
-        elif self.shape.n_extra is not None:
-            raise ValueError("n_extra is for a trunk; this model has no extra stack")
-        for c, s in zip(stacks, rows, strict=True):
-            heads = max(c.n_head_msa * c.c_head_msa, c.n_head_pair * c.c_head)
-            widest = max(heads, c.transition_factor * max(c.c_m, c.c_z), c.c_opm**2, c.c_tri)
-            if b * max(s, r) ** 2 * r * widest > 2**58:
-                raise ValueError(
-                    f"s={s}, r={r}, batch {b} at these widths is beyond any machine; use smaller sizes"
-                )
-            if max(c.c_m, c.c_z) * widest > 2**40:  # weights
-                raise ValueError(
-                    f"c_m={c.c_m}, c_z={c.c_z} at these heads and factors is beyond any machine; use less"
-                )
-        longest = max(*rows, r)
-        if b > MOST_BATCH or longest > MOST_LENGTH:
+        config, shape = self.config, self.shape
+        if config.elements(shape) > 2**58:
+            raise ValueError(f"{shape} at these widths is beyond any machine; use smaller sizes")
+        if config.channels * config.widest > 2**40:  # weights
+            widths = ", ".join(f"{d[-1]}={getattr(config, d[-1])}" for d in config.state.values())
+            raise ValueError(f"{widths} at these heads and factors is beyond any machine; use less")
+        if shape.batch > MOST_BATCH or max(self.lengths()) > MOST_LENGTH:
             raise ValueError(
-                f"s={max(rows)}, r={r}, batch {b} is more than is planned for; at most {MOST_LENGTH} long, "
+                f"{shape}, batch {shape.batch} is more than is planned for; at most {MOST_LENGTH} long, "
                 f"{MOST_BATCH} in a batch"
             )
         if self.config.n_block > MOST_BLOCKS:
             raise ValueError(f"{self.config.n_block} blocks are too many to plan for; at most {MOST_BLOCKS}")
-        if self.ranks > 1 and isinstance(self.config, TinyOpenFoldConfig):
-            raise ValueError("TinyOpenFold's inputs are not shared by ranks; plan for 1 rank")
+        if self.ranks > 1 and not self.config.ranks:
+            raise ValueError(f"inputs of {family_of(config).name} are not shared by ranks; plan for 1 rank")
         return self
 
     @property
@@ -170,6 +179,10 @@ class Problem(BaseModel):
         """Shapes of the whole state's tensors, the batch first."""
         return self.config.state_shapes(self.shape)
 
+    def lengths(self) -> set[int]:
+        """Of the axes along which ranks may share the state: all but batch and channels."""
+        return {size for shape in self.state_shapes().values() for size in shape[1:-1]}
+
     def mask_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the masks, which every rank is given whole."""
         whole = self.state_shapes()
@@ -189,7 +202,7 @@ def shape_for_alignment(
     In a trunk the main stack gets as many clusters as its preset, and the extra stack what they leave.
 
     Args:
-        preset_shape: with n_extra where the model is a trunk.
+        preset_shape: with n_extra where the model is a trunk, without n_seq where it reads the query alone.
         msa: a file with an alignment; read once.
         skip_bad: leave out bad sequences; `report` is told how many and why.
 
@@ -197,6 +210,8 @@ def shape_for_alignment(
         ValueError: it is no alignment, or the clusters leave nothing for a trunk's extra stack.
     """
     found = alignment_shape(msa, skip_bad, report)
+    if preset_shape.n_seq is None:
+        return replace(preset_shape, n_res=found.n_res)
     if preset_shape.n_extra is None:
         return replace(preset_shape, n_seq=min(n_seq or found.n_seq, found.n_seq), n_res=found.n_res)
     clusters = min(n_seq or preset_shape.n_seq, found.n_seq)

@@ -1,4 +1,4 @@
-"""The program that `run` runs, the masked-MSA model around a plan's stack: its step, and what that needs."""
+"""The program that `run` runs around a plan's stack: its step, and what that needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.trace import Casting, Trace, casting_of, fake_copy, fake_tensors
 from evoplan.model.batch import Batch
-from evoplan.model.masked_msa import MaskedMSAModel, Part
+from evoplan.model.build import build_model, program_type
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.pieces import sampled_pieces
-from evoplan.model.trunk import build_model
+from evoplan.model.program import Part
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.costing import device_of, planned_model
 from evoplan.planner.host import FakeHost
@@ -43,7 +43,7 @@ def run_step(
     """The loss of one step; in training, gradients are left in the parameters' own.
 
     Args:
-        program: a `MaskedMSAModel`, or what calls it.
+        program: a `model.program.Program`, or what calls it.
         share: of the model around which it is; the loss is a part of a sum then.
         casting: what forward runs under, and backward does not.
         scaler: of the loss, whose gradients half precision would lose.
@@ -74,7 +74,7 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
     where, dtype = device_of(problem), getattr(torch, problem.dtype)
     scratch = CpuScratch() if where.kind == "cpu" else None
     with torch.device("meta"):
-        plain = MaskedMSAModel(problem.config, build_model(problem.config))
+        plain = program_type(problem.config)(problem.config, build_model(problem.config))
     with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
         model = fake_copy(plain, dtype).train(problem.training)
         share = planned_model(problem, rank, model.stack)

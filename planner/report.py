@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 def describe_problem(problem: Problem) -> str:
     """One line."""
     config, shape = problem.config, problem.shape
-    batch = f", batch {shape.batch}" if shape.batch > 1 else ""
     budget = "no budget" if problem.budget_bytes is None else f"budget {exact_size(problem.budget_bytes)}"
-    extra = "" if shape.n_extra is None else f", extra s={shape.n_extra}"
     ranks = f" on each of {problem.ranks} ranks" if problem.ranks > 1 else ""
     return (
-        f"{problem.model}: {config.n_block} blocks, s={shape.n_seq}, r={shape.n_res}{extra}{batch}, "
+        f"{problem.model}: {config.n_block} blocks, {shape}, "
         f"{problem.precision} {problem.mode} on {problem.device}, {budget}{ranks}"
     )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from evoplan.cost_model import measure
 from evoplan.model.alignment import Alignment
-from evoplan.model.config import TinyOpenFoldConfig
+from evoplan.model.build import program_type
 from evoplan.planner.data import alignment_for, batch_for
 from evoplan.planner.errors import CommonError, RunError
 from evoplan.planner.plan import Plan
@@ -77,11 +77,7 @@ def run_plan(plan: Plan, settings: Settings, console: Console, world: World | No
     world = World() if world is None else world
     console = console if world.first else Console(quiet=True)
     problem = plan.problem
-    if isinstance(problem.config, TinyOpenFoldConfig):
-        raise ValueError(
-            "run trains on alignments; for TinyOpenFold use "
-            "`python -m evoplan.experiments.tiny_openfold --plan FILE`"
-        )
+    program_type(problem.config)  # says where there is none
     if problem.shape.batch != 1:
         raise ValueError("run takes one alignment at a time; plan with --batch 1")
     alignment = alignment_for(problem, settings.msa, settings.seed, settings.skip_bad, partial(_say, console))
@@ -138,7 +134,7 @@ def _train(
         losses.append(_checked_loss(parts[0], training, index, settings.replicas, world))
         training.update()
         clock = f"  {format_seconds(times[-1])}" if index != measured_at else ""
-        console.print(f"step {index + 1}: masked-MSA loss {losses[-1]:.4f}{clock}", highlight=False)
+        console.print(f"step {index + 1}: {training.loss_name} {losses[-1]:.4f}{clock}", highlight=False)
         every = settings.save_every
         if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):
             snapshots.save(index + 1, training, training.notes())

@@ -1,4 +1,4 @@
-"""A masked-MSA model under a plan, its optimizer, and one step of either on this process's share."""
+"""A model's program under a plan, its optimizer, and one step of either on this process's share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.trace import Casting
 from evoplan.model.batch import Batch
+from evoplan.model.build import build_model, program_type
 from evoplan.model.context import autocast
-from evoplan.model.masked_msa import MaskedMSAModel
-from evoplan.model.trunk import build_model
 from evoplan.planner.applying import apply_plan
 from evoplan.planner.plan import Plan
 from evoplan.planner.program import run_step, share_of
@@ -42,7 +41,9 @@ class Training:
         self.plan, self.world, self.training = plan, world, problem.training
         torch.manual_seed(seed)
         stack = build_model(problem.config)
-        model = MaskedMSAModel(problem.config, stack).to(world.device, getattr(torch, problem.dtype))
+        model = program_type(problem.config)(problem.config, stack)
+        self.loss_name = model.loss_name
+        model = model.to(world.device, getattr(torch, problem.dtype))
         self.parameters = dict(model.named_parameters())
         planned = apply_plan(stack, plan, world.group if problem.ranks > 1 else None)
         self.share = share_of(planned)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from evoplan.cost_model.allocator import give_back_freed_memory
 from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.trace import Casting
+from evoplan.model.build import build_model
 from evoplan.model.chain import Plannable
 from evoplan.model.context import autocast
 from evoplan.model.loss import mean_square
 from evoplan.model.parallel import ParallelEvoformer
-from evoplan.model.trunk import build_model
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.costing import device_of
 from evoplan.planner.problem import Given, Problem

@@ -12,11 +12,11 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
+from evoplan.model.build import build_model
 from evoplan.model.chain import Plannable
 from evoplan.model.parallel import ParallelEvoformer
 from evoplan.model.pieces import sampled_pieces
 from evoplan.model.ranks import Ranks
-from evoplan.model.trunk import build_model
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.applying import apply_plan, check_model
 from evoplan.planner.costing import device_of, input_shapes, planned_model

@@ -16,6 +16,8 @@ import torch
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape
+from evoplan.model.config import ModelConfig
+from evoplan.model.families import MSAModuleConfig, PairformerConfig
 from evoplan.model.kernels import KERNELS, Kernel
 from evoplan.model.tiled import tiled_attention
 
@@ -53,21 +55,35 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
+TINY_PAIRFORMER = PairformerConfig(
+    n_block=2, c_s=9, c_z=10, n_head_single=3, c_head_single=5, n_head_pair=2, c_head=4, c_tri=7
+)
+
+TINY_MSA_MODULE = MSAModuleConfig(
+    n_block=2, c_m=12, c_z=10, n_head_msa=3, c_head_msa=6, n_head_pair=2, c_head=4, c_opm=5, c_tri=7
+)
+
+
 def random_inputs(
-    config: EvoformerConfig,
+    config: ModelConfig,
     s: int = 5,
     r: int = 7,
     batch: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """m, z (leaves that require gradients) and masks of which about a fifth is zero."""
+    """The state (leaves that require gradients) and masks of which about a fifth is zero."""
     g = torch.Generator().manual_seed(seed)
-    m = torch.randn(*batch, s, r, config.c_m, generator=g, dtype=dtype).requires_grad_()
-    z = torch.randn(*batch, r, r, config.c_z, generator=g, dtype=dtype).requires_grad_()
-    msa_mask = (torch.rand(*batch, s, r, generator=g) > 0.2).to(dtype)
-    pair_mask = (torch.rand(*batch, r, r, generator=g) > 0.2).to(dtype)
-    return {"m": m, "z": z, "msa_mask": msa_mask, "pair_mask": pair_mask}
+    reads_rows = any("seq" in dims for dims in config.state.values())
+    whole = config.state_shapes(InputShape(s if reads_rows else None, r))
+    shapes = {name: (*batch, *shape[1:]) for name, shape in whole.items()}
+    state = {
+        name: torch.randn(shape, generator=g, dtype=dtype).requires_grad_() for name, shape in shapes.items()
+    }
+    masks = {
+        mask: (torch.rand(shapes[of][:-1], generator=g) > 0.2).to(dtype) for mask, of in config.masks.items()
+    }
+    return state | masks
 
 
 @pytest.fixture

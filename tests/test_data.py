@@ -13,7 +13,7 @@ from evoplan.model import InputShape, TrunkConfig
 from evoplan.model.alignment import POSITION_BYTES, TOKENS, Alignment
 from evoplan.model.batch import random_alignment
 from evoplan.model.clusters import summarise
-from evoplan.model.config import preset
+from evoplan.model.families import preset
 from evoplan.planner.data import alignment_for, batch_for
 from evoplan.planner.problem import Problem, shape_for_alignment
 from tests.conftest import TINY, TINY_EXTRA

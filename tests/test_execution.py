@@ -7,21 +7,38 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evoplan.model import Chain, EvoformerBlock, EvoformerConfig, EvoformerStack
+from evoplan.model import Chain
+from evoplan.model.build import build_model
+from evoplan.model.config import ModelConfig
 from evoplan.model.dropout import dropout_mask
-from evoplan.model.evoformer import mask_constants
 from evoplan.model.execution import WholeRun, record, run_discarded
 from evoplan.model.pieces import spans
 from evoplan.model.strategy import LEAN, WHOLE, Strategy
 from evoplan.model.submodule import IndependentAxis
-from tests.conftest import TILES, TINY, TINY_EXTRA, random_inputs, randomise
+from tests.conftest import (
+    TILES,
+    TINY,
+    TINY_EXTRA,
+    TINY_MSA_MODULE,
+    TINY_PAIRFORMER,
+    random_inputs,
+    randomise,
+)
 
-CASES = [(TINY, name) for name, _ in EvoformerBlock(TINY).submodules()] + [(TINY_EXTRA, "column_attention")]
+CONFIGS = {"gated": TINY, "global": TINY_EXTRA, "pairformer": TINY_PAIRFORMER, "msa": TINY_MSA_MODULE}
 
 
-def tensors_for(submodule, inputs, seed=3, step=4):
-    constants = mask_constants(**{name: t.detach() for name, t in inputs.items()})
-    tensors = {name: inputs[name].detach() for name in submodule.reads}
+CASES = [
+    pytest.param(config, name, id=f"{label}-{name}")
+    for label, config in CONFIGS.items()
+    for name, _ in build_model(config).blocks[0].submodules()
+    if label != "global" or name == "column_attention"
+]
+
+
+def tensors_for(stack, submodule, inputs, seed=3, step=4):
+    state, constants = stack.prepare(**{name: t.detach() for name, t in inputs.items()})
+    tensors = {name: state[name] for name in submodule.reads}
     tensors |= {name: constants[name] for name in submodule.constants}
     mask = dropout_mask(submodule, tensors[submodule.target], seed, step)
     return tensors if mask is None else {**tensors, "dropout": mask}
@@ -42,11 +59,11 @@ def strategies(submodule, tensors):
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["single", "batch"])
-@pytest.mark.parametrize(("config", "name"), CASES, ids=[f"{c.column_attention}-{n}" for c, n in CASES])
-def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int, ...]) -> None:
-    stack = randomise(EvoformerStack(config).double(), seed=1)
+@pytest.mark.parametrize(("config", "name"), CASES)
+def test_pieces_equal_whole(config: ModelConfig, name: str, batch: tuple[int, ...]) -> None:
+    stack = randomise(build_model(config).double(), seed=1)
     submodule = dict(stack.blocks[0].submodules())[name]
-    tensors = tensors_for(submodule, random_inputs(config, batch=batch))
+    tensors = tensors_for(stack, submodule, random_inputs(config, batch=batch))
     whole = WholeRun(submodule, WHOLE, tensors)
     output = whole.take_output()
     grad = torch.randn_like(output)
@@ -69,12 +86,12 @@ def test_pieces_equal_whole(config: EvoformerConfig, name: str, batch: tuple[int
     assert seen >= {"lean", "chunk", "coshard"}
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])
-def test_whole_is_the_discarded_run_too(config: EvoformerConfig) -> None:
-    stack = randomise(EvoformerStack(config).double())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_whole_is_the_discarded_run_too(config: ModelConfig) -> None:
+    stack = randomise(build_model(config).double())
     inputs = random_inputs(config)
     for submodule in (step.submodule for step in Chain.of(stack).steps):
-        tensors = tensors_for(submodule, inputs)
+        tensors = tensors_for(stack, submodule, inputs)
         with torch.no_grad():
             assert torch.equal(
                 run_discarded(submodule, WHOLE, tensors), WholeRun(submodule, WHOLE, tensors).take_output()

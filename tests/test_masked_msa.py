@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from evoplan.model import EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
+from evoplan.model import EvoformerConfig, EvoformerStack, TrunkConfig
 from evoplan.model.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
 from evoplan.model.batch import extra_rows, mask_msa, random_alignment
+from evoplan.model.build import build_model
 from evoplan.model.clusters import nearest_centres, summarise
 from evoplan.model.masked_msa import MaskedMSAModel
-from evoplan.model.trunk import build_model
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 UBIQUITIN = Path(__file__).parents[1] / "experiments/data/ubiquitin.a3m"
@@ -190,9 +190,9 @@ def test_a_trunk_embeds_e_from_rows_that_are_not_masked() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stack_gets_its_state_and_masks(name: str) -> None:
     model, batch = model_and_batch(name)
-    state = dict(zip(MODELS[name].state_shapes(InputShape(5, 7, n_extra=6)), model.embed(batch), strict=True))
+    state = dict(zip(MODELS[name].state, model.embed(batch), strict=True))
     m, z = model.stack(**state, **{mask: batch[mask] for mask in MODELS[name].masks})
-    torch.testing.assert_close(model(batch), model.loss(m, z, batch))
+    torch.testing.assert_close(model(batch), model.loss((m, z), batch))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,7 +207,7 @@ def test_every_embedding_is_trained(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_parts_are_embedded_alone_and_their_losses_add_up(name: str) -> None:
     model, batch = model_and_batch(name)
-    names = list(MODELS[name].state_shapes(InputShape(5, 7, n_extra=6)))
+    names = list(MODELS[name].state)
     whole = dict(zip(names, model.embed(batch), strict=True))
     some = {"e": (slice(4, 6), slice(1, 5)), "m": (slice(2, 5), slice(0, 3)), "z": (slice(3, 7), slice(2, 4))}
     for own in (some, {"m": some["m"]}, {"z": some["z"]}):
@@ -218,9 +218,9 @@ def test_parts_are_embedded_alone_and_their_losses_add_up(name: str) -> None:
     for rows in (slice(0, 2), slice(2, 5)):
         for columns in (slice(0, 4), slice(4, 7)):
             own = {"m": (rows, columns), "z": (slice(0, 1), slice(None))}
-            losses.append(model.loss(whole["m"][:, rows, columns], whole["z"][:, :1], batch, own))
+            losses.append(model.loss((whole["m"][:, rows, columns], whole["z"][:, :1]), batch, own))
     assert sum(loss > 0 for loss in losses) > 1
-    torch.testing.assert_close(sum(losses), model.loss(whole["m"], whole["z"], batch))
+    torch.testing.assert_close(sum(losses), model.loss((whole["m"], whole["z"]), batch))
 
 
 def test_forward_hands_parts_to_the_stack_and_masks_whole() -> None:
@@ -240,7 +240,7 @@ def test_forward_hands_parts_to_the_stack_and_masks_whole() -> None:
     assert (seen["m"].shape[1:3], seen["z"].shape[1:3], seen["seed"]) == ((3, 7), (3, 7), 5)
     assert seen["msa_mask"] is batch["msa_mask"]
     assert seen["pair_mask"] is batch["pair_mask"]
-    torch.testing.assert_close(loss, model.loss(out, seen["z"], batch, own_outputs))
+    torch.testing.assert_close(loss, model.loss((out, seen["z"]), batch, own_outputs))
 
 
 def test_clusters_by_hand() -> None:
@@ -292,7 +292,7 @@ def test_loss_is_the_mean_over_masked_positions() -> None:
     chosen = batch["is_masked"]
     each = -torch.log_softmax(model.head(m)[chosen], -1)
     expected = each.gather(-1, batch["targets"][chosen][:, None]).mean()
-    torch.testing.assert_close(model.loss(m, z, batch), expected)
+    torch.testing.assert_close(model.loss((m, z), batch), expected)
 
 
 def test_loss_without_a_masked_position_is_zero() -> None:

@@ -16,7 +16,8 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.trace import fake_tensors
-from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
+from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
+from evoplan.model.build import build_model
 from evoplan.model.loss import mean_square
 from evoplan.model.parallel import ParallelEvoformer, Reshard
 from evoplan.model.ranks import Ranks, lend
@@ -24,12 +25,11 @@ from evoplan.model.strategy import WHOLE
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.replay import replay
 from evoplan.planner.schedule import Checkpoint, Run, Sequence
-from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
+from tests.conftest import TINY, TINY_EXTRA, TINY_MSA_MODULE, TINY_PAIRFORMER, random_inputs, randomise
 from tests.ranks import on_ranks
 from tests.test_apply import random_schedule
 
 S, R, S_EXTRA = 5, 7, 9  # 2 and 4 divide none of them
-SHAPE = InputShape(S, R, n_extra=S_EXTRA)
 TRUNK = TrunkConfig(replace(TINY_EXTRA, n_block=1, c_m=6), replace(TINY, n_block=1))
 
 # Model, number of a random schedule or None for none, batch (leading dimensions). The last ones go the way
@@ -46,14 +46,28 @@ CASES = [
     ("trunk", 4, (2,)),
     ("trunk", None, (), "nccl"),
     ("main", 5, (), "nccl"),
+    ("pairformer", None, (2,)),
+    ("pairformer", 6, ()),
+    ("msa", None, ()),
+    ("msa", 7, (2,)),
 ]
+CONFIGS = {
+    "main": TINY,
+    "extra": TINY_EXTRA,
+    "trunk": TRUNK,
+    "pairformer": TINY_PAIRFORMER,
+    "msa": replace(TINY_MSA_MODULE, last_m=True),
+}
+
+
+def shape_of(kind: str) -> InputShape:
+    return InputShape(None if kind == "pairformer" else S, R, n_extra=S_EXTRA if kind == "trunk" else None)
 
 
 def make(kind: str, batch: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
-    config = {"main": TINY, "extra": TINY_EXTRA, "trunk": TRUNK}[kind]
-    model = (EvoformerTrunk if kind == "trunk" else EvoformerStack)(config)
-    model = randomise(model.double()).train()
-    inputs = random_inputs(TINY, S, R, batch)
+    config = CONFIGS[kind]
+    model = randomise(build_model(config).double()).train()
+    inputs = random_inputs(TINY if kind == "trunk" else config, S, R, batch)
     if kind == "trunk":
         extra = random_inputs(TRUNK.extra, S_EXTRA, R, batch, seed=1)
         inputs |= {"e": extra["m"], "extra_mask": extra["msa_mask"]}
@@ -62,7 +76,7 @@ def make(kind: str, batch: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor
 
 def weighted_loss(outputs: dict[str, Tensor], own=lambda name, weights: weights) -> Tensor:
     """A loss that tells every entry of the outputs apart; `own` cuts its weights as the outputs are cut."""
-    shapes = {"m": (S, R, TINY.c_m), "z": (R, R, TINY.c_z)}
+    shapes = {"m": (S, R, TINY.c_m), "z": (R, R, TINY.c_z), "s": (R, TINY_PAIRFORMER.c_s)}
     loss = torch.zeros((), dtype=torch.float64)
     for name, output in outputs.items():
         weights = torch.linspace(-1, 2, torch.Size(shapes[name]).numel(), dtype=output.dtype)
@@ -77,7 +91,7 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor], own=lambda name, weig
         parameter.grad = None
     leaves = {n: t.detach().requires_grad_() if t.requires_grad else t for n, t in inputs.items()}
     outputs = model(**leaves)
-    loss = weighted_loss(dict(zip(("m", "z"), outputs, strict=True)), own)
+    loss = weighted_loss(dict(zip(stack.outputs, outputs, strict=True)), own)
     loss.backward()
     parallel = stack if isinstance(stack, ParallelEvoformer) else model
     if isinstance(parallel, ParallelEvoformer):
@@ -114,7 +128,7 @@ def compare(kind: str, number: int | None, batch: tuple[int, ...], backend: str 
     loss, expected = gradients(model, inputs)
     errors = {}
     for whole in (True, False):
-        parallel = ParallelEvoformer(model, ranks, SHAPE, whole)
+        parallel = ParallelEvoformer(model, ranks, shape_of(kind), whole)
 
         def own(name: str, weights: Tensor, parallel=parallel) -> Tensor:
             return weights if parallel.whole else ranks.own(weights, parallel.output_cuts[name])
@@ -123,7 +137,7 @@ def compare(kind: str, number: int | None, batch: tuple[int, ...], backend: str 
         if not whole:
             for name, cut in parallel.input_cuts.items():
                 given[name], wanted[name] = (ranks.own(x[name], cut) for x in (inputs, expected))
-                assert given[name].shape[-3:] == parallel.input_shapes[name][-3:]
+                assert given[name].shape[len(batch) :] == parallel.input_shapes[name][1:]
         torch.manual_seed(5 + ranks.rank)  # ranks follow the first one's dropout
         got_loss, got = gradients(planned(parallel, number), given, own)
         if not whole:
@@ -133,7 +147,7 @@ def compare(kind: str, number: int | None, batch: tuple[int, ...], backend: str 
         errors[f"{where} gradients"] = relative_error(wanted, got)
     with torch.no_grad():
         model.eval()
-        outputs = planned(ParallelEvoformer(model, ranks, SHAPE), number)(**inputs)
+        outputs = planned(ParallelEvoformer(model, ranks, shape_of(kind)), number)(**inputs)
         wanted = model(**inputs)
         errors["inference"] = relative_error(dict(enumerate(wanted)), dict(enumerate(outputs)))
     return errors
@@ -145,7 +159,7 @@ def compare_without_reduction() -> float:
     _, expected = gradients(model.eval(), inputs)
     ranks = Ranks(group.WORLD)
     ranks.sum_own = ranks.own
-    return relative_error(expected, gradients(ParallelEvoformer(model, ranks, SHAPE), inputs)[1])
+    return relative_error(expected, gradients(ParallelEvoformer(model, ranks, shape_of("main")), inputs)[1])
 
 
 def all_cases() -> tuple[list[dict[str, float]], float]:
@@ -176,7 +190,7 @@ def test_a_gather_without_reduction_is_wrong(size: int) -> None:
 
 def imagined(kind: str = "main", size: int = 2, rank: int = 0) -> ParallelEvoformer:
     model, _ = make(kind, ())
-    return ParallelEvoformer(model, Ranks(None, rank, size), SHAPE)
+    return ParallelEvoformer(model, Ranks(None, rank, size), shape_of(kind))
 
 
 def test_reshards_are_as_few_as_can_be() -> None:

@@ -267,7 +267,7 @@ def test_an_endless_file_is_not_read(tmp_path: Path) -> None:
         (("problem", "device"), "abacus", "unknown device 'abacus'"),
         (("problem", "config", "n_block"), 10**9, "1000000000 blocks are too many to plan for; at most 1024"),
         (("problem", "config", "c_m"), 10**9, "beyond any machine"),
-        (("problem", "shape", "n_extra"), 10**9, "this model has no extra stack"),
+        (("problem", "shape", "n_extra"), 10**9, "which this model does not read"),
     ],
 )
 def test_a_plan_is_its_problems(plan, tmp_path: Path, place: tuple, value: Any, says: str) -> None:

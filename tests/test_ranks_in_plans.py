@@ -13,7 +13,7 @@ from evoplan.cost_model.devices import Link, device
 from evoplan.cost_model.roofline import reduction_seconds, seconds
 from evoplan.cost_model.trace import Work
 from evoplan.model import EvoformerStack, InputShape
-from evoplan.model.config import TrunkConfig
+from evoplan.model.families import TrunkConfig
 from evoplan.model.ranks import Ranks
 from evoplan.planner import NoPlanError, apply_plan, simulate_plan, verify_plan
 from evoplan.planner.certify import certify

@@ -14,8 +14,9 @@ from evoplan.cost_model.steps import offered_strategies
 from evoplan.experiments.flops.counts import COMPONENTS, analytic, by_deepspeed, counted, counted_step
 from evoplan.experiments.tiny_openfold.training import Recipe
 from evoplan.model.chain import Chain
-from evoplan.model.config import InputShape, TinyOpenFoldConfig, preset
+from evoplan.model.config import InputShape
 from evoplan.model.execution import record
+from evoplan.model.families import TinyOpenFoldConfig, preset
 from evoplan.model.strategy import WHOLE
 from evoplan.model.tiny_data import tiny_batch
 from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack

@@ -17,7 +17,8 @@ import torch
 from evoplan.cost_model.devices import device
 from evoplan.experiments.tiny_openfold.memory import measure_parts, measure_peak, plan_for, predict
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
-from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.planner.plan import Plan
 from evoplan.planner.planning import NoPlanError
 from evoplan.planner.problem import Problem

@@ -24,8 +24,9 @@ from evoplan.cost_model.trace import Trace, Work, fake_copy, fake_tensors
 from evoplan.experiments.tiny_openfold.memory import empty_batch
 from evoplan.experiments.tiny_openfold.training import Recipe, run_step
 from evoplan.model.chain import Chain
-from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
 from evoplan.model.execution import record
+from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.strategy import WHOLE
 from evoplan.model.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
 from evoplan.planner.costing import kind_of

@@ -15,7 +15,8 @@ from evoplan.experiments.flops.plot import plot_roofline
 from evoplan.experiments.tiny_openfold.memory import check_fits, predict
 from evoplan.experiments.tiny_openfold.setup import device_asked
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
-from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.planner.costing import Progress
 from evoplan.planner.files import write_json
 from evoplan.planner.problem import Problem

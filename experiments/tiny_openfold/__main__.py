@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from evoplan.experiments.tiny_openfold.options import SORT_BY, SUMMARY, Options, ProfilerConfig
-from evoplan.model.config import TASKS, InputShape, Task, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
+from evoplan.model.families.tiny_openfold import TASKS, Task
 from evoplan.planner.files import check_writable, make_folder
 from evoplan.planner.flags import STEPS, Number, Size
 from evoplan.planner.terminal import progress, run_command

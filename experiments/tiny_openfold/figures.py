@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from evoplan.model.config import InputShape, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.planner.files import STDOUT, check_writable, write_json
 from evoplan.planner.flags import JSON_HELP
 from evoplan.planner.terminal import CHECK_FAILED, progress, run_command

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model import measure
-from evoplan.model.config import InputShape, Task, TinyOpenFoldConfig
+from evoplan.model.config import InputShape
+from evoplan.model.families import TinyOpenFoldConfig
+from evoplan.model.families.tiny_openfold import Task
 from evoplan.model.regions import region
 from evoplan.model.tiny_data import tiny_batch
 from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
