@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from evoplan.model.config import InputShape, override
 from evoplan.model.families import PRESETS, EvoformerConfig
+from evoplan.model.families.evoformer import EVOFORMER
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     """Bytes each submodule saves and its forward peak, and what the block holds: run without data."""
     import torch
 
-    from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+    from evoplan.cost_model.simulation import simulated
+    from evoplan.cost_model.trace import fake_copy
     from evoplan.model import Chain, EvoformerStack
     from evoplan.model.evoformer import mask_constants
     from evoplan.model.execution import record
@@ -306,7 +308,7 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     with torch.device("meta"):
         stack = EvoformerStack(replace(config, n_block=1))
     traced, runs = {}, []
-    with fake_tensors(), Trace() as trace:
+    with simulated() as trace:
         make = partial(torch.empty, dtype=getattr(torch, dtype))
         steps = Chain.of(fake_copy(stack, getattr(torch, dtype))).steps
         m = make(shape.batch, shape.n_seq, shape.n_res, config.c_m)
@@ -330,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from evoplan.cost_model.devices import DTYPES
 
-    stacks = [name for name, chosen in PRESETS.items() if isinstance(chosen.config, EvoformerConfig)]
+    stacks = list(EVOFORMER.presets)
     parser = argparse.ArgumentParser(prog="python -m evoplan.cost_model.analytic", description=main.__doc__)
     parser.add_argument(
         "--model", choices=stacks, default="alphafold2-finetune", help="(default: %(default)s)"

@@ -34,12 +34,13 @@ def submodule_flops(config: EvoformerConfig | TinyOpenFoldConfig, shape: InputSh
     twice forward. The one exception is the mean in a global attention, whose left operand is a mask.
     """
     s, r, c_m, c_z = shape.n_seq, shape.n_res, config.c_m, config.c_z
-    c, tri, tiny = config.c_opm, config.c_tri, isinstance(config, TinyOpenFoldConfig)
-    attention = partial(_attention, projections=4 if tiny else 5)  # q, k, v, output, and a gate
+    assert s is not None
+    c, tri, gated = config.c_opm, config.c_tri, config.gated
+    attention = partial(_attention, projections=4 + gated)  # q, k, v, output, and a gate
     multiplication = r**2 * (5 * c_z * tri + c_z**2) + r**3 * tri
-    triangle_bias = 0 if tiny else r**2 * c_z * config.n_head_pair
+    triangle_bias = r**2 * c_z * config.n_head_pair * gated
     triangle_attention = attention(r, r, c_z, config.n_head_pair, config.c_head) + triangle_bias
-    is_global = not tiny and config.column_attention == "global"
+    is_global = config.column_attention == "global"
     column_attention = _global_attention if is_global else attention
     by_mask = {"column_attention": s * r * c_m} if is_global else {}
     multiply_adds = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -14,11 +13,11 @@ import torch
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.kept_traces import KeptTraces
 from evoplan.cost_model.loss import Loss, trace_loss
-from evoplan.cost_model.scratch import CpuScratch, TensorSpec
+from evoplan.cost_model.scratch import TensorSpec
+from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost, trace_step
-from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
+from evoplan.cost_model.trace import casting_of, fake_copy
 from evoplan.model.chain import Plannable, Step
-from evoplan.model.pieces import sampled_pieces
 from evoplan.model.strategy import Strategy
 
 Specs = dict[str, TensorSpec]
@@ -72,12 +71,12 @@ class Tracer:
         Raises:
             ValueError: it cannot be traced; says why.
         """
-        with self._trace_on("cpu") as trace:  # a loss may look at tensors that are on no meta device
+        with simulated(self.device) as trace:  # a loss may look at tensors that are on no meta device
             results = model.results({name: spec.empty("cpu") for name, spec in state.items()})
             return trace_loss(loss, results, trace, self._casting)
 
     def _trace(self, step: Step, here: Here, strategies: Sequence[Strategy]) -> list[StepCost]:
-        with self._trace_on(self._where) as trace:
+        with simulated(self.device, where=self._where) as trace:
             submodule = fake_copy(step.submodule, self.dtype, self._where).train(self.training)
             step = replace(step, submodule=submodule)
             state, constants = (
@@ -91,16 +90,6 @@ class Tracer:
                 )
                 for strategy in strategies
             ]  # fmt: skip
-
-    @contextmanager
-    def _trace_on(self, where: str) -> Iterator[Trace]:
-        scratch = CpuScratch() if self.device.kind == "cpu" else None
-        with (
-            fake_tensors() if where == "cpu" else nullcontext(),
-            Trace(self.device.block_bytes, scratch) as trace,
-            sampled_pieces(trace),
-        ):
-            yield trace
 
 
 def prepared(

@@ -7,12 +7,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Casting, Trace, casting_of, fake_copy, fake_tensors
+from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.trace import Casting, casting_of, fake_copy
 from evoplan.model.batch import Batch
 from evoplan.model.build import build_model, program_type
 from evoplan.model.parallel import ParallelEvoformer
-from evoplan.model.pieces import sampled_pieces
 from evoplan.model.program import Part
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.costing import device_of, planned_model
@@ -72,10 +71,9 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
     """
     problem = plan.problem
     where, dtype = device_of(problem), getattr(torch, problem.dtype)
-    scratch = CpuScratch() if where.kind == "cpu" else None
     with torch.device("meta"):
         plain = program_type(problem.config)(problem.config, build_model(problem.config))
-    with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
+    with simulated(where) as trace:
         model = fake_copy(plain, dtype).train(problem.training)
         share = planned_model(problem, rank, model.stack)
         model.stack = PlannedModule(share, plan.sequence(), host=FakeHost)

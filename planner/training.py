@@ -79,7 +79,9 @@ class Training:
     def step(self, batch: Batch, dropout_seed: int) -> float:
         """This process's part of the loss; when training, gradients are those of the whole world then."""
         how = self.share, self.casting, self.scaler
-        return float(run_step(self.program, batch, self.training, dropout_seed, *how))
+        loss = run_step(self.program, batch, self.training, dropout_seed, *how)
+        self.world.settle()
+        return float(loss)
 
     def update(self) -> None:
         """Let the optimizer move the parameters."""
@@ -135,7 +137,7 @@ def data_parallel(program: nn.Module, world: World, find_unused: bool = True) ->
         # first; rebuilt ones would be there beside them for a while.
         find_unused_parameters=find_unused,
     )
-    parallel.register_comm_hook(world.replicas, _sum_of_ranks_mean_of_replicas)
+    parallel.register_comm_hook(world, _sum_of_ranks_mean_of_replicas)
     return parallel
 
 
@@ -145,10 +147,12 @@ def dropout_seed(seed: int, number: int) -> int:
 
 
 # Not annotated: DDP reads annotations, and those of this file are texts.
-def _sum_of_ranks_mean_of_replicas(replicas, bucket):
+def _sum_of_ranks_mean_of_replicas(world, bucket):
     # Where no gradient came, DDP would leave none; the optimizer is to see zeros, as it does in one process.
     for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
         if parameter.grad is None:
             parameter.grad = grad
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0].div_(replicas))
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    world.works.append(work)
+    replicas = world.replicas
+    return work.get_future().then(lambda done: done.value()[0].div_(replicas))

@@ -10,12 +10,11 @@ import torch
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.loss import Loss
-from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Trace, casting_of, fake_copy, fake_tensors
+from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.trace import casting_of, fake_copy
 from evoplan.model.build import build_model
 from evoplan.model.chain import Plannable
 from evoplan.model.parallel import ParallelEvoformer
-from evoplan.model.pieces import sampled_pieces
 from evoplan.model.ranks import Ranks
 from evoplan.planner.apply import PlannedModule
 from evoplan.planner.applying import apply_plan, check_model
@@ -90,8 +89,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
         )
     where = device_of(problem)
     dtype = getattr(torch, problem.dtype)
-    scratch = CpuScratch() if where.kind == "cpu" else None
-    with fake_tensors(), Trace(where.block_bytes, scratch) as trace, sampled_pieces(trace):
+    with simulated(where) as trace:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
         planned = PlannedModule(model, plan.sequence(), host=FakeHost)

@@ -42,6 +42,7 @@ class World:
     Attributes:
         rank, size: of all processes; rank = replica x ranks of a replica + rank in it.
         local_rank, local_size: of those on this machine.
+        works: sums of gradients that are under way.
         mesh: of replicas ("data") by the ranks of each ("dap"); None alone and before `connect`.
     """
 
@@ -54,6 +55,7 @@ class World:
         self.store: dist.Store | None = None
         self.holds_store = False
         self.device = torch.device("cpu")
+        self.works: list[dist.Work] = []
 
     @property
     def first(self) -> bool:
@@ -170,6 +172,16 @@ class World:
         if self.mesh is not None:
             dist.all_gather_object(values, value)
         return values
+
+    def settle(self) -> None:
+        """Wait until the threads that sum gradients have done all that belongs to a step.
+
+        A future is done a little before its thread has closed its records. Who profiles the step must not
+        stop in between: what is recorded then goes to memory that is no longer there.
+        """
+        for work in self.works:
+            work.wait()
+        self.works.clear()
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evoplan.cost_model.flops import Flops, tiny_openfold_flops
-from evoplan.cost_model.trace import Trace, Work, fake_copy, fake_tensors
+from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.trace import Work, fake_copy, fake_tensors
 from evoplan.experiments.tiny_openfold.memory import empty_batch
 from evoplan.experiments.tiny_openfold.training import Recipe, run_step
 from evoplan.model.chain import Chain
@@ -67,7 +68,7 @@ def counted(recipe: Recipe) -> tuple[dict[str, Flops], dict[str, Work]]:
         flops[name] += counter.get_total_flops()
         works[name] += trace.work()
 
-    with fake_tensors(), Trace() as trace:
+    with simulated() as trace:
         model = _fake_model(recipe.config)
         batch = empty_batch(recipe, recipe.shape.batch)
         with into("embeddings", forward):

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from evoplan.cost_model import measure
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.ledger import Ledger, Regions
-from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.static import OPTIMIZER_STATES
-from evoplan.cost_model.trace import fake_copy, fake_tensors
+from evoplan.cost_model.trace import fake_copy
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
-from evoplan.model.pieces import sampled_pieces
 from evoplan.model.regions import SCORES
 from evoplan.model.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
 from evoplan.planner.apply import PlannedModule
@@ -66,10 +65,9 @@ def predict(recipe: Recipe, where: Device, plan: Plan | None = None, shares: int
     Args:
         shares: processes that share a batch; their gradients lie in buckets from step to step.
     """
-    scratch = CpuScratch() if where.kind == "cpu" else None
     with torch.device("meta"):
         plain = TinyOpenFold(recipe.config)
-    with fake_tensors(), Ledger(where.block_bytes, scratch) as ledger, sampled_pieces(ledger):
+    with simulated(where, Ledger) as ledger:
         model = fake_copy(plain, torch.float32).train()
         if plan is not None:
             model.stack = PlannedModule(model.stack, plan.sequence())
@@ -117,6 +115,7 @@ def measure_parts(training: TinyTraining, number: int, peak: int, where: Device)
 
     def step() -> None:
         run_step(training.program, batch, None, None, training.recipe.amp, training.device.type)
+        training.world.settle()
 
     buckets: list[Tensor] = []
     if training.world.mesh is not None:  # in which several processes sum; gradients are views of them

@@ -118,7 +118,10 @@ class TinyTraining:
 
     def step(self, batch: dict[str, Tensor]) -> StepResult:
         """One step of the recipe."""
-        return run_step(self.program, batch, self.optimizer, self.scaler, self.recipe.amp, self.device.type)
+        how = self.optimizer, self.scaler, self.recipe.amp, self.device.type
+        result = run_step(self.program, batch, *how)
+        self.world.settle()
+        return result
 
     def finite(self) -> bool:
         """Whether all parameters are."""

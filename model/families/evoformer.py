@@ -23,6 +23,7 @@ class EvoformerConfig(ModelConfig):
 
     state: ClassVar = {"m": MSA, "z": PAIR}
     masks: ClassVar = {"msa_mask": "m", "pair_mask": "z"}
+    gated: ClassVar = True  # attention; its triangles are biased
 
     n_block: int = 48
     c_m: int = 256

@@ -25,6 +25,8 @@ class TinyOpenFoldConfig(ModelConfig):
     state: ClassVar = {"m": MSA, "z": PAIR}
     masks: ClassVar = {}
     ranks: ClassVar = False
+    gated: ClassVar = False
+    column_attention: ClassVar = "plain"
 
     n_block: int = 4
     c_m: int = 64

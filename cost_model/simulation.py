@@ -1,0 +1,37 @@
+"""Code run on tensors without data, and what it would take on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.trace import Trace, fake_tensors
+from evoplan.model.pieces import sampled_pieces
+
+SomeTrace = TypeVar("SomeTrace", bound=Trace)
+
+
+@contextmanager
+def simulated(
+    device: Device | None = None,
+    kind: type[SomeTrace] = Trace,
+    where: str = "cpu",  # type: ignore[assignment]
+) -> Iterator[SomeTrace]:
+    """Inside, tensors have no data, of pieces one of each kind is run, and the trace counts what lives.
+
+    Args:
+        device: whose blocks and whose operators' scratch count; None: bytes alone.
+        kind: of trace.
+        where: what tensors claim to be on: cpu, made fake; or meta, where the code names that device itself.
+    """
+    blocks = 1 if device is None else device.block_bytes
+    scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
+    with (
+        fake_tensors() if where == "cpu" else nullcontext(),
+        kind(blocks, scratch) as trace,
+        sampled_pieces(trace),
+    ):
+        yield trace
