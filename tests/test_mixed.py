@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoplan import InputShape, TinyOpenFoldConfig
 from evoplan.cost_model.scratch import Call, CpuScratch, TensorSpec, _contiguous_stride
 from evoplan.cost_model.scratch import _run as measured_scratch
+from evoplan.model.attention import mask_bias
 from evoplan.model.evoformer import EvoformerStack
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.planning import solve
@@ -123,6 +124,20 @@ def test_rows_without_any_key(config, mask: torch.dtype, compute: torch.dtype | 
     assert all(bool(tensor.isfinite().all()) for tensor in found)
     for got, expected in zip(found, results(torch.float32), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("logits", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("mask", [torch.float64, torch.float32, *HALF], ids=str)
+def test_a_mask_of_any_dtype_is_finite_in_the_logits(mask: torch.dtype, logits: torch.dtype) -> None:
+    """And far below any logit there is."""
+    bias = mask_bias(torch.tensor([1, 0, 1], dtype=mask), logits)
+    assert bias.dtype == logits
+    assert bias.isfinite().all()
+    assert bias[[0, 2]].tolist() == [0, 0]
+    assert bias[1] <= -3e4
+    scores = torch.tensor([-1000, 1000, -1000], dtype=logits)
+    assert (scores + bias).isfinite().all()
+    assert (scores + bias).softmax(-1).tolist() == [0.5, 0, 0.5]
 
 
 def test_scratch_of_elementwise_operators_on_unlike_dtypes() -> None:
