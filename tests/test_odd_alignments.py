@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from evoplan.model.alignment import (
@@ -21,6 +21,7 @@ from evoplan.model.alignment import (
 )
 from evoplan.model.config import InputShape
 from tests.alignments import assert_same, letters, message, read_with_report
+from tests.conftest import examples
 
 Write = Callable[[str | bytes], Path]
 QUERY = ">q\nMKVLA\n"
@@ -205,7 +206,7 @@ ROWS = st.integers(1, 9).flatmap(
         st.lists(st.text("acdwACDWXBZU-.", min_size=n, max_size=n), max_size=4),
     )
 )
-FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+FUZZ = examples(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ
