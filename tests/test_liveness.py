@@ -64,7 +64,6 @@ def check_plans(model: torch.nn.Module, shapes, inputs, deepest: int) -> None:
     """Several budgets: the replay's peak is the simulated one, and gradients are the model's own."""
     with torch.device("meta"):
         empty = type(model)(model.config).train()
-    table = build_cost_table(empty, shapes, "float64", device("a100-40gb"))
     table = build_cost_table(empty, shapes, "float64", replace(device("a100-40gb"), block_bytes=1))
     frontier = Frontier(table)
     depths = set()
