@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _old_objects_are_not_looked_through() -> None:
-    """Every measurement collects garbage first, which takes longest where there is none: in loaded modules."""
+    """Measurements collect garbage first, which takes longest where there is none: in what was loaded."""
     gc.collect()
     gc.freeze()
 
