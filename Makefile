@@ -5,7 +5,7 @@ PYTHON = python3
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 REQUIREMENTS = setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test slow lint venv clean
+.PHONY: demo test slow mutants lint venv clean
 
 demo: .venv/.installed
 	.venv/bin/python -m evoplan.experiments.demo
@@ -14,7 +14,10 @@ test: .venv/.installed-test
 	.venv/bin/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
 
 slow: .venv/.installed-test
-	.venv/bin/python -m pytest -m slow -s
+	.venv/bin/python -m pytest -m "slow or property" --hypothesis-profile=all -s
+
+mutants: .venv/.installed-test
+	.venv/bin/python -m tests.mutants
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check

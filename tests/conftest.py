@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -9,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
@@ -27,8 +30,34 @@ os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests
 # Nor into the user's traces what tests make, but all processes of a test run share theirs.
 os.environ.setdefault("EVOPLAN_TRACES", str(Path(__file__).parents[1] / ".pytest_cache" / "evoplan"))
 
+# How many of its examples a property is tried on, in percent: a part in `make test`, all in `make slow`.
+settings.register_profile("part", max_examples=25)
+settings.register_profile("all", max_examples=100)
+settings.load_profile("part")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; threads that wait for each other take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark properties, so that `make slow` finds them."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("property")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_looked_through() -> None:
+    """Measurements collect garbage first, which takes longest where there is none: in what was loaded."""
+    gc.collect()
+    gc.freeze()
+
+
+def examples(count: int, **others: Any) -> settings:
+    """Settings of a property that is worth so many examples; however long each takes."""
+    share = settings.default.max_examples
+    return settings(max_examples=max(20, count * share // 100), deadline=None, **others)
+
 
 TINY = EvoformerConfig(
     n_block=2, c_m=12, c_z=10, n_head_msa=3, n_head_pair=2, c_head=4, c_head_msa=6, c_opm=5, c_tri=7

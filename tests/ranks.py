@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.torchrun import environment
+from tests.warm import Child
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = 240) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = 480) -> list[Any]:
     """What `function(*args)` returns on each of `size` ranks; RuntimeError holds what the ranks raised.
 
-    The function must be importable by name: every rank is a fresh process.
+    The function must be importable by name: every rank is a process of its own.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(target=_rank, args=(rank, size, folder, seconds, function, args), daemon=True)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        path = Path(folder)
+        (path / "job").write_bytes(pickle.dumps((function, args)))
+        nowhere = stack.enter_context(open(os.devnull, "w")).fileno()
+        ranks = [
+            stack.enter_context(
+                closing(
+                    Child(
+                        ["-m", "tests.ranks", folder, str(rank), str(size), str(seconds)],
+                        environment(),
+                        nowhere,
+                        nowhere,
+                    )
+                )
+            )
             for rank in range(size)
         ]
-        for process in processes:
-            process.start()
         deadline = time.monotonic() + seconds
-        try:
-            for process in processes:
-                process.join(max(0.0, deadline - time.monotonic()))
-        finally:
-            for process in processes:
-                process.kill()
-        failures = [path.read_text() for path in sorted(Path(folder).glob("failed-*"))]
-        if failures or any(process.exitcode != 0 for process in processes):
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        failures = [failed.read_text() for failed in sorted(path.glob("failed-*"))]
+        if failures or any(rank.poll() != 0 for rank in ranks):
             raise RuntimeError("\n".join(failures) or f"ranks did not end within {seconds} seconds")
-        return [torch.load(Path(folder) / f"result-{rank}") for rank in range(size)]
+        return [torch.load(path / f"result-{rank}") for rank in range(size)]
 
 
-def _rank(
-    rank: int, size: int, folder: str, seconds: float, function: Callable[..., Any], args: tuple
-) -> None:
+def _rank(folder: Path, rank: int, size: int, seconds: float) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
+        function, args = pickle.loads((folder / "job").read_bytes())
         # A file and no port: ports may be taken by the time they are used.
         dist.init_process_group(
             "gloo",
@@ -56,9 +65,13 @@ def _rank(
             world_size=size,
             timeout=timedelta(seconds=seconds / 2),
         )
-        torch.save(function(*args), Path(folder) / f"result-{rank}")
+        torch.save(function(*args), folder / f"result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
     except Exception:
-        (Path(folder) / f"failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        (folder / f"failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

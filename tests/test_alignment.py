@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from evoplan.model.alignment import (
@@ -29,6 +29,7 @@ from evoplan.model.alignment import (
 )
 from evoplan.model.config import InputShape
 from tests.alignments import assert_same, letters, message
+from tests.conftest import examples
 
 ROOT = Path(__file__).parents[1]
 UBIQUITIN = ROOT / "experiments/data/ubiquitin.a3m"
@@ -300,7 +301,7 @@ def check_alignment(a: Alignment) -> None:
 
 ROW_BYTES = b">>>\n\n\r#-.ACDEXBacd* \0\xff"
 ALMOST = st.lists(st.sampled_from(list(ROW_BYTES)), max_size=60).map(bytes)
-FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+FUZZ = examples(300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

@@ -22,14 +22,15 @@ from evoplan.planner.schedule import depth
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.reading import Reader
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
+from tests.conftest import examples
 
 KINDS = (WHOLE, Strategy("chunk", "row", 2), Strategy("coshard", "sum", 2))
 UNITS = 90  # bytes; enough for most schedules of three steps
 
 
 def cases(count: int) -> settings:
-    """So many cases, the same ones every time."""
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    """So many cases (`make test`: a part of them), the same ones every time."""
+    return examples(count, derandomize=True, database=None)
 
 
 def step_options(
@@ -65,6 +66,7 @@ def tables(
     streams: str = "mz",
     read_all: bool = False,
     backward_from: int = 0,
+    whole: bool = False,
 ) -> CostTable:
     """Random chains of one or two groups over the tensors that their steps write.
 
@@ -73,6 +75,7 @@ def tables(
         most: strategies per step.
         read_all: whether each step reads the whole state.
         backward_from: least workspace of a backward.
+        whole: whether each step can run whole.
     """
     count = draw(st.integers(*steps))
     cut = draw(st.integers(0, count - 1))  # the first step of the second group, 0 for one group
@@ -81,6 +84,8 @@ def tables(
     names = sorted(set(targets))
     few = st.lists(st.sampled_from(KINDS), min_size=1, max_size=most, unique=True)
     offered = [draw(few) for _ in targets]
+    if whole:
+        offered = [[WHOLE, *(kind for kind in kinds if kind != WHOLE)][:most] for kinds in offered]
     rng = Random(draw(st.integers(0, 2**32)))
     state = {name: rng.randint(1, 5) for name in names}
     reads = [

@@ -86,6 +86,19 @@ def test_pieces_equal_whole(config: ModelConfig, name: str, batch: tuple[int, ..
     assert seen >= {"lean", "chunk", "coshard"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pieces_in_half_precision_are_summed_in_single(dtype: torch.dtype) -> None:
+    """600 of them, each with a row of one position: the output bias's gradient is the sum of what came in."""
+    submodule = build_model(TINY).to(dtype).blocks[0].pair_transition
+    g = torch.Generator().manual_seed(0)
+    z, grad = (torch.rand(1, 600, 1, TINY.c_z, generator=g).to(dtype) for _ in range(2))
+    run, _ = record(submodule, Strategy("chunk", "row", 600), {"z": z})
+    (name,) = (name for name in run.parameters.all if name == "linear_2.bias")
+    got, exact = run.vjp(grad)[1][name], grad.double().sum(dim=(0, 1, 2))
+    assert got.dtype == dtype
+    assert float((got.double() / exact - 1).abs().max()) <= torch.finfo(dtype).eps / 2  # rounded once
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_whole_is_the_discarded_run_too(config: ModelConfig) -> None:
     stack = randomise(build_model(config).double())

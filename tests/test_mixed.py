@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoplan import InputShape, TinyOpenFoldConfig
 from evoplan.cost_model.scratch import Call, CpuScratch, TensorSpec, _contiguous_stride
 from evoplan.cost_model.scratch import _run as measured_scratch
+from evoplan.model.attention import mask_bias
 from evoplan.model.evoformer import EvoformerStack
 from evoplan.planner.costing import cost_problem
 from evoplan.planner.planning import solve
@@ -125,6 +126,20 @@ def test_rows_without_any_key(config, mask: torch.dtype, compute: torch.dtype | 
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("logits", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("mask", [torch.float64, torch.float32, *HALF], ids=str)
+def test_a_mask_of_any_dtype_is_finite_in_the_logits(mask: torch.dtype, logits: torch.dtype) -> None:
+    """And far below any logit there is."""
+    bias = mask_bias(torch.tensor([1, 0, 1], dtype=mask), logits)
+    assert bias.dtype == logits
+    assert bias.isfinite().all()
+    assert bias[[0, 2]].tolist() == [0, 0]
+    assert bias[1] <= -3e4
+    scores = torch.tensor([-1000, 1000, -1000], dtype=logits)
+    assert (scores + bias).isfinite().all()
+    assert (scores + bias).softmax(-1).tolist() == [0.5, 0, 0.5]
+
+
 def test_scratch_of_elementwise_operators_on_unlike_dtypes() -> None:
     aten, wide, half = torch.ops.aten, torch.float32, torch.bfloat16
 
@@ -154,11 +169,24 @@ CASES = {
 }
 
 
+SMALL = {
+    "small main": (TINY, InputShape(3, 5, 2)),
+    "small extra": (TINY_EXTRA, InputShape(9, 4)),
+    "small tiny": (TinyOpenFoldConfig(n_block=1, c_m=16, c_z=24, c_opm=8), InputShape(3, 6, 2)),
+}
+LARGE = [*((case, "bf16-mixed") for case in CASES), ("main", "fp16-mixed")]
+
+
 @pytest.mark.parametrize(
-    ("case", "mixed"), [*((case, "bf16-mixed") for case in CASES), ("main", "fp16-mixed")]
+    ("case", "mixed"),
+    [
+        *((case, "bf16-mixed") for case in SMALL),
+        ("small main", "fp16-mixed"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE),
+    ],
 )
 def test_peaks_are_as_planned(case: str, mixed: str) -> None:
-    config, shape = CASES[case]
+    config, shape = (CASES | SMALL)[case]
     problem = Problem(model="custom", config=config, shape=shape, mixed=mixed)
     costed = cost_problem(problem)
     for budget in list(Frontier(costed.table).budgets(2)):

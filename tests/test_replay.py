@@ -224,6 +224,40 @@ def test_a_tensor_that_nobody_rewrites_is_no_output() -> None:
     assert moments[5] == ("redo", 0, 10 + 16, 26 + 15, 1)
 
 
+# An extra stack: step 0 rewrites its tensor e of 20 bytes, step 1 reads that for z, and nobody else does.
+EXTRA = replace(
+    TWO,
+    options=(
+        (cost(24, 3, 50, 22, (1, 2)),),
+        (cost(11, 4, 60, 8, (10, 20)),),
+        (cost(15, 5, 30, 12, (100, 200)),),
+    ),
+    step_reads=(("e", "z"), ("z", "e"), ("m", "z")),
+    state_bytes={"e": 20, "m": 10, "z": 6},
+    outputs=("m", "z"),
+)
+
+
+def test_a_tensor_that_ends_with_its_stack_has_a_gradient_until_then() -> None:
+    """A redo before its last reader has it beside it, one that ends after that has not."""
+    _, moments = timeline(Sequence((again(*saved(0)), *saved(1, 2))), EXTRA)
+    assert moments == [
+        ("discard", 0, 0, 0 + 22, 1),
+        ("forward", 1, 20, 20 + 11, 10),  # e after 0
+        ("forward", 2, 20 + 4 + 6, 30 + 15, 100),  # which step 1 keeps for backward; z after 1
+        ("loss", None, 30 + 5 + 10, 45 + 16, 0),
+        ("backward", 2, 45 - 5, 40 + 30, 200),
+        ("backward", 1, 40 - 4, 36 + 60, 20),
+        ("redo", 0, 16 + 20 + 10 + 6, 52 + 24, 1),  # the outputs; gradients of e, m and z
+        ("backward", 0, 16, 16 + 50, 2),
+    ]
+    _, moments = timeline(Sequence((again(*saved(0, 1)), *saved(2))), EXTRA)
+    assert moments[5:7] == [
+        ("redo", 0, 16 + 10 + 6, 32 + 24, 1),
+        ("redo", 1, 16 + 3 + 20 + 10 + 6, 55 + 11, 10),
+    ]
+
+
 def test_the_loss_may_be_the_peak() -> None:
     played = replay(Sequence(saved(0, 1, 2)), replace(CHAIN, loss_bytes=100))
     assert (played.peak.phase, played.peak_bytes) == ("loss", 45 + 100)

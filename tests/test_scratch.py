@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from evoplan.cost_model import scratch
 from evoplan.cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.measure import peak_bytes, usage
-from evoplan.cost_model.scratch import CpuScratch
+from evoplan.cost_model.scratch import Call, CpuScratch, TensorSpec
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
@@ -80,6 +81,31 @@ def test_predicted_peaks_are_the_allocators(dtype, config, strategies):
         ):
             # The loss is live around a step of a chain, and not here.
             assert 0.97 * traced <= measured + LOSS_NUMBERS * NUMBER_BYTES <= traced, (name, strategy, dtype)
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """That torch runs operators on, so many; everything else here has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_normalisations_take_rows_for_every_thread(threads: int, dtype: torch.dtype) -> None:
+    """Though forward takes none, whatever the threads."""
+    x, row = TensorSpec.dense((40, 30, 96), dtype), TensorSpec.dense((96,), dtype)
+    statistics = TensorSpec.dense((40, 30, 1), dtype)
+    known, aten = CpuScratch(), torch.ops.aten
+    forward = Call(aten.native_layer_norm.default, (x, (96,), row, row, 1e-5))
+    backward = Call(
+        aten.native_layer_norm_backward.default,
+        (x, x, (96,), statistics, statistics, row, row, (True, True, True)),
+    )
+    for call, expected in ((forward, 0), (backward, 2 * threads * row.nbytes)):
+        assert scratch._run(call) == expected
+        assert known.bytes(call) == expected + scratch.NUMBER_BYTES
 
 
 def test_large_products_are_not_run(monkeypatch):

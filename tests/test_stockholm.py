@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from evoplan.model.alignment import AlignmentError, alignment_shape, read_alignment
 from evoplan.model.config import InputShape
 from tests.alignments import assert_same, letters, message, read_with_report
+from tests.conftest import examples
 
 pytest.importorskip("Bio", reason="the extra `alignments` is not installed")
 
@@ -148,7 +149,7 @@ def test_what_is_no_stockholm_alignment(file: Write, content: bytes, says: str) 
         assert says in message(file(content), skip_bad=skip_bad)
 
 
-FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+FUZZ = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 COLUMNS = st.lists(st.text("acdwyACDWYBZUX-.", min_size=3, max_size=3), min_size=1, max_size=12).filter(
     lambda columns: any(column[0] not in "-." for column in columns)
 )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +28,7 @@ from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.profiling import profile_problem
 from evoplan.planner.timing import cost_with_times
+from tests.torchrun import forked
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)
 PROBLEM = Problem(model="custom", config=CONFIG, shape=InputShape(6, 9))
@@ -228,13 +226,12 @@ def test_a_killed_writer_leaves_the_cache_whole(tmp_path: Path) -> None:
     path = tmp_path / "times.sqlite"
     code = f"import sys; from tests.test_times import put_many\nput_many({str(path)!r})"
     for _ in range(3):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        for _ in range(5):
-            writer.stdout.readline()
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        with forked("-c", code) as writer:
+            assert writer.stdout is not None
+            for _ in range(5):
+                assert writer.stdout.readline()
+            writer.kill()
+            assert writer.wait(60) == -signal.SIGKILL
         with sqlite3.connect(path) as connection:
             assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
             (rows,) = connection.execute("select count(*) from times").fetchone()

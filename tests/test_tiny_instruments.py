@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from evoplan.experiments.scaling import Result, _descendants, summarise
-from tests.torchrun import alone, started
+from tests.torchrun import alone, forked
 
 STUDY = ("-m", "evoplan.experiments.scaling")
 SIZES = ["--num-blocks", "1", "--seq-len", "12", "--num-seqs", "3", "--batch-size", "1", "--num-steps", "2"]
@@ -45,29 +44,20 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None
 
 
 def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
-    study = (
-        "-m",
-        "evoplan.experiments.scaling",
-        "--gpus",
-        "2",
-        "--steps",
-        "1000000",
-        "--seq-len",
-        "8",
-        "--num-seqs",
-        "2",
-    )
-    with started([sys.executable, *study, "--num-blocks", "1", "--output-dir", str(tmp_path)]) as process:
-        deadline = time.time() + 60
+    sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1")
+    study = (*STUDY, "--gpus", "2", "--steps", "1000000", *sizes, "--output-dir", str(tmp_path))
+    with forked(*study) as process:
+        deadline = time.time() + 240
         while "Step" not in "".join(path.read_text() for path in tmp_path.glob("*.log")):
             assert time.time() < deadline
             time.sleep(0.2)
         family = _descendants(process.pid)
         assert len(family) >= 3
         process.terminate()
-        process.wait(40)
-    time.sleep(0.5)
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+        process.wait(120)
+        while [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+            assert time.time() < deadline
+            time.sleep(0.1)
 
 
 def test_summary_of_runs() -> None:

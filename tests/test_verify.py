@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,12 @@ from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.dropout import dropout_mask
 from evoplan.planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
 from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.plan import Plan
 from evoplan.planner.planning import solve
 from evoplan.planner.problem import Problem
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.tape import Tape
+from evoplan.planner.verify import Verification
 
 CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
 
@@ -47,6 +50,31 @@ def test_plans_keep_their_promise(costed: Costed, share: float) -> None:
     assert 0.98 * predicted <= measured <= predicted
     simulated = simulate_plan(plan)
     assert abs(simulated.measured_peak_bytes - found.predicted_peak_bytes) <= 0.01 * predicted
+
+
+def changed(plan: Plan, peak: int, budget: int | None = None) -> Plan:
+    """The plan with another prediction of its peak, and another budget."""
+    predicted = plan.predicted.model_copy(update={"peak_bytes": peak})
+    problem = plan.problem.model_copy(update={"budget_bytes": budget})
+    return plan.model_copy(update={"predicted": predicted, "problem": problem, "rank_peak_bytes": (peak,)})
+
+
+def measured(plan: Plan) -> Verification:
+    return verify_plan(None, plan, repeats=1, unplanned=False)
+
+
+@pytest.mark.parametrize("judge", [simulate_plan, measured])
+def test_what_is_no_success(judge: Callable[[Plan], Verification]) -> None:
+    """A measured peak above the budget, be it by a byte, and a prediction that is off either way."""
+    config = replace(CONFIG, n_block=1)
+    plan = solve(
+        cost_problem(Problem(model="custom", config=config, shape=InputShape(3, 4), dtype="float64"))
+    )
+    peak = judge(plan).measured_peak_bytes
+    assert judge(changed(plan, peak, peak)).ok
+    assert not judge(changed(plan, peak - 1, peak - 1)).ok
+    for share, ok in ((0.97, False), (0.99, True), (1.01, True), (1.03, False)):
+        assert judge(changed(plan, int(share * peak))).ok == ok, share
 
 
 def test_inference(costed: Costed) -> None:
@@ -125,6 +153,23 @@ def test_masks_do_not_depend_on_the_dtype() -> None:
     masks = [dropout_mask(submodule, torch.empty(4, 6, 5, dtype=dtype), 7, 1) for dtype in dtypes]
     assert torch.equal(masks[0] == 0, masks[1] == 0)
     assert 0 < (masks[0] == 0).sum() < masks[0].numel()
+
+
+@pytest.mark.parametrize(("dtype", "factor", "ok"), [
+    ("float64", 1 + 1e-12, True), ("float64", 1 + 1e-9, False),
+    ("float32", 1 + 1e-6, True), ("float32", 1.001, False),
+    ("bfloat16", 1.2, False),
+])  # fmt: skip
+def test_gradients_are_compared(monkeypatch: pytest.MonkeyPatch, dtype: str, factor: float, ok: bool) -> None:
+    problem = Problem(model="custom", config=replace(CONFIG, n_block=1), shape=InputShape(3, 4), dtype=dtype)
+    backward = Tape.backward
+
+    def wrong(tape, step, grad):
+        state, parameters = backward(tape, step, grad)
+        return state, {name: g * factor for name, g in parameters.items()}
+
+    monkeypatch.setattr(Tape, "backward", wrong)
+    assert verify_plan(None, solve(cost_problem(problem)), repeats=1).ok == ok
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -1,0 +1,423 @@
+"""`make mutants`: deliberate faults, each of which must turn a test near to it red.
+
+    python -m tests.mutants [--all] [NAME ...]
+
+Each is put into a copy of the tree. Those that survive are named, and the exit code is 1. With --all the
+whole suite runs against each, not the nearest tests alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import click
+
+ROOT = Path(__file__).parents[1]
+COPIES = 2  # tried at the same time
+SECONDS = 900  # for the nearest tests of one
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault.
+
+    Attributes:
+        file, find, put: the text that is found there once, and what stands in its place.
+        why: what is wrong then.
+        tests: files or tests of which one must fail, without the leading `tests/test_`.
+    """
+
+    name: str
+    file: str
+    find: str
+    put: str
+    why: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = [
+    # --- planner: replay, dynamic program, liveness ------------------------------------------
+    Mutant(
+        "replay-redo-gradients",
+        "planner/replay.py",
+        "self.table.gradient_bytes(body.span.stop) if redo else 0",
+        'self.table.gradient_bytes(body.span.stop) - self.table.state_bytes.get("e", 0) * any('
+        'v.tensor == "e" for v in self.table.liveness.alive(body.span.stop)) if redo else 0',
+        "a redo forgets the gradient of the extra stack's tensor, which is live there",
+        ("replay.py",),
+    ),
+    Mutant(
+        "replay-keeps-twice",
+        "planner/replay.py",
+        "if self.holders[version] == 1 and version.maker != INPUT:",
+        "if version.maker != INPUT:",
+        "a version counts once for everybody who holds it",
+        ("replay.py",),
+    ),
+    Mutant(
+        "replay-entry-released",
+        "planner/replay.py",
+        "            self.release(state.values())\n            self.release(record.entry)\n",
+        "            self.release(state.values())\n",
+        "a checkpoint's entry is held for ever",
+        ("replay.py",),
+    ),
+    Mutant(
+        "dp-loss",
+        "planner/solvers/dp.py",
+        "done[self.costs.units(self.table.loss_bytes) :] = 0.0",
+        "done[:] = 0.0",
+        "the loss needs no memory",
+        ("dp.py",),
+    ),
+    Mutant(
+        "dp-last-checkpoint",
+        "planner/solvers/dp.py",
+        "range(at + 1, stop if ends else stop + 1)",
+        "range(at + 1, stop)",
+        "no checkpoint ends with its group",
+        ("dp.py",),
+    ),
+    Mutant(
+        "dp-need",
+        "planner/solvers/dp.py",
+        "        if memory < self.need:\n            return np.inf\n",
+        "",
+        "a choice is looked up below what it needs",
+        ("dp.py", "bounds.py"),
+    ),
+    Mutant(
+        "grid-rounds-down",
+        "planner/solvers/grid.py",
+        "size_bytes // self.unit_bytes if self.optimistic else -(-size_bytes // self.unit_bytes)",
+        "size_bytes // self.unit_bytes",
+        "costs are rounded down to the grid, and schedules exceed their budget",
+        ("dp.py",),
+    ),
+    Mutant(
+        "liveness-outputs",
+        "cost_model/liveness.py",
+        "range(version.maker + 1, last + 1)",
+        "range(version.maker + 1, last + (last < self.end))",
+        "outputs are dropped before the end",
+        ("liveness.py", "replay.py"),
+    ),
+    Mutant(
+        "liveness-entry",
+        "cost_model/liveness.py",
+        "version for version in read if version.maker < span.start",
+        "version for version in read if version.maker != span.start",
+        "a checkpoint keeps what its own steps make",
+        ("liveness.py", "replay.py"),
+    ),
+    # --- model: pieces and their backward ----------------------------------------------------
+    Mutant(
+        "chunk-context-gradient",
+        "model/chunks.py",
+        "        context_grad = add(context_grad, one_piece(span))\n",
+        "        context_grad = one_piece(span)\n",
+        "the context's gradient is the last chunk's alone",
+        ("execution.py",),
+    ),
+    Mutant(
+        "chunk-dropout",
+        "model/slices.py",
+        'return cuts if submodule.dropout_shared_dim == dim else {**cuts, "dropout": dim}',
+        "return cuts",
+        "every chunk gets the first one's dropout mask, or one that does not fit",
+        ("execution.py", "apply.py"),
+    ),
+    Mutant(
+        "coshard-bias",
+        "model/layers.py",
+        "if layer.bias is None or part.start else",
+        "if layer.bias is None else",
+        "every co-shard adds the output bias",
+        ("execution.py",),
+    ),
+    Mutant(
+        "coshard-normalisation",
+        "model/coshards.py",
+        "            if (total := add(x_grads.get(name), grads[name])) is not None:\n",
+        "            if (total := add(None, grads[name])) is not None:\n",
+        "of several shares the last one's gradient counts",
+        ("execution.py",),
+    ),
+    Mutant(
+        "half-sums",
+        "model/gradients.py",
+        "term.float() if term.element_size() == 2 else term",
+        "term",
+        "gradients of pieces in half precision are summed in half precision",
+        ("execution.py",),
+    ),
+    Mutant(
+        "vjp-keeps-the-graph",
+        "model/execution.py",
+        "grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)",
+        "grads = torch.autograd.grad(self.edge, inputs, grad, allow_unused=True)",
+        "a second backward finds nothing",
+        ("loops.py",),
+    ),
+    Mutant(
+        "vjp-accumulates-into-the-target",
+        "model/gradients.py",
+        "grad.clone(memory_format=torch.contiguous_format) if read else grad",
+        "grad",
+        "the gradient that backward was given is written over",
+        ("execution.py", "loops.py"),
+    ),
+    Mutant(
+        "remake-context",
+        "model/remake.py",
+        "_Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)",
+        "_Recipe(function, [self._hold(tensor) for tensor in inputs], Context())",
+        "what is made again is made in the precision of forward's inside",
+        ("mixed.py",),
+    ),
+    Mutant(
+        "remake-changed",
+        "model/remake.py",
+        "if self.tensor._version != self.version:",
+        "if False:",
+        "a tensor that was written into is taken as it is",
+        ("changes.py",),
+    ),
+    Mutant(
+        "dropout-one-mask",
+        "model/dropout.py",
+        "(seed + (step + 1) * _SPREAD) % 2**63",
+        "(seed + _SPREAD) % 2**63",
+        "all steps drop the same",
+        ("execution.py", "oracle.py"),
+    ),
+    Mutant(
+        "dropout-scale",
+        "model/dropout.py",
+        ".div_(1.0 - rate)",
+        "",
+        "what is kept is not scaled up",
+        ("execution.py", "oracle.py"),
+    ),
+    Mutant(
+        "mask-dtype",
+        "model/attention.py",
+        "for each in (dtype, mask.dtype)",
+        "for each in (mask.dtype,)",
+        "the fill of a float32 mask is -inf in float16, and a row without keys is NaN",
+        ("mixed.py::test_a_mask_of_any_dtype_is_finite_in_the_logits",),
+    ),
+    Mutant(
+        "mask-pair-count",
+        "model/outer_product_mean.py",
+        "return msa_mask.transpose(-1, -2) @ msa_mask",
+        "return msa_mask.sum(-2)[..., None, :].expand(*msa_mask.shape[:-2], *msa_mask.shape[-1:] * 2)",
+        "the mean is over the sequences that have one of two residues",
+        ("oracle.py",),
+    ),
+    # --- cost model --------------------------------------------------------------------------
+    Mutant(
+        "trace-freed",
+        "cost_model/trace.py",
+        "        self._known.discard(key)\n        self.live_bytes -= size\n",
+        "        self.live_bytes -= size\n",
+        "a new storage at the address of one that is gone does not count",
+        ("trace.py", "scratch.py"),
+    ),
+    Mutant(
+        "trace-statistics",
+        "cost_model/trace.py",
+        "own = x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype))",
+        "own = True",
+        "a normalisation's statistics are in half precision",
+        ("mixed.py::test_peaks_are_as_planned",),
+    ),
+    Mutant(
+        "scratch-one-thread",
+        "cost_model/scratch.py",
+        "return copied + 2 * threads * prod(normalized)",
+        "return copied + 2 * prod(normalized)",
+        "a normalisation's backward has rows of one thread only",
+        ("scratch.py",),
+    ),
+    Mutant(
+        "scratch-gaps",
+        "cost_model/scratch.py",
+        "if 1 not in factor.stride[-2:]",
+        "if 1 not in factor.stride",
+        "a factor with gaps is copied for nothing",
+        ("scratch.py", "trace.py"),
+    ),
+    # --- executor, verification --------------------------------------------------------------
+    Mutant(
+        "tape-second-backward",
+        "planner/tape.py",
+        "            self._kept = list(self._records) if keep else None\n",
+        "            self._kept = self._records if keep else None\n",
+        "a backward that keeps the graph uses its records up",
+        ("loops.py::test_several_backwards",),
+    ),
+    Mutant(
+        "tape-skips-what-has-no-gradient",
+        "planner/tape.py",
+        "            elif top.first < step.index:\n                break\n",
+        "            else:\n                break\n",
+        "a loss on one output fails where another step's record lies on top",
+        ("loops.py::test_a_loss_on_one_output", "loops.py::test_frozen_parameters", "changes.py"),
+    ),
+    Mutant(
+        "tape-context",
+        "planner/tape.py",
+        "        with self.context:\n            self.chain.walk(todo, state, perform)",
+        "        with nullcontext():\n            self.chain.walk(todo, state, perform)",
+        "what runs again does so in backward's precision",
+        ("mixed.py::test_what_runs_again_does_so_in_forwards_precision",),
+    ),
+    Mutant(
+        "tape-random-state",
+        "planner/tape.py",
+        "with met.parameters.installed(), met.random or nullcontext():",
+        "with met.parameters.installed():",
+        "a layer that draws random numbers draws others when it runs again",
+        ("changes.py",),
+    ),
+    Mutant(
+        "executor-writes-over-what-a-hook-keeps",
+        "planner/apply.py",
+        "owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)",
+        "owned = True",
+        "inference writes over tensors that a hook may have kept",
+        ("changes.py",),
+    ),
+    Mutant(
+        "verify-budget",
+        "planner/verify.py",
+        "budget is None or peak <= budget,",
+        "True,",
+        "the measured peak is not compared with the budget",
+        ("verify.py",),
+    ),
+    Mutant(
+        "verify-peak",
+        "planner/verify.py",
+        "abs(peak - expected) <= max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
+        "peak <= expected + max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
+        "a prediction that is far too high passes",
+        ("verify.py",),
+    ),
+    Mutant(
+        "verify-gradients",
+        "planner/verify.py",
+        "gradient_error is None or gradient_error <= numerics or",
+        "gradient_error is None or gradient_error <= 1 or",
+        "wrong gradients pass",
+        ("verify.py",),
+    ),
+]
+
+
+def mutated(mutant: Mutant, root: Path) -> str:
+    """The text of its file with the fault in it.
+
+    Raises:
+        ValueError: the place is not there any more, or not the only one.
+    """
+    text = (root / mutant.file).read_text()
+    if (found := text.count(mutant.find)) != 1:
+        raise ValueError(f"{mutant.name}: its text is {found} times in {mutant.file}; see tests/mutants.py")
+    return text.replace(mutant.find, mutant.put)
+
+
+def copy_of_tree(to: Path) -> Path:
+    """The tree as it is, without what was built or kept beside it."""
+    left_out = shutil.ignore_patterns(".?*", "__pycache__", "build", "*.egg-info")
+    return shutil.copytree(ROOT, to, symlinks=True, ignore=left_out)
+
+
+def run_tests(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Pytest's exit code and what it says, of tests in a copy of the tree."""
+    paths = [f"tests/test_{test}" for test in tests] or ["tests"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
+    # Without bytecode: a fault may be put in and taken out again within the second that tells them apart.
+    changes = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    # One process: it and the other copy's share two cores, each with one thread.
+    changes |= {"OMP_NUM_THREADS": "1", "EVOPLAN_TRACES": str(root / "traces")}
+    done = subprocess.run(
+        [*command, "-m", "not slow and not gpu", *paths],
+        cwd=root, env={**os.environ, **changes}, capture_output=True, text=True, check=False,
+        timeout=SECONDS if tests else None,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def outcome(mutant: Mutant, root: Path, whole_suite: bool) -> str:
+    """`killed`, `survives`, or what went wrong: tests that cannot be run kill nothing."""
+    path = root / mutant.file
+    before = path.read_text()
+    path.write_text(mutated(mutant, root))
+    try:
+        code, said = run_tests(root, () if whole_suite else mutant.tests)
+    except subprocess.TimeoutExpired:
+        return "killed (hangs)"
+    finally:
+        path.write_text(before)
+    if code == 1:
+        failed = next((line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+        return f"killed by {failed.split(' - ')[0].partition(' ')[2]}"
+    return "SURVIVES" if code == 0 else f"SURVIVES: no test was run\n{said}"
+
+
+def tried(mutants: list[Mutant], whole_suite: bool) -> Iterator[tuple[Mutant, str, float]]:
+    """Each with its outcome and the seconds that it took, in order."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(COPIES) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(COPIES):
+            copies.put(copy_of_tree(Path(folder) / str(number)))
+
+        def attempt(mutant: Mutant) -> tuple[Mutant, str, float]:
+            root, start = copies.get(), time.monotonic()
+            try:
+                return mutant, outcome(mutant, root, whole_suite), time.monotonic() - start
+            finally:
+                copies.put(root)
+
+        yield from pool.map(attempt, mutants)
+
+
+@click.command()
+@click.option("--all", "whole_suite", is_flag=True, help="Run the whole suite against each.")
+@click.argument("names", nargs=-1)
+def main(whole_suite: bool, names: tuple[str, ...]) -> None:
+    """Try mutants, all of them if none is named."""
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise click.BadParameter(f"no mutants: {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    nearest = dict.fromkeys(test for mutant in chosen for test in mutant.tests)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        code, said = run_tests(copy_of_tree(Path(folder) / "whole"), tuple(nearest))
+    if code:
+        raise click.ClickException(f"tests fail without any fault:\n{said}")
+    surviving = []
+    for mutant, found, seconds in tried(chosen, whole_suite):
+        click.echo(f"{mutant.name:<40} {seconds:4.0f} s  {found}")
+        if found.startswith("SURVIVES"):
+            surviving.append(mutant)
+    click.echo(f"{len(chosen)} mutants, {len(surviving)} survive")
+    for mutant in surviving:
+        click.echo(f"  {mutant.name}: {mutant.why}")
+    sys.exit(1 if surviving else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What model/internals.py takes of torch beyond its documented interface does what its docstrings say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from evoplan.cost_model.trace import fake_tensors
+from evoplan.model.internals import (
+    backward_pass,
+    has_data,
+    has_hooks,
+    is_plain,
+    parametrization_cache,
+    put_parameter,
+    set_parametrization_cache,
+    share_state,
+    storage_key,
+)
+
+
+class Noted(torch.autograd.Function):
+    """The identity, whose backward notes what it is told of its pass."""
+
+    notes: list[tuple[int, bool]] = []
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        Noted.notes.append(backward_pass())
+        return grad
+
+
+def noted(differentiate: Callable[[], object]) -> list[tuple[int, bool]]:
+    """What nodes were told during it."""
+    Noted.notes = []
+    differentiate()
+    return Noted.notes
+
+
+def test_a_backward_pass_has_a_number_and_says_whether_it_keeps_the_graph() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = Noted.apply(Noted.apply(x) * 2).sum()
+    first = noted(lambda: y.backward(retain_graph=True))
+    second = noted(lambda: torch.autograd.grad(y, x, retain_graph=True))
+    third = noted(lambda: torch.autograd.grad(y, x))
+    assert [len(set(notes)) for notes in (first, second, third)] == [1, 1, 1]  # one for both nodes
+    assert [len(notes) for notes in (first, second, third)] == [2, 2, 2]
+    assert [notes[0][1] for notes in (first, second, third)] == [True, True, False]
+    assert len({notes[0][0] for notes in (first, second, third)}) == 3
+
+
+def test_backward_passes_in_each_other_and_in_other_threads_have_numbers_of_their_own() -> None:
+    class Nests(Noted):
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            before = backward_pass()
+            with torch.enable_grad():
+                x = torch.ones(1, requires_grad=True)
+                torch.autograd.grad(Noted.apply(x), x)
+            assert backward_pass() == before
+            Noted.notes.append(before)
+            return grad
+
+    def work() -> None:
+        Nests.apply(torch.ones(1, requires_grad=True)).backward(retain_graph=True)
+
+    notes = noted(work)
+    thread = threading.Thread(target=lambda: Noted.notes.extend(noted(work) and []))
+    assert len({number for number, _ in notes}) == 2
+    assert [keep for _, keep in notes] == [False, True]
+    thread.start()
+    thread.join()
+    assert not {number for number, _ in Noted.notes} & {number for number, _ in notes}
+
+
+HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward with kwargs": lambda module: module.register_forward_hook(lambda *_: None, with_kwargs=True),
+    "forward, always": lambda module: module.register_forward_hook(lambda *_: None, always_call=True),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "every forward": lambda _: of_all_modules.register_module_forward_hook(lambda *_: None),
+    "every forward pre": lambda _: of_all_modules.register_module_forward_pre_hook(lambda *_: None),
+    "every backward": lambda _: of_all_modules.register_module_full_backward_hook(lambda *_: None),
+    "every backward pre": lambda _: of_all_modules.register_module_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_every_kind_are_seen(kind: str) -> None:
+    linear = nn.Linear(2, 3)
+    assert not has_hooks(linear)
+    handle = HOOKS[kind](linear)
+    try:
+        assert has_hooks(linear)
+        assert not is_plain(linear, nn.Linear)
+    finally:
+        handle.remove()
+    assert not has_hooks(linear)
+    assert is_plain(linear, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_module_without_hooks_is_its_forward(kind: str) -> None:
+    """And one with a hook calls it: there is no other way to hang something on a call that we do not see."""
+    called = []
+    linear, x = nn.Linear(2, 3), torch.ones(1, 2, requires_grad=True)
+    handle = HOOKS[kind](linear)
+    try:
+        hooks = [
+            hook
+            for owner in (linear, of_all_modules)
+            for name, held in vars(owner).items()
+            if name.endswith("_hooks") and isinstance(held, dict) and "state_dict" not in name
+            for hook in held.values()
+        ]
+        assert len(hooks) == 1, "hooks lie in dictionaries of these names"
+        called += hooks
+    finally:
+        handle.remove()
+    assert called
+    assert torch.equal(linear(x), linear.forward(x))
+
+
+def test_plain_layers_are_torchs_own() -> None:
+    class Other(nn.Linear):
+        pass
+
+    altered = nn.Linear(2, 2)
+    altered.forward = lambda x: x
+    assert torch.equal(altered(torch.ones(2)), torch.ones(2))  # which is how adapters are hung in
+    parametrized = nn.Linear(2, 2)
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    assert is_plain(nn.Linear(2, 2), nn.Linear)
+    assert is_plain(nn.LayerNorm(2), nn.LayerNorm)
+    for other in (Other(2, 2), altered, parametrized, nn.LayerNorm(2)):
+        assert not is_plain(other, nn.Linear)
+
+
+def test_tensors_without_data_are_known() -> None:
+    assert has_data(torch.ones(2))
+    assert has_data(nn.Parameter(torch.ones(2)))
+    assert not has_data(torch.ones(2, device="meta"))
+    with fake_tensors() as mode:
+        assert not has_data(torch.ones(2))
+        assert not has_data(nn.Parameter(torch.ones(2)))
+        assert not has_data(torch.ones(4).view(2, 2)[0])
+        assert not has_data(torch.ones(2, requires_grad=True).detach())
+    assert not has_data(mode.from_tensor(torch.ones(2)))
+
+
+def test_a_storage_has_one_key() -> None:
+    x = torch.arange(6.0)
+    views = (x, x.view(2, 3), x[4:], x[6:], x.detach(), x.view(torch.int32), nn.Parameter(x))
+    assert {storage_key(view) for view in views} == {storage_key(x)}
+    others = (x.clone(), torch.arange(6.0), x + 0, x[1:].contiguous().clone())
+    keys = [storage_key(other) for other in others]  # while all of them live
+    assert len({storage_key(x), *keys}) == 5
+    key = storage_key(x)
+    x.data = torch.zeros(3)
+    assert storage_key(x) != key == storage_key(views[1])
+    x.resize_(1000)  # in place: the memory is another, the storage is not
+    assert storage_key(x) != key
+    with fake_tensors():
+        fake = torch.ones(4)
+        assert storage_key(fake) == storage_key(fake[1:]) != storage_key(torch.ones(4))
+
+
+def test_any_tensor_can_be_a_parameter() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 1, bias=False)))
+    theirs = model[1][0].weight
+    weight = torch.full((1, 2), 3.0, requires_grad=True) * 1
+    put_parameter(model, "1.0.weight", weight)
+    assert model[1][0].weight is weight
+    assert dict(model.named_parameters())["1.0.weight"] is weight
+    model[0].weight.data.fill_(1)
+    made = model(torch.ones(2))
+    assert made.item() == 12
+    assert torch.autograd.grad(made, weight)[0].tolist() == [[2, 2]]
+    put_parameter(model, "1.0.weight", theirs)
+    assert model[1][0].weight is theirs
+    with pytest.raises(AttributeError):
+        put_parameter(model, "2.weight", theirs)
+
+
+class Doubled(nn.Module):
+    """A parametrization that counts."""
+
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * weight
+
+
+def test_the_cache_of_parametrizations_counts_who_has_it_open() -> None:
+    linear, doubled = nn.Linear(2, 2), Doubled()
+    parametrize.register_parametrization(linear, "weight", doubled)
+
+    def calls() -> int:
+        before = doubled.calls
+        assert linear.weight.shape == linear.weight.shape
+        return doubled.calls - before
+
+    assert (parametrization_cache(), calls()) == (0, 2)
+    with parametrize.cached():
+        assert (parametrization_cache(), calls()) == (1, 1)
+        with parametrize.cached():
+            assert (parametrization_cache(), calls()) == (2, 0)
+            set_parametrization_cache(0)
+            assert (parametrization_cache(), calls()) == (0, 2)
+            set_parametrization_cache(2)
+            assert calls() == 0  # what was in it is still there
+    assert (parametrization_cache(), calls()) == (0, 2)
+
+
+class Counted(nn.Module):
+    """A module with all that one may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("count", torch.zeros(1))
+        self.inner = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.weight)
+
+
+def test_a_view_has_all_of_a_modules_state_whenever_it_is_hung_there() -> None:
+    module, view = Counted(), Counted()
+    share_state(view, module)
+    assert dict(view.named_parameters()).keys() == dict(module.named_parameters()).keys()
+    for ours, theirs in ((view.parameters, module.parameters), (view.buffers, module.buffers)):
+        assert [id(tensor) for tensor in ours()] == [id(tensor) for tensor in theirs()]
+    assert view.inner is module.inner
+    module.register_parameter("late", nn.Parameter(torch.ones(1)))
+    view.register_buffer("later", torch.ones(1))
+    module.added = nn.Linear(1, 1)
+    assert view.late is module.late
+    assert module.later is view.later
+    assert view.added is module.added
+    called = []
+    handles = [
+        module.register_forward_hook(lambda *_: called.append("forward")),
+        module.register_forward_pre_hook(lambda *_: called.append("pre")),
+        module.register_full_backward_pre_hook(lambda *_: called.append("backward pre")),
+    ]
+    view(torch.ones(1)).sum().backward()
+    assert called == ["pre", "forward", "backward pre"]
+    for handle in handles:
+        handle.remove()
+    assert not has_hooks(view)
+    assert view.state_dict().keys() == module.state_dict().keys()
+    view.load_state_dict({name: torch.full_like(value, 5) for name, value in view.state_dict().items()})
+    assert module.weight.item() == 5
+
+
+def test_a_view_of_a_module_with_a_full_backward_hook_calls_it() -> None:
+    """Whether the hook is of the old kind is said beside the dictionaries."""
+    module, view, called = Counted(), Counted(), []
+    module.register_full_backward_hook(lambda *_: called.append("backward"))
+    share_state(view, module)
+    view(torch.ones(1, requires_grad=True)).sum().backward()
+    assert called == ["backward"]
+    assert view.training  # which is each one's own
+    module.eval()
+    assert view.training
