@@ -301,9 +301,9 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     from evoplan.cost_model.simulation import simulated
     from evoplan.cost_model.trace import fake_copy
     from evoplan.model import Chain, EvoformerStack
-    from evoplan.model.evoformer import mask_constants
-    from evoplan.model.execution import record
-    from evoplan.model.strategy import WHOLE
+    from evoplan.model.modules.evoformer import mask_constants
+    from evoplan.model.running.execution import record
+    from evoplan.model.running.strategy import WHOLE
 
     with torch.device("meta"):
         stack = EvoformerStack(replace(config, n_block=1))

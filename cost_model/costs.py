@@ -13,9 +13,9 @@ from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies
 from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
 from evoplan.cost_model.tracing import Given, Here, Tracer, prepared
-from evoplan.model.chain import Chain, Plannable, Step
-from evoplan.model.kernels import kernels_for
-from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.model.running.chain import Chain, Plannable, Step
+from evoplan.model.running.kernels import kernels_for
+from evoplan.model.running.strategy import WHOLE, Strategy
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.times import caches_folder, local_name
 from evoplan.cost_model.trace import Work
-from evoplan.model.layers import altered_layers
-from evoplan.model.strategy import Strategy
-from evoplan.model.submodule import Submodule
+from evoplan.model.running.layers import altered_layers
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.submodule import Submodule
 
 FORGET_AFTER = 30 * 24 * 3600  # seconds without use, for traces of other sources
 MOST_BYTES = 2**29  # beyond it nothing is added

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from evoplan.cost_model.trace import Trace
-from evoplan.model.regions import open_regions
+from evoplan.model.running.regions import open_regions
 
 Regions = tuple[str, ...]  # open ones, the outermost first
 

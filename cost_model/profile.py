@@ -15,10 +15,10 @@ from torch import Tensor
 from evoplan.cost_model import measure
 from evoplan.cost_model.times import MeasuredBytes, Timing
 from evoplan.cost_model.trace import Casting
-from evoplan.model.chain import Step
-from evoplan.model.execution import record, run_discarded
-from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.model.submodule import Submodule
+from evoplan.model.running.chain import Step
+from evoplan.model.running.execution import record, run_discarded
+from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.submodule import Submodule
 
 Progress = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.trace import Trace, fake_tensors
-from evoplan.model.pieces import sampled_pieces
+from evoplan.model.running.pieces import sampled_pieces
 
 SomeTrace = TypeVar("SomeTrace", bound=Trace)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.trace import Casting, Trace, Work
-from evoplan.model.chain import Step
-from evoplan.model.execution import PiecewiseRun, Run, record, run_discarded
-from evoplan.model.kernels import kernels_for
-from evoplan.model.layers import altered_layers
-from evoplan.model.strategy import COMPILED, LEAN, WHOLE, Strategy
-from evoplan.model.submodule import IndependentAxis, ReductionAxis
+from evoplan.model.running.chain import Step
+from evoplan.model.running.execution import PiecewiseRun, Run, record, run_discarded
+from evoplan.model.running.kernels import kernels_for
+from evoplan.model.running.layers import altered_layers
+from evoplan.model.running.strategy import COMPILED, LEAN, WHOLE, Strategy
+from evoplan.model.running.submodule import IndependentAxis, ReductionAxis
 
 # Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
 # one attention map of 2,048 residues takes 16 MiB per head in float32.

@@ -27,8 +27,8 @@ from evoplan.cost_model.devices import Device, Link
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.steps import StepCost, opaque_strategies
 from evoplan.cost_model.trace import Work
-from evoplan.model.chain import Step
-from evoplan.model.strategy import Strategy
+from evoplan.model.running.chain import Step
+from evoplan.model.running.strategy import Strategy
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
-from evoplan.model.context import autocast
-from evoplan.model.pieces import PieceSample
+from evoplan.model.running.context import autocast
+from evoplan.model.running.pieces import PieceSample
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import casting_of, fake_copy
-from evoplan.model.chain import Plannable, Step
-from evoplan.model.strategy import Strategy
+from evoplan.model.running.chain import Plannable, Step
+from evoplan.model.running.strategy import Strategy
 
 Specs = dict[str, TensorSpec]
 # Of an argument: its dtype by name and its strides, where they are not as the model wants them.

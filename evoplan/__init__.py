@@ -8,24 +8,24 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
-    "make_plan": "evoplan.planner.planning",
-    "NoPlanError": "evoplan.planner.planning",
-    "apply_plan": "evoplan.planner.applying",
-    "verify_plan": "evoplan.planner.verify",
-    "simulate_plan": "evoplan.planner.verify",
-    "Plan": "evoplan.planner.plan",
-    "load_plan": "evoplan.planner.plan",
+    "make_plan": "evoplan.planner.plans.planning",
+    "NoPlanError": "evoplan.planner.plans.planning",
+    "apply_plan": "evoplan.planner.execution.applying",
+    "verify_plan": "evoplan.planner.checking.verify",
+    "simulate_plan": "evoplan.planner.checking.verify",
+    "Plan": "evoplan.planner.plans.plan",
+    "load_plan": "evoplan.planner.plans.plan",
     "EvoformerConfig": "evoplan.model.families",
     "TrunkConfig": "evoplan.model.families",
     "PairformerConfig": "evoplan.model.families",
     "MSAModuleConfig": "evoplan.model.families",
     "TinyOpenFoldConfig": "evoplan.model.families",
     "InputShape": "evoplan.model.config",
-    "EvoformerStack": "evoplan.model.evoformer",
-    "EvoformerTrunk": "evoplan.model.trunk",
-    "PairformerStack": "evoplan.model.pairformer",
-    "MSAModuleStack": "evoplan.model.pairformer",
-    "TinyOpenFoldStack": "evoplan.model.tiny_openfold",
+    "EvoformerStack": "evoplan.model.modules.evoformer",
+    "EvoformerTrunk": "evoplan.model.modules.trunk",
+    "PairformerStack": "evoplan.model.modules.pairformer",
+    "MSAModuleStack": "evoplan.model.modules.pairformer",
+    "TinyOpenFoldStack": "evoplan.model.modules.tiny_openfold",
 }
 
 __all__ = list(_LAZY)

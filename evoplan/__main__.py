@@ -1,5 +1,5 @@
 """`python -m evoplan` is `evoplan`."""
 
-from evoplan.planner.cli import main
+from evoplan.planner.commands.cli import main
 
 main()

@@ -19,14 +19,14 @@ from rich.table import Table
 
 from evoplan.model.config import InputShape
 from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig, TrunkConfig
-from evoplan.planner.costing import cost_problem
+from evoplan.planner.checking.verify import verify_plan
 from evoplan.planner.files import write_json
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import AUTOCAST, Problem
-from evoplan.planner.schedule import depth
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import AUTOCAST, Problem
+from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.verify import verify_plan
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 NARROW = EvoformerConfig(c_m=64, c_z=64)

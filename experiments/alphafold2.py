@@ -21,16 +21,16 @@ from rich.table import Table
 
 from evoplan.cost_model.devices import DEVICES
 from evoplan.experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
-from evoplan.planner.costing import Costed, cost_problem
+from evoplan.planner.checking.verify import Verification, verify_on, verify_plan
+from evoplan.planner.commands.flags import Size, json_option
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, run_command
 from evoplan.planner.files import check_writable, write_json
-from evoplan.planner.flags import Size, json_option
-from evoplan.planner.plan import SolverReport
-from evoplan.planner.planning import NoPlanError
-from evoplan.planner.report import describe_problem, print_rank_verifications, print_verification
+from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.plans.planning import NoPlanError
+from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.processes.world import World, joined
+from evoplan.planner.reports.plans import describe_problem, print_rank_verifications, print_verification
 from evoplan.planner.sizes import format_seconds, format_size
-from evoplan.planner.terminal import CHECK_FAILED, console_for_output, run_command
-from evoplan.planner.verify import Verification, verify_on, verify_plan
-from evoplan.planner.world import World, joined
 
 MB = 2**20  # the original tables' unit
 

@@ -28,16 +28,19 @@ from evoplan.cost_model.times import local_name
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.config import InputShape
 from evoplan.model.families import EvoformerConfig
-from evoplan.planner.applying import apply_plan
-from evoplan.planner.costing import Costed
+from evoplan.planner.checking.profiling import profile_problem
+from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
+from evoplan.planner.commands.flags import REPEATS, Size
+from evoplan.planner.commands.terminal import console_for_output, progress, run_command
+from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
-from evoplan.planner.flags import REPEATS, Size
-from evoplan.planner.plan import Plan, SolverReport
-from evoplan.planner.planning import NoPlanError, plan_of, solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.profiling import profile_problem
-from evoplan.planner.report import new_table
-from evoplan.planner.schedule import Sequence
+from evoplan.planner.plans.plan import Plan, SolverReport
+from evoplan.planner.plans.planning import NoPlanError, plan_of, solve
+from evoplan.planner.problems.costing import Costed
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.reports.plans import new_table
+from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers.baselines import (
     every_block,
@@ -46,9 +49,6 @@ from evoplan.planner.solvers.baselines import (
     keep_everything,
     square_root,
 )
-from evoplan.planner.terminal import console_for_output, progress, run_command
-from evoplan.planner.timing import cost_with_times
-from evoplan.planner.trial import Trial, random_inputs, random_stack
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("64,96,4", "64,128,4")
@@ -191,7 +191,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Peak against time: a panel for each size."""
     from matplotlib.ticker import ScalarFormatter
 
-    from evoplan.planner.plot import plt, save_figure
+    from evoplan.planner.reports.plot import plt, save_figure
 
     sizes = document["sizes"]
     rows, columns = -(-len(sizes) // 2), min(2, len(sizes))

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evoplan.model.alignment import read_alignment
 from evoplan.model.config import InputShape
+from evoplan.model.data.alignment import read_alignment
 from evoplan.model.families import preset
-from evoplan.planner.costing import cost_problem
+from evoplan.planner.checking.verify import verify_plan
 from evoplan.planner.files import write_json
-from evoplan.planner.planning import solve, sweep
-from evoplan.planner.plot import plot_sweep
-from evoplan.planner.problem import Problem
-from evoplan.planner.report import print_plan, print_verification
-from evoplan.planner.run import Settings, run_plan
-from evoplan.planner.verify import verify_plan
+from evoplan.planner.plans.planning import solve, sweep
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.reports.plans import print_plan, print_verification
+from evoplan.planner.reports.plot import plot_sweep
+from evoplan.planner.runs.run import Settings, run_plan
 
 ALIGNMENT = Path(__file__).parent / "data" / "ubiquitin.a3m"
 BUDGET = 240 * 2**20

@@ -34,13 +34,13 @@ import torch
 from evoplan.cost_model import measure
 from evoplan.experiments.fuzz_cases import FAMILY, Case, draw_case, draw_family, squares
 from evoplan.experiments.fuzz_steps import FuzzStep, difference
-from evoplan.planner.applying import apply_plan
-from evoplan.planner.costing import Costed
+from evoplan.planner.commands.terminal import CHECK_FAILED, progress, run_command
+from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
-from evoplan.planner.plan import Plan
-from evoplan.planner.planning import NoPlanError, make_plan, solve
-from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
-from evoplan.planner.timing import cost_with_times
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import NoPlanError, make_plan, solve
+from evoplan.planner.problems.costing import Costed
+from evoplan.planner.problems.timing import cost_with_times
 
 COMMAND = "python -m evoplan.experiments.fuzz"
 EVERY = 50  # cases for each line of progress

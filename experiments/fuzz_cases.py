@@ -15,7 +15,6 @@ from torch import Tensor
 
 from evoplan.cost_model.steps import offered_strategies
 from evoplan.model.build import build_model
-from evoplan.model.chain import Chain, Plannable
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.families import (
     EvoformerConfig,
@@ -24,12 +23,13 @@ from evoplan.model.families import (
     TinyOpenFoldConfig,
     TrunkConfig,
 )
-from evoplan.model.kernels import kernels_for
-from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.planner.costing import kind_of
-from evoplan.planner.problem import Given, Problem
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
-from evoplan.planner.trial import random_stack
+from evoplan.model.running.chain import Chain, Plannable
+from evoplan.model.running.kernels import kernels_for
+from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.planner.checking.trial import random_stack
+from evoplan.planner.problems.costing import kind_of
+from evoplan.planner.problems.problem import Given, Problem
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 FAMILY = 16  # cases that share one trace
 FULL_OFFER = 0.04  # of all families, those whose plans choose among all strategies there are

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.experiments.fuzz_cases import Case, squares
-from evoplan.model.context import autocast
-from evoplan.model.loss import mean_square
-from evoplan.planner.verify import TOLERANCES
+from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.context import autocast
+from evoplan.planner.checking.verify import TOLERANCES
 
 TWICE = 2  # as far off as the plain model may a plan be, besides the tolerance
 

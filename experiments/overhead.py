@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evoplan.cost_model import measure
-from evoplan.model.chain import Chain, Step
-from evoplan.model.evoformer import EvoformerStack
 from evoplan.model.families import EvoformerConfig
-from evoplan.model.loss import mean_square
-from evoplan.model.strategy import WHOLE
-from evoplan.planner.apply import PlannedModule
+from evoplan.model.modules.evoformer import EvoformerStack
+from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.chain import Chain, Step
+from evoplan.model.running.strategy import WHOLE
+from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.files import write_json
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 NARROW = EvoformerConfig(n_block=4, c_m=64, c_z=64)

@@ -22,10 +22,10 @@ from rich.table import Table
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.config import override
 from evoplan.model.families import preset
-from evoplan.planner.costing import cost_problem
 from evoplan.planner.files import write_json
-from evoplan.planner.problem import Problem
-from evoplan.planner.replay import replay
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.schedules.replay import replay
 from evoplan.planner.solvers import BASELINES, Frontier, cp_sat
 from evoplan.planner.solvers.bounds import LowerBound
 

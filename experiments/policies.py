@@ -10,15 +10,15 @@ from typing import Any
 
 from evoplan.model.config import override
 from evoplan.model.families import preset
-from evoplan.planner.costing import Costed
-from evoplan.planner.plan import Plan, SolverReport
-from evoplan.planner.planning import plan_of, solve
-from evoplan.planner.problem import Mode, Problem
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import Sequence
+from evoplan.planner.checking.verify import simulate_plan
+from evoplan.planner.plans.plan import Plan, SolverReport
+from evoplan.planner.plans.planning import plan_of, solve
+from evoplan.planner.problems.costing import Costed
+from evoplan.planner.problems.problem import Mode, Problem
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.solvers import BASELINES
 from evoplan.planner.solvers.baselines import evenly_chunked
-from evoplan.planner.verify import simulate_plan
 
 SCHEDULES = ("none", "small", "large", "chunk", "planned")
 SEED_TABLES = Path(__file__).parent / "data" / "seed-tables.json"

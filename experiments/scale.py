@@ -28,14 +28,14 @@ from rich.table import Table
 from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from evoplan.cost_model.roofline import reduction_seconds
 from evoplan.model.families import PRESETS, preset
-from evoplan.planner.costing import cost_problem
+from evoplan.planner.commands.terminal import console_for_output, run_command
 from evoplan.planner.files import check_writable, picture_format, write_json
-from evoplan.planner.planning import NoPlanError, solve
-from evoplan.planner.plot import plt, save_figure
-from evoplan.planner.problem import Problem
+from evoplan.planner.plans.planning import NoPlanError, solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.reports.plot import plt, save_figure
 from evoplan.planner.sizes import format_seconds, format_size, parse_size
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.terminal import console_for_output, run_command
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scale.png"

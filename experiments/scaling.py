@@ -24,9 +24,9 @@ from typing import Any
 import click
 
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
+from evoplan.planner.commands.flags import REPEATS, STEPS, Number
+from evoplan.planner.commands.terminal import CHECK_FAILED, run_command
 from evoplan.planner.files import make_folder, write_text
-from evoplan.planner.flags import REPEATS, STEPS, Number
-from evoplan.planner.terminal import CHECK_FAILED, run_command
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
@@ -225,7 +225,7 @@ def _write_table(path: Path, results: list[Result]) -> None:
 
 
 def _plot(results: list[Result], path: Path) -> None:
-    from evoplan.planner.plot import plt, save_figure
+    from evoplan.planner.reports.plot import plt, save_figure
 
     speeds: dict[int, list[float]] = {}
     for result in results:

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from evoplan.cost_model.devices import DEVICES
 from evoplan.experiments.policies import POLICIES, figures, plan_under, seed_rows
-from evoplan.planner.costing import Costed, cost_problem
 from evoplan.planner.files import write_json, write_text
-from evoplan.planner.planning import NoPlanError
+from evoplan.planner.plans.planning import NoPlanError
+from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.sizes import format_seconds, format_size
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,23 +22,23 @@ from evoplan.cost_model.calibrate import fit
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
 from evoplan.experiments.interleaved import interleaved
-from evoplan.model.chain import Step
 from evoplan.model.config import InputShape
 from evoplan.model.families import EvoformerConfig
-from evoplan.planner.applying import apply_plan
-from evoplan.planner.costing import Costed, cost_problem
+from evoplan.model.running.chain import Step
+from evoplan.planner.checking.profiling import Measurement, profile_problem
+from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
+from evoplan.planner.commands.flags import REPEATS
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
+from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import check_writable, write_json
-from evoplan.planner.flags import REPEATS
-from evoplan.planner.plan import Plan
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.profiling import Measurement, profile_problem
-from evoplan.planner.report import new_table
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import time_source
+from evoplan.planner.reports.plans import new_table
 from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.terminal import CHECK_FAILED, console_for_output, progress, run_command
-from evoplan.planner.timing import time_source
-from evoplan.planner.trial import Trial, random_inputs, random_stack
 
 RESULTS = Path(__file__).parent / "results" / "times.json"
 CASES = [(4, InputShape(64, 96)), (3, InputShape(48, 160))]

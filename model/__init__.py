@@ -10,11 +10,11 @@ from evoplan.model.config import InputShape
 from evoplan.model.families import PRESETS, EvoformerConfig, TrunkConfig, preset
 
 _LAZY = {
-    "EvoformerBlock": "evoplan.model.evoformer",
-    "EvoformerStack": "evoplan.model.evoformer",
-    "EvoformerTrunk": "evoplan.model.trunk",
-    "Chain": "evoplan.model.chain",
-    "Step": "evoplan.model.chain",
+    "EvoformerBlock": "evoplan.model.modules.evoformer",
+    "EvoformerStack": "evoplan.model.modules.evoformer",
+    "EvoformerTrunk": "evoplan.model.modules.trunk",
+    "Chain": "evoplan.model.running.chain",
+    "Step": "evoplan.model.running.chain",
 }
 
 __all__ = ["PRESETS", "EvoformerConfig", "InputShape", "TrunkConfig", "preset", *_LAZY]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from evoplan.model.chain import Plannable
 from evoplan.model.config import ModelConfig
 from evoplan.model.families import family_of
-from evoplan.model.program import Program
+from evoplan.model.programs.program import Program
+from evoplan.model.running.chain import Plannable
 
 
 def build_model(config: ModelConfig) -> Plannable:

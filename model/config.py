@@ -192,7 +192,7 @@ class Family:
     Attributes:
         name: in plan files.
         stack: the `Plannable` that is made as stack(config), as module:class, not loaded before it is needed.
-        program: the `model.program.Program` that `run` trains around it, likewise; None: nothing does.
+        program: the `model.programs.program.Program` that `run` trains around it, likewise; None: none.
         instead: where there is none, what to use.
     """
 

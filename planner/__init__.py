@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
-    "Plan": "evoplan.planner.plan",
-    "load_plan": "evoplan.planner.plan",
-    "make_plan": "evoplan.planner.planning",
-    "NoPlanError": "evoplan.planner.planning",
-    "apply_plan": "evoplan.planner.applying",
-    "verify_plan": "evoplan.planner.verify",
-    "simulate_plan": "evoplan.planner.verify",
+    "Plan": "evoplan.planner.plans.plan",
+    "load_plan": "evoplan.planner.plans.plan",
+    "make_plan": "evoplan.planner.plans.planning",
+    "NoPlanError": "evoplan.planner.plans.planning",
+    "apply_plan": "evoplan.planner.execution.applying",
+    "verify_plan": "evoplan.planner.checking.verify",
+    "simulate_plan": "evoplan.planner.checking.verify",
 }
 
 __all__ = list(_LAZY)

@@ -1,5 +1,5 @@
 """`python -m evoplan.planner` is `evoplan`; torchrun starts it so."""
 
-from evoplan.planner.cli import main
+from evoplan.planner.commands.cli import main
 
 main()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evoplan.model.alignment import (
+from evoplan.model.config import InputShape
+from evoplan.model.data.alignment import (
     TOKENS,
     Alignment,
     AlignmentError,
@@ -15,7 +16,6 @@ from evoplan.model.alignment import (
     read_alignment,
     sample_alignment,
 )
-from evoplan.model.config import InputShape
 
 
 def letters(alignment: Alignment) -> list[str]:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 Body = tuple[Run | Checkpoint, ...]
 

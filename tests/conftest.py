@@ -21,8 +21,8 @@ from evoplan.cost_model.devices import device
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.config import ModelConfig
 from evoplan.model.families import MSAModuleConfig, PairformerConfig
-from evoplan.model.kernels import KERNELS, Kernel
-from evoplan.model.tiled import tiled_attention
+from evoplan.model.running.kernels import KERNELS, Kernel
+from evoplan.model.running.tiled import tiled_attention
 
 # Nobody's own measured times come into a test.
 os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests-have-no-cache.sqlite")

@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from evoplan.planner import snapshots, training
-from evoplan.planner.cli import main
+from evoplan.planner.commands.cli import main
+from evoplan.planner.runs import snapshots, training
 
 
 def breaking(fault: str, at: int):

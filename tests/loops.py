@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan import EvoformerConfig, EvoformerStack, NoPlanError, Plan, apply_plan, make_plan
-from evoplan.planner.apply import PlannedModule
+from evoplan.planner.execution.apply import PlannedModule
 from tests.conftest import TINY, randomise
 
 S, R = 5, 7

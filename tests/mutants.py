@@ -49,7 +49,7 @@ MUTANTS = [
     # --- planner: replay, dynamic program, liveness ------------------------------------------
     Mutant(
         "replay-redo-gradients",
-        "planner/replay.py",
+        "planner/schedules/replay.py",
         "self.table.gradient_bytes(body.span.stop) if redo else 0",
         'self.table.gradient_bytes(body.span.stop) - self.table.state_bytes.get("e", 0) * any('
         'v.tensor == "e" for v in self.table.liveness.alive(body.span.stop)) if redo else 0',
@@ -58,7 +58,7 @@ MUTANTS = [
     ),
     Mutant(
         "replay-keeps-twice",
-        "planner/replay.py",
+        "planner/schedules/replay.py",
         "if self.holders[version] == 1 and version.maker != INPUT:",
         "if version.maker != INPUT:",
         "a version counts once for everybody who holds it",
@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     Mutant(
         "replay-entry-released",
-        "planner/replay.py",
+        "planner/schedules/replay.py",
         "            self.release(state.values())\n            self.release(record.entry)\n",
         "            self.release(state.values())\n",
         "a checkpoint's entry is held for ever",
@@ -123,7 +123,7 @@ MUTANTS = [
     # --- model: pieces and their backward ----------------------------------------------------
     Mutant(
         "chunk-context-gradient",
-        "model/chunks.py",
+        "model/running/chunks.py",
         "        context_grad = add(context_grad, one_piece(span))\n",
         "        context_grad = one_piece(span)\n",
         "the context's gradient is the last chunk's alone",
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         "chunk-dropout",
-        "model/slices.py",
+        "model/running/slices.py",
         'return cuts if submodule.dropout_shared_dim == dim else {**cuts, "dropout": dim}',
         "return cuts",
         "every chunk gets the first one's dropout mask, or one that does not fit",
@@ -139,7 +139,7 @@ MUTANTS = [
     ),
     Mutant(
         "coshard-bias",
-        "model/layers.py",
+        "model/running/layers.py",
         "if layer.bias is None or part.start else",
         "if layer.bias is None else",
         "every co-shard adds the output bias",
@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     Mutant(
         "coshard-normalisation",
-        "model/coshards.py",
+        "model/running/coshards.py",
         "            if (total := add(x_grads.get(name), grads[name])) is not None:\n",
         "            if (total := add(None, grads[name])) is not None:\n",
         "of several shares the last one's gradient counts",
@@ -155,7 +155,7 @@ MUTANTS = [
     ),
     Mutant(
         "half-sums",
-        "model/gradients.py",
+        "model/running/gradients.py",
         "term.float() if term.element_size() == 2 else term",
         "term",
         "gradients of pieces in half precision are summed in half precision",
@@ -163,7 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "vjp-keeps-the-graph",
-        "model/execution.py",
+        "model/running/execution.py",
         "grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)",
         "grads = torch.autograd.grad(self.edge, inputs, grad, allow_unused=True)",
         "a second backward finds nothing",
@@ -171,7 +171,7 @@ MUTANTS = [
     ),
     Mutant(
         "vjp-accumulates-into-the-target",
-        "model/gradients.py",
+        "model/running/gradients.py",
         "grad.clone(memory_format=torch.contiguous_format) if read else grad",
         "grad",
         "the gradient that backward was given is written over",
@@ -179,7 +179,7 @@ MUTANTS = [
     ),
     Mutant(
         "remake-context",
-        "model/remake.py",
+        "model/running/remake.py",
         "_Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)",
         "_Recipe(function, [self._hold(tensor) for tensor in inputs], Context())",
         "what is made again is made in the precision of forward's inside",
@@ -187,7 +187,7 @@ MUTANTS = [
     ),
     Mutant(
         "remake-changed",
-        "model/remake.py",
+        "model/running/remake.py",
         "if self.tensor._version != self.version:",
         "if False:",
         "a tensor that was written into is taken as it is",
@@ -195,7 +195,7 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-one-mask",
-        "model/dropout.py",
+        "model/running/dropout.py",
         "(seed + (step + 1) * _SPREAD) % 2**63",
         "(seed + _SPREAD) % 2**63",
         "all steps drop the same",
@@ -203,7 +203,7 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-scale",
-        "model/dropout.py",
+        "model/running/dropout.py",
         ".div_(1.0 - rate)",
         "",
         "what is kept is not scaled up",
@@ -211,7 +211,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-dtype",
-        "model/attention.py",
+        "model/modules/attention.py",
         "for each in (dtype, mask.dtype)",
         "for each in (mask.dtype,)",
         "the fill of a float32 mask is -inf in float16, and a row without keys is NaN",
@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-pair-count",
-        "model/outer_product_mean.py",
+        "model/modules/outer_product_mean.py",
         "return msa_mask.transpose(-1, -2) @ msa_mask",
         "return msa_mask.sum(-2)[..., None, :].expand(*msa_mask.shape[:-2], *msa_mask.shape[-1:] * 2)",
         "the mean is over the sequences that have one of two residues",
@@ -261,7 +261,7 @@ MUTANTS = [
     # --- executor, verification --------------------------------------------------------------
     Mutant(
         "tape-second-backward",
-        "planner/tape.py",
+        "planner/execution/tape.py",
         "            self._kept = list(self._records) if keep else None\n",
         "            self._kept = self._records if keep else None\n",
         "a backward that keeps the graph uses its records up",
@@ -269,7 +269,7 @@ MUTANTS = [
     ),
     Mutant(
         "tape-skips-what-has-no-gradient",
-        "planner/tape.py",
+        "planner/execution/tape.py",
         "            elif top.first < step.index:\n                break\n",
         "            else:\n                break\n",
         "a loss on one output fails where another step's record lies on top",
@@ -277,7 +277,7 @@ MUTANTS = [
     ),
     Mutant(
         "tape-context",
-        "planner/tape.py",
+        "planner/execution/tape.py",
         "        with self.context:\n            self.chain.walk(todo, state, perform)",
         "        with nullcontext():\n            self.chain.walk(todo, state, perform)",
         "what runs again does so in backward's precision",
@@ -285,7 +285,7 @@ MUTANTS = [
     ),
     Mutant(
         "tape-random-state",
-        "planner/tape.py",
+        "planner/execution/tape.py",
         "with met.parameters.installed(), met.random or nullcontext():",
         "with met.parameters.installed():",
         "a layer that draws random numbers draws others when it runs again",
@@ -293,7 +293,7 @@ MUTANTS = [
     ),
     Mutant(
         "executor-writes-over-what-a-hook-keeps",
-        "planner/apply.py",
+        "planner/execution/apply.py",
         "owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)",
         "owned = True",
         "inference writes over tensors that a hook may have kept",
@@ -301,7 +301,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-budget",
-        "planner/verify.py",
+        "planner/checking/verify.py",
         "budget is None or peak <= budget,",
         "True,",
         "the measured peak is not compared with the budget",
@@ -309,7 +309,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-peak",
-        "planner/verify.py",
+        "planner/checking/verify.py",
         "abs(peak - expected) <= max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "peak <= expected + max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "a prediction that is far too high passes",
@@ -317,7 +317,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-gradients",
-        "planner/verify.py",
+        "planner/checking/verify.py",
         "gradient_error is None or gradient_error <= numerics or",
         "gradient_error is None or gradient_error <= 1 or",
         "wrong gradients pass",

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
-from evoplan.model.alignment import (
+from evoplan.model.config import InputShape
+from evoplan.model.data.alignment import (
     GAP,
     MASK,
     N_TOKENS,
@@ -27,7 +28,6 @@ from evoplan.model.alignment import (
     read_alignment,
     sample_alignment,
 )
-from evoplan.model.config import InputShape
 from tests.alignments import assert_same, letters, message
 from tests.conftest import examples
 
@@ -153,7 +153,7 @@ def test_broken_files(file, content: str | bytes, says: str) -> None:
 
 def test_line_without_end(file, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("a3m", "alignment_file"):
-        monkeypatch.setattr(f"evoplan.model.{module}.MAX_LINE", 100)
+        monkeypatch.setattr(f"evoplan.model.data.{module}.MAX_LINE", 100)
     assert "line 2 is over 100 characters" in message(file(">q\n" + "A" * 101))
     assert "line 4: sequence 'q' is over 100 characters" in message(file(">q\n" + ("A" * 40 + "\n") * 9))
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from evoplan.model.layout import channels_first, channels_last
+from evoplan.model.running.layout import channels_first, channels_last
 
 MIB = 2**20
 FAULTS = f"""

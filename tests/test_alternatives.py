@@ -9,16 +9,16 @@ import pytest
 
 from evoplan.cost_model.times import Measured
 from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
-from evoplan.model.kernels import is_opaque
-from evoplan.model.strategy import LEAN, WHOLE, Strategy
-from evoplan.planner.alternatives import alternatives, with_strategy
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import SolverReport, load_plan
-from evoplan.planner.planning import plan_of, solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs, final_strategies
+from evoplan.model.running.kernels import is_opaque
+from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.planner.plans.alternatives import alternatives, with_strategy
+from evoplan.planner.plans.plan import SolverReport, load_plan
+from evoplan.planner.plans.planning import plan_of, solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, final_strategies
 from evoplan.planner.solvers import BASELINES
-from evoplan.planner.timing import cost_with_times
 from tests.test_times import cache, run  # noqa: F401  (a fixture)
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)

@@ -26,9 +26,9 @@ from evoplan.cost_model.flops import block_flops, submodule_flops
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
-from evoplan.model.evoformer import mask_constants
-from evoplan.model.execution import record
-from evoplan.model.strategy import WHOLE
+from evoplan.model.modules.evoformer import mask_constants
+from evoplan.model.running.execution import record
+from evoplan.model.running.strategy import WHOLE
 from tests.conftest import TINY, TINY_EXTRA
 
 HALF = 2  # bytes

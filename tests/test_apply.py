@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from evoplan.model import Chain, EvoformerStack
-from evoplan.model.strategy import EAGER, WHOLE, Strategy
-from evoplan.model.submodule import IndependentAxis
+from evoplan.model.running.strategy import EAGER, WHOLE, Strategy
+from evoplan.model.running.submodule import IndependentAxis
 from evoplan.planner import NoPlanError, apply_plan, make_plan
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
-from evoplan.planner.shapes import Fit, Fits
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.execution.shapes import Fit, Fits
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.conftest import TILES, TINY, random_inputs, randomise
 
 

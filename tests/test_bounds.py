@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import depth
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers import BASELINES, Frontier, cp_sat
 from evoplan.planner.solvers.bounds import LowerBound
 from evoplan.planner.solvers.dp import Program

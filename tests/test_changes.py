@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.unchanged import ChangedError
-from evoplan.planner.apply import PlannedModule
+from evoplan.model.running.unchanged import ChangedError
+from evoplan.planner.execution.apply import PlannedModule
 from tests.conftest import random_schedule_of
 from tests.loops import MODES, assert_same, gradients, inputs, loss_of, new_stack, plan, planned, step
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from evoplan.model.alignment import TOKENS
-from evoplan.model.batch import random_alignment
-from evoplan.planner.cli import main
+from evoplan.model.data.alignment import TOKENS
+from evoplan.model.data.batch import random_alignment
+from evoplan.planner.commands.cli import main
 from evoplan.planner.sizes import parse_size
 
 SMALL = [
@@ -53,7 +53,7 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_does_not_load_torch() -> None:
     code = (
-        "import sys; from evoplan.planner.cli import main\n"
+        "import sys; from evoplan.planner.commands.cli import main\n"
         "try: main(['--help'])\n"
         "finally: assert 'torch' not in sys.modules"
     )

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from evoplan.model import InputShape, TrunkConfig
-from evoplan.model.alignment import POSITION_BYTES, TOKENS, Alignment
-from evoplan.model.batch import random_alignment
-from evoplan.model.clusters import summarise
+from evoplan.model.data.alignment import POSITION_BYTES, TOKENS, Alignment
+from evoplan.model.data.batch import random_alignment
+from evoplan.model.data.clusters import summarise
 from evoplan.model.families import preset
-from evoplan.planner.data import alignment_for, batch_for
-from evoplan.planner.problem import Problem, shape_for_alignment
+from evoplan.planner.problems.problem import Problem, shape_for_alignment
+from evoplan.planner.runs.data import alignment_for, batch_for
 from tests.conftest import TINY, TINY_EXTRA
 
 TRUNK = TrunkConfig(TINY_EXTRA, TINY)
@@ -91,7 +91,7 @@ def test_deep_files_are_sampled_and_others_kept(
     asked = problem(TRUNK, n_extra=9)
     assert alignment_for(asked, str(path), 0).n_seq == 30
     for pool_rows, kept in ((3, 14), (20, 20), (50, 30)):
-        monkeypatch.setattr("evoplan.planner.data.POOL_BYTES", pool_rows * 11 * POSITION_BYTES)
+        monkeypatch.setattr("evoplan.planner.runs.data.POOL_BYTES", pool_rows * 11 * POSITION_BYTES)
         found = alignment_for(asked, str(path), 0)
         assert found.n_seq == kept
         batch = batch_for(asked, found, 0)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
-from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import depth
+from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.reading import Reader
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules

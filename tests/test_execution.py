@@ -10,11 +10,11 @@ import torch
 from evoplan.model import Chain
 from evoplan.model.build import build_model
 from evoplan.model.config import ModelConfig
-from evoplan.model.dropout import dropout_mask
-from evoplan.model.execution import WholeRun, record, run_discarded
-from evoplan.model.pieces import spans
-from evoplan.model.strategy import LEAN, WHOLE, Strategy
-from evoplan.model.submodule import IndependentAxis
+from evoplan.model.running.dropout import dropout_mask
+from evoplan.model.running.execution import WholeRun, record, run_discarded
+from evoplan.model.running.pieces import spans
+from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.running.submodule import IndependentAxis
 from tests.conftest import (
     TILES,
     TINY,

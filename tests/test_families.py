@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from evoplan.cost_model import measure
 from evoplan.model import Chain
 from evoplan.model.build import build_model, model_without_data
-from evoplan.model.chain import Block, Plannable, laid_out
 from evoplan.model.config import Family, InputShape, ModelConfig, Preset
 from evoplan.model.families import (
     FAMILIES,
@@ -26,10 +25,11 @@ from evoplan.model.families import (
     preset,
     register,
 )
-from evoplan.model.loss import mean_square
-from evoplan.model.submodule import IndependentAxis, Layout, ReductionAxis, Submodule
+from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.chain import Block, Plannable, laid_out
+from evoplan.model.running.submodule import IndependentAxis, Layout, ReductionAxis, Submodule
 from evoplan.planner import apply_plan, load_plan, make_plan, verify_plan
-from evoplan.planner.cli import main
+from evoplan.planner.commands.cli import main
 from tests.conftest import TINY_MSA_MODULE, TINY_PAIRFORMER, random_inputs, random_schedule_of, randomise
 
 NEW = {"pairformer": TINY_PAIRFORMER, "msa-module": TINY_MSA_MODULE}
@@ -56,7 +56,7 @@ def test_every_preset_is_of_a_family_and_can_be_built(name: str) -> None:
 @pytest.mark.parametrize("config", NEW.values(), ids=NEW)
 @pytest.mark.parametrize("seed", range(4))
 def test_random_schedules_are_exact(config: ModelConfig, seed: int) -> None:
-    from evoplan.planner.apply import PlannedModule
+    from evoplan.planner.execution.apply import PlannedModule
 
     stack = randomise(build_model(config).double()).train()
     inputs = random_inputs(config, batch=(2,))

@@ -15,10 +15,10 @@ from typing import Any
 import click
 import pytest
 
-from evoplan.planner.cli import main
+from evoplan.planner.commands.cli import main
+from evoplan.planner.commands.terminal import run_command
 from evoplan.planner.files import check_writable, lock_folder, picture_format, write_json, write_text
-from evoplan.planner.plan import load_plan
-from evoplan.planner.terminal import run_command
+from evoplan.planner.plans.plan import load_plan
 from tests.test_cli import call
 
 TINY = ["--model", "alphafold2-narrow", "--n-blocks", "1", "--n-seq", "2", "--n-res", "3"]
@@ -200,7 +200,7 @@ def test_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 PRINTS = """
 import click
-from evoplan.planner.terminal import run_command
+from evoplan.planner.commands.terminal import run_command
 @click.command()
 def much():
     for line in range({lines}):

@@ -12,20 +12,25 @@ import torch
 from evoplan.cost_model.profile import bytes_taken, with_data
 from evoplan.cost_model.steps import opaque_strategies
 from evoplan.model import EvoformerConfig, InputShape
-from evoplan.model.chain import Chain
-from evoplan.model.fused import KernelError, cuequivariance_attention, deepspeed_attention, sdpa_attention
-from evoplan.model.kernels import KERNELS, Kernel, kernel
-from evoplan.model.strategy import COMPILED, WHOLE, Strategy
+from evoplan.model.running.chain import Chain
+from evoplan.model.running.fused import (
+    KernelError,
+    cuequivariance_attention,
+    deepspeed_attention,
+    sdpa_attention,
+)
+from evoplan.model.running.kernels import KERNELS, Kernel, kernel
+from evoplan.model.running.strategy import COMPILED, WHOLE, Strategy
 from evoplan.planner import verify_plan
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import SolverReport
-from evoplan.planner.planning import plan_of
-from evoplan.planner.problem import Problem
-from evoplan.planner.profiling import profile_problem
-from evoplan.planner.schedule import Run, Sequence
-from evoplan.planner.timing import cost_with_times
-from evoplan.planner.trial import random_inputs
-from evoplan.planner.verify import simulate_plan
+from evoplan.planner.checking.profiling import profile_problem
+from evoplan.planner.checking.trial import random_inputs
+from evoplan.planner.checking.verify import simulate_plan
+from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.plans.planning import plan_of
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.schedules.schedule import Run, Sequence
 from tests.test_kernels import attention_inputs, formula
 
 CONFIG = EvoformerConfig(n_block=1, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)

@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from evoplan.experiments import fuzz
 from evoplan.experiments.fuzz_cases import draw_case
-from evoplan.planner.costing import Costed
-from evoplan.planner.tape import Tape
+from evoplan.planner.execution.tape import Tape
+from evoplan.planner.problems.costing import Costed
 
 SEED = 4
 CASE = "5:17"  # in double precision

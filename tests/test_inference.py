@@ -20,18 +20,18 @@ from evoplan.cost_model.liveness import INPUT
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from evoplan.model.chain import Plannable
-from evoplan.model.execution import run_discarded
-from evoplan.model.strategy import WHOLE, Strategy
+from evoplan.model.running.chain import Plannable
+from evoplan.model.running.execution import run_discarded
+from evoplan.model.running.strategy import WHOLE, Strategy
 from evoplan.planner import NoPlanError, simulate_plan, verify_plan
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.host import Host, may_wait
-from evoplan.planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.replay import Replay, replay
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.schedules.replay import Replay, replay
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.schedules.waiting import Host, may_wait
 from evoplan.planner.solvers import InfeasibleError
 from evoplan.planner.solvers.inference import inference_schedule
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise

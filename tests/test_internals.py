@@ -1,4 +1,4 @@
-"""What model/internals.py takes of torch beyond its documented interface does what its docstrings say."""
+"""What model/running/internals.py takes of torch beyond its documented interface does what it says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from evoplan.cost_model.trace import fake_tensors
-from evoplan.model.internals import (
+from evoplan.model.running.internals import (
     backward_pass,
     has_data,
     has_hooks,

@@ -16,12 +16,12 @@ from evoplan.cost_model import kept_traces, tracing
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.steps import StepCost, offered_strategies, trace_step
-from evoplan.model.chain import Step
 from evoplan.model.config import InputShape
-from evoplan.model.evoformer import EvoformerStack
-from evoplan.model.strategy import Strategy
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.problem import Problem
+from evoplan.model.modules.evoformer import EvoformerStack
+from evoplan.model.running.chain import Step
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
 from tests.conftest import TINY
 
 ONE = replace(TINY, n_block=1)

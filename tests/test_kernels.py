@@ -17,14 +17,14 @@ from evoplan.cost_model.profile import bytes_taken
 from evoplan.cost_model.steps import offered_strategies, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
-from evoplan.model.chain import Step
-from evoplan.model.context import Context
-from evoplan.model.execution import record, run_discarded
-from evoplan.model.kernels import KERNELS, kernel, kernels_for
-from evoplan.model.pieces import sampled_pieces
-from evoplan.model.remake import Remaking, cheap
-from evoplan.model.strategy import LEAN, WHOLE, Strategy
-from evoplan.model.tiled import tiled_attention, tiles
+from evoplan.model.running.chain import Step
+from evoplan.model.running.context import Context
+from evoplan.model.running.execution import record, run_discarded
+from evoplan.model.running.kernels import KERNELS, kernel, kernels_for
+from evoplan.model.running.pieces import sampled_pieces
+from evoplan.model.running.remake import Remaking, cheap
+from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.running.tiled import tiled_attention, tiles
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 TILED = kernels_for("cpu")[0]

@@ -9,6 +9,16 @@ from pathlib import Path
 import networkx as nx
 
 ORDER = ["model", "cost_model", "planner", "experiments"]
+# The rooms of a package, and what lies at its top, from the bottom: each imports from those before it.
+ROOMS = {
+    "model": [
+        "config", "families", "running", "modules", "data", "programs", "build", "sharing", "__init__",
+    ],
+    "planner": [
+        "sizes", "errors", "files", "schedules", "solvers", "problems", "plans", "processes", "execution",
+        "checking", "reports", "runs", "commands", "__init__", "__main__",
+    ],
+}  # fmt: skip
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,6 +56,17 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+
+
+def test_rooms_go_one_way() -> None:
+    for package, rooms in ROOMS.items():
+        inside = f"evoplan.{package}."
+        for path in (ROOT / package).rglob("*.py"):
+            own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+            for name in imported(path):
+                if name.startswith(inside):
+                    other = name.removeprefix(inside).split(".")[0]
+                    assert rooms.index(other) <= rooms.index(own), f"{path} imports {name}"
 
 
 def test_no_circle_of_imports() -> None:

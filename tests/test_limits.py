@@ -12,13 +12,13 @@ import click
 import pytest
 
 from evoplan.model import EvoformerConfig, InputShape
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.planning import NoPlanError, solve
-from evoplan.planner.problem import Problem
+from evoplan.planner.commands.terminal import run_command
+from evoplan.planner.plans.planning import NoPlanError, solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
 from evoplan.planner.sizes import exact_size, parse_size
 from evoplan.planner.solvers import BASELINES, SOLVERS, Solver, solver
 from evoplan.planner.solvers.inference import inference_schedule
-from evoplan.planner.terminal import run_command
 from tests.test_cli import call
 
 TINY = ["--model", "alphafold2-narrow", "--n-blocks", "1", "--n-seq", "2", "--n-res", "3"]

@@ -12,11 +12,11 @@ from evoplan.cost_model.devices import device
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
-from evoplan.model.loss import mean_square
-from evoplan.model.submodule import Submodule
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import depth
+from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.submodule import Submodule
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers import Frontier
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 

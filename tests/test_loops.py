@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan import EvoformerStack, apply_plan, make_plan
-from evoplan.model.unchanged import ChangedError
+from evoplan.model.running.unchanged import ChangedError
 from tests.conftest import TINY, TINY_EXTRA
 from tests.loops import (
     MODES,
@@ -266,7 +266,7 @@ def test_shared_blocks_and_shared_weights(mode: str) -> None:
 
 
 def _quietly(stack: EvoformerStack, mode: str) -> nn.Module:
-    from evoplan.planner.apply import PlannedModule
+    from evoplan.planner.execution.apply import PlannedModule
 
     return PlannedModule(stack, plan(mode).sequence())
 

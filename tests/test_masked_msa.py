@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from evoplan.model import EvoformerConfig, EvoformerStack, TrunkConfig
-from evoplan.model.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
-from evoplan.model.batch import extra_rows, mask_msa, random_alignment
 from evoplan.model.build import build_model
-from evoplan.model.clusters import nearest_centres, summarise
-from evoplan.model.masked_msa import MaskedMSAModel
+from evoplan.model.data.alignment import GAP, MASK, N_TOKENS, UNKNOWN, read_alignment
+from evoplan.model.data.batch import extra_rows, mask_msa, random_alignment
+from evoplan.model.data.clusters import nearest_centres, summarise
+from evoplan.model.programs.masked_msa import MaskedMSAModel
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 UBIQUITIN = Path(__file__).parents[1] / "experiments/data/ubiquitin.a3m"
@@ -37,7 +37,7 @@ MODELS = {"main": CONFIG, "extra": TINY_EXTRA.with_dropout(0.0), "trunk": TINY_T
 
 
 def model_and_batch(name: str) -> tuple[MaskedMSAModel, dict[str, torch.Tensor]]:
-    """In float64, 5 of 14 rows masked; the batch as `planner.data` makes it, its masks with holes."""
+    """In float64, 5 of 14 rows masked; the batch as `planner.runs.data` makes it, its masks with holes."""
     torch.manual_seed(0)
     config, a = MODELS[name], random_alignment(14, 7, 3)
     a.deletions[:] = np.random.default_rng(0).integers(0, 4, a.deletions.shape)
@@ -260,7 +260,7 @@ def test_clusters_by_hand() -> None:
 
 
 def test_clusters_of_many_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evoplan.model.clusters._ROWS", 7)
+    monkeypatch.setattr("evoplan.model.data.clusters._ROWS", 7)
     a = random_alignment(40, 30, 2)
     centres = mask_msa(a.tokens[:6], a.deletions[:6], 0)["tokens_in"][0].numpy()
     profile, deletions = summarise(centres, a.deletions[:6], a.tokens[6:], a.deletions[6:])

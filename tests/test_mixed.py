@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoplan import InputShape, TinyOpenFoldConfig
 from evoplan.cost_model.scratch import Call, CpuScratch, TensorSpec, _contiguous_stride
 from evoplan.cost_model.scratch import _run as measured_scratch
-from evoplan.model.attention import mask_bias
-from evoplan.model.evoformer import EvoformerStack
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
+from evoplan.model.modules.attention import mask_bias
+from evoplan.model.modules.evoformer import EvoformerStack
+from evoplan.planner.checking.verify import simulate_plan, verify_plan
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.verify import simulate_plan, verify_plan
 from tests.conftest import TINY, TINY_EXTRA
 from tests.loops import MODES, assert_same, gradients, inputs, loss_of, new_stack, plan, planned
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evoplan.model import EvoformerConfig, EvoformerStack
-from evoplan.model.execution import WholeRun
-from evoplan.model.strategy import WHOLE
-from evoplan.model.submodule import Submodule
+from evoplan.model.running.execution import WholeRun
+from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.submodule import Submodule
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EXTRA], ids=["gated", "global"])

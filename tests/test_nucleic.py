@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evoplan.model.alignment import read_alignment
+from evoplan.model.data.alignment import read_alignment
 from tests.alignments import letters, message, read_with_report
 
 Write = Callable[[str | bytes], Path]

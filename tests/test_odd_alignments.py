@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given
 from hypothesis import strategies as st
 
-from evoplan.model.alignment import (
+from evoplan.model.config import InputShape
+from evoplan.model.data.alignment import (
     AlignmentError,
     SkippedWarning,
     alignment_shape,
     read_alignment,
     sample_alignment,
 )
-from evoplan.model.config import InputShape
 from tests.alignments import assert_same, letters, message, read_with_report
 from tests.conftest import examples
 

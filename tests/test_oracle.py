@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.model import PRESETS, EvoformerConfig, EvoformerStack
-from evoplan.model.evoformer import EvoformerBlock
+from evoplan.model.modules.evoformer import EvoformerBlock
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 # It warns of GPU kernels that are not there, and puts its own filter before ours.

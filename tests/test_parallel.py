@@ -18,13 +18,13 @@ from evoplan.cost_model.devices import device
 from evoplan.cost_model.trace import fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
 from evoplan.model.build import build_model
-from evoplan.model.loss import mean_square
-from evoplan.model.parallel import ParallelEvoformer, Reshard
-from evoplan.model.ranks import Ranks, lend
-from evoplan.model.strategy import WHOLE
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.strategy import WHOLE
+from evoplan.model.sharing.parallel import ParallelEvoformer, Reshard
+from evoplan.model.sharing.ranks import Ranks, lend
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.conftest import TINY, TINY_EXTRA, TINY_MSA_MODULE, TINY_PAIRFORMER, random_inputs, randomise
 from tests.ranks import on_ranks
 from tests.test_apply import random_schedule

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from evoplan.model import EvoformerConfig, InputShape
-from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.planner.consistency import check_consistent, load_consistent
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, shortened
+from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.planner.checking.consistency import check_consistent, load_consistent
+from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, shortened
 
 SMALL = Problem(
     model="custom",

@@ -15,13 +15,13 @@ from evoplan.cost_model.roofline import reduction_seconds, seconds
 from evoplan.cost_model.trace import Work
 from evoplan.model import EvoformerStack, InputShape
 from evoplan.model.families import TrunkConfig
-from evoplan.model.ranks import Ranks
+from evoplan.model.sharing.ranks import Ranks
 from evoplan.planner import NoPlanError, apply_plan, simulate_plan, verify_plan
-from evoplan.planner.certify import certify
-from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.plan import Plan, load_plan
-from evoplan.planner.planning import solve, solve_for_fewest_ranks
-from evoplan.planner.problem import Problem
+from evoplan.planner.plans.certify import certify
+from evoplan.planner.plans.plan import Plan, load_plan
+from evoplan.planner.plans.planning import solve, solve_for_fewest_ranks
+from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.problems.problem import Problem
 from tests.conftest import TINY, TINY_EXTRA
 from tests.ranks import on_ranks
 from tests.test_verify import CONFIG
@@ -110,7 +110,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Costed]:
             known[key] = cost_problem(asked, *arguments, **named)
         return replace(known[key], problem=asked)
 
-    monkeypatch.setattr("evoplan.planner.timing.cost_problem", once)
+    monkeypatch.setattr("evoplan.planner.problems.timing.cost_problem", once)
     return once
 
 

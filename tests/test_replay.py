@@ -10,9 +10,9 @@ import pytest
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
-from evoplan.model.strategy import WHOLE, Strategy
-from evoplan.planner.replay import Replay, replay
-from evoplan.planner.schedule import Checkpoint, Run, Sequence, forward_runs
+from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.planner.schedules.replay import Replay, replay
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, forward_runs
 from tests.brute_force import schedules
 
 CHUNK = Strategy("chunk", "row", 2)

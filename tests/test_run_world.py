@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 
 from evoplan.model.config import InputShape
-from evoplan.planner.costing import cost_problem
-from evoplan.planner.data import alignment_for, batch_for
-from evoplan.planner.plan import Plan, load_plan
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.run import Settings, run_plan
+from evoplan.planner.plans.plan import Plan, load_plan
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.processes.watch import Failure, Member, verdict
+from evoplan.planner.processes.world import World, odd_ones
+from evoplan.planner.runs.data import alignment_for, batch_for
+from evoplan.planner.runs.run import Settings, run_plan
+from evoplan.planner.runs.training import Training, dropout_seed
 from evoplan.planner.solvers import BASELINES
-from evoplan.planner.training import Training, dropout_seed
-from evoplan.planner.watch import Failure, Member, verdict
-from evoplan.planner.world import World, odd_ones
 from tests.conftest import TINY
 from tests.torchrun import FAULTY, Done, alone, launched, started, torchrun, torchrun_command
 
@@ -167,7 +167,7 @@ def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], tmp_pat
     script = tmp_path / "each_its_own.py"
     script.write_text(
         "import os\n"
-        "from evoplan.planner.cli import main\n"
+        "from evoplan.planner.commands.cli import main\n"
         f"main(['run', {[plan(1), plan(2)]}[int(os.environ['RANK'])], '--replicas', '2'])\n"
     )
     done = launched(2, str(script))
@@ -181,7 +181,7 @@ def test_another_plan_on_one_rank_is_refused(plan: Callable[[int], str], tmp_pat
 def test_one_process_is_told_to_use_torchrun(
     plan: Callable[[int], str], capsys: pytest.CaptureFixture
 ) -> None:
-    from evoplan.planner.cli import main
+    from evoplan.planner.commands.cli import main
 
     with pytest.raises(SystemExit) as stop:
         main(["run", plan(2)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evoplan.planner.run import Settings
+from evoplan.planner.runs.run import Settings
 from tests.test_cli import call
 
 FLAGS = ["--model", "alphafold2-narrow", "--n-blocks", "1", "--c-m", "16", "--c-z", "12"]

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from evoplan.planner.plan import load_plan
-from evoplan.planner.schedule import depth
+from evoplan.planner.plans.plan import load_plan
+from evoplan.planner.schedules.schedule import depth
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
-from evoplan.model.alignment import AlignmentError, alignment_shape, read_alignment
 from evoplan.model.config import InputShape
+from evoplan.model.data.alignment import AlignmentError, alignment_shape, read_alignment
 from tests.alignments import assert_same, letters, message, read_with_report
 from tests.conftest import examples
 

@@ -19,15 +19,15 @@ from evoplan.cost_model.roofline import bounds, seconds
 from evoplan.cost_model.times import MissingTimesError, TimesCache, Timing, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model import EvoformerConfig
-from evoplan.model.chain import Chain
 from evoplan.model.config import InputShape
-from evoplan.planner.cli import main
-from evoplan.planner.costing import cost_problem, planned_model
-from evoplan.planner.device_file import device_entry, load_device
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
-from evoplan.planner.profiling import profile_problem
-from evoplan.planner.timing import cost_with_times
+from evoplan.model.running.chain import Chain
+from evoplan.planner.checking.profiling import profile_problem
+from evoplan.planner.commands.cli import main
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import cost_problem, planned_model
+from evoplan.planner.problems.device_file import device_entry, load_device
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import cost_with_times
 from tests.torchrun import forked
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)
@@ -207,7 +207,7 @@ def test_times_are_for_what_they_were_measured_on(cache: str) -> None:
 
 
 def test_what_the_cache_has_is_not_measured_again(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evoplan.planner.profiling.time_step", None)  # calling it fails
+    monkeypatch.setattr("evoplan.planner.checking.profiling.time_step", None)  # calling it fails
     measured, _, _ = profile_problem(PROBLEM, cache, repeats=1, max_pieces=2)
     assert all(row.timing for row in measured if row.cost)
 

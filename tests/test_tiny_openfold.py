@@ -13,16 +13,16 @@ from evoplan.cost_model.flops import submodule_flops, tiny_openfold_flops
 from evoplan.cost_model.steps import offered_strategies
 from evoplan.experiments.flops.counts import COMPONENTS, analytic, by_deepspeed, counted, counted_step
 from evoplan.experiments.tiny_openfold.training import Recipe
-from evoplan.model.chain import Chain
 from evoplan.model.config import InputShape
-from evoplan.model.execution import record
 from evoplan.model.families import TinyOpenFoldConfig, preset
-from evoplan.model.strategy import WHOLE
-from evoplan.model.tiny_data import tiny_batch
-from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
+from evoplan.model.modules.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
+from evoplan.model.programs.tiny_data import tiny_batch
+from evoplan.model.running.chain import Chain
+from evoplan.model.running.execution import record
+from evoplan.model.running.strategy import WHOLE
 from evoplan.planner import apply_plan, load_plan, make_plan, verify_plan
-from evoplan.planner.planning import NoPlanError
-from evoplan.planner.problem import Problem
+from evoplan.planner.plans.planning import NoPlanError
+from evoplan.planner.problems.problem import Problem
 from tests.conftest import randomise
 
 SMALL = TinyOpenFoldConfig(n_block=2, c_m=12, c_z=8, n_head_msa=3, n_head_pair=2, c_opm=5)

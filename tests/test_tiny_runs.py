@@ -18,10 +18,10 @@ from evoplan.experiments.tiny_openfold.memory import measure_parts, measure_peak
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
-from evoplan.planner.plan import Plan
-from evoplan.planner.planning import NoPlanError
-from evoplan.planner.problem import Problem
-from evoplan.planner.world import World
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import NoPlanError
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.processes.world import World
 from tests.torchrun import alone, forked, launched, started, torchrun_command
 
 MODULE = ("-m", "evoplan.experiments.tiny_openfold")

@@ -15,10 +15,10 @@ from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import trace_step
 from evoplan.cost_model.trace import Trace
 from evoplan.model.build import build_model, model_without_data
-from evoplan.model.chain import Chain
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
-from evoplan.model.pieces import sampled_pieces
+from evoplan.model.running.chain import Chain
+from evoplan.model.running.pieces import sampled_pieces
 from tests.conftest import TINY, TINY_EXTRA, randomise
 
 CONFIGS = {

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
-from evoplan.model.dropout import dropout_mask
+from evoplan.model.running.dropout import dropout_mask
 from evoplan.planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
-from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.plan import Plan
-from evoplan.planner.planning import solve
-from evoplan.planner.problem import Problem
+from evoplan.planner.checking.verify import Verification
+from evoplan.planner.execution.tape import Tape
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.problems.problem import Problem
 from evoplan.planner.solvers import Frontier
-from evoplan.planner.tape import Tape
-from evoplan.planner.verify import Verification
 
 CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
 

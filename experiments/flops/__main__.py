@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from evoplan.planner.commands.flags import STEPS
+from evoplan.planner.commands.terminal import CHECK_FAILED, progress, run_command
 from evoplan.planner.files import make_folder
-from evoplan.planner.flags import STEPS
-from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
 
 ANALYSES = ("detailed", "intensity", "roofline")
 

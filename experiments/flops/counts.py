@@ -24,13 +24,13 @@ from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.trace import Work, fake_copy, fake_tensors
 from evoplan.experiments.tiny_openfold.memory import empty_batch
 from evoplan.experiments.tiny_openfold.training import Recipe, run_step
-from evoplan.model.chain import Chain
 from evoplan.model.config import InputShape
-from evoplan.model.execution import record
 from evoplan.model.families import TinyOpenFoldConfig
-from evoplan.model.strategy import WHOLE
-from evoplan.model.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
-from evoplan.planner.costing import kind_of
+from evoplan.model.modules.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
+from evoplan.model.running.chain import Chain
+from evoplan.model.running.execution import record
+from evoplan.model.running.strategy import WHOLE
+from evoplan.planner.problems.costing import kind_of
 
 # The components that people ask for, and the parts that each is made of.
 COMPONENTS: dict[str, tuple[str, ...]] = {

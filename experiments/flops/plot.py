@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evoplan.planner.plot import plt, save_figure
+from evoplan.planner.reports.plot import plt, save_figure
 
 
 def plot_roofline(data: Mapping[str, Any], path: str | Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from evoplan.experiments.flops.documents import several_document
 from evoplan.experiments.flops.output import print_several
 from evoplan.experiments.flops.single import PROFILE, recipe_of
+from evoplan.planner.commands.terminal import CHECK_FAILED, progress
 from evoplan.planner.errors import RunError
 from evoplan.planner.files import write_json
-from evoplan.planner.terminal import CHECK_FAILED, progress
 
 SEVERAL = "flops_profile_multi_gpu.json"
 

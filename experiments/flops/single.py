@@ -17,10 +17,10 @@ from evoplan.experiments.tiny_openfold.setup import device_asked
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, Recipe, StepResult, TinyTraining
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
-from evoplan.planner.costing import Progress
 from evoplan.planner.files import write_json
-from evoplan.planner.problem import Problem
-from evoplan.planner.world import World
+from evoplan.planner.problems.costing import Progress
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.processes.world import World
 
 PROFILE, INTENSITY, ROOFLINE = "flops_profile.json", "computational_intensity.json", "roofline_data.json"
 PICTURE = "roofline.png"

@@ -11,9 +11,9 @@ from evoplan.experiments.tiny_openfold.options import SORT_BY, SUMMARY, Options,
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.families.tiny_openfold import TASKS, Task
+from evoplan.planner.commands.flags import STEPS, Number, Size
+from evoplan.planner.commands.terminal import progress, run_command
 from evoplan.planner.files import check_writable, make_folder
-from evoplan.planner.flags import STEPS, Number, Size
-from evoplan.planner.terminal import progress, run_command
 
 VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 
@@ -119,7 +119,7 @@ def command(
         from evoplan.experiments.tiny_openfold.run import Run
         from evoplan.experiments.tiny_openfold.setup import set_up
         from evoplan.experiments.tiny_openfold.training import Recipe
-        from evoplan.planner.world import joined
+        from evoplan.planner.processes.world import joined
     with joined(timeout) as world:
         if world.first:
             click.echo(BANNER)

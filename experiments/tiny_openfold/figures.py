@@ -12,9 +12,9 @@ import click
 
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
+from evoplan.planner.commands.flags import JSON_HELP
+from evoplan.planner.commands.terminal import CHECK_FAILED, progress, run_command
 from evoplan.planner.files import STDOUT, check_writable, write_json
-from evoplan.planner.flags import JSON_HELP
-from evoplan.planner.terminal import CHECK_FAILED, progress, run_command
 
 # The original's configurations; medium with one sample, which is what a machine of 24 GB holds.
 CASES = {
@@ -59,8 +59,8 @@ def compare(config: TinyOpenFoldConfig, shape: InputShape, rounds: int, update: 
     from evoplan.cost_model.devices import device
     from evoplan.experiments.tiny_openfold.memory import measure_peak, plan_for, predict
     from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
-    from evoplan.planner.problem import Problem
-    from evoplan.planner.world import World
+    from evoplan.planner.problems.problem import Problem
+    from evoplan.planner.processes.world import World
 
     recipe = Recipe(config, shape, task="distance")
     plain = TinyTraining(recipe, World())

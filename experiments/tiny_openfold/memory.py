@@ -15,17 +15,17 @@ from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.trace import fake_copy
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
-from evoplan.model.regions import SCORES
-from evoplan.model.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.costing import Costed, Progress, cost_problem, kind_of
+from evoplan.model.modules.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
+from evoplan.model.running.regions import SCORES
+from evoplan.planner.checking.trial import available_bytes
 from evoplan.planner.errors import CommonError
-from evoplan.planner.plan import Plan
-from evoplan.planner.planning import NoPlanError, solve
-from evoplan.planner.problem import Problem
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import NoPlanError, solve
+from evoplan.planner.problems.costing import Costed, Progress, cost_problem, kind_of
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.processes.world import World
 from evoplan.planner.sizes import exact_size
-from evoplan.planner.trial import available_bytes
-from evoplan.planner.world import World
 
 OF_MSA = ("row_attention", "column_attention", "msa_transition", MSA_EMBEDDING)
 

@@ -15,9 +15,9 @@ from evoplan.experiments.tiny_openfold.memory import Memory
 from evoplan.experiments.tiny_openfold.options import ProfilerConfig
 from evoplan.experiments.tiny_openfold.profiling import system_info
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
-from evoplan.planner.plan import Plan
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.processes.world import World
 from evoplan.planner.sizes import format_size
-from evoplan.planner.world import World
 
 MIB = 2**20
 RULE = "=" * 70

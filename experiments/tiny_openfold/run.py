@@ -20,8 +20,8 @@ from evoplan.experiments.tiny_openfold.profiling import StepProfiler
 from evoplan.experiments.tiny_openfold.training import WARMUP_STEPS, StepResult, TinyTraining
 from evoplan.planner.errors import CommonError, RunError
 from evoplan.planner.files import write_json
-from evoplan.planner.plan import Plan
-from evoplan.planner.snapshots import Snapshots
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.runs.snapshots import Snapshots
 
 
 class Run:

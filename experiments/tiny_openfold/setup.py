@@ -12,13 +12,13 @@ from evoplan.experiments.tiny_openfold import output
 from evoplan.experiments.tiny_openfold.memory import check_fits, plan_for
 from evoplan.experiments.tiny_openfold.options import Options
 from evoplan.experiments.tiny_openfold.training import Recipe, TinyTraining
-from evoplan.planner.consistency import load_consistent
-from evoplan.planner.costing import device_of
+from evoplan.planner.checking.consistency import load_consistent
 from evoplan.planner.errors import CommonError
-from evoplan.planner.plan import Plan
-from evoplan.planner.problem import AUTOCAST, Problem
-from evoplan.planner.watch import first_line
-from evoplan.planner.world import World
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.problems.costing import device_of
+from evoplan.planner.problems.problem import AUTOCAST, Problem
+from evoplan.planner.processes.watch import first_line
+from evoplan.planner.processes.world import World
 
 
 def set_up(

@@ -16,14 +16,14 @@ from evoplan.cost_model import measure
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.families.tiny_openfold import Task
-from evoplan.model.regions import region
-from evoplan.model.tiny_data import tiny_batch
-from evoplan.model.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
-from evoplan.planner.apply import PlannedModule
-from evoplan.planner.applying import apply_plan
-from evoplan.planner.plan import Plan
-from evoplan.planner.training import data_parallel
-from evoplan.planner.world import World
+from evoplan.model.modules.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
+from evoplan.model.programs.tiny_data import tiny_batch
+from evoplan.model.running.regions import region
+from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.execution.applying import apply_plan
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.processes.world import World
+from evoplan.planner.runs.training import data_parallel
 
 SEED = 42
 WARMUP_STEPS = 5  # that train as the others do, but are not timed

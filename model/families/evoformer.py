@@ -57,8 +57,8 @@ EXTRA = EvoformerConfig(n_block=4, c_m=64, c_head_msa=8, column_attention="globa
 EVOFORMER = Family(
     "evoformer",
     EvoformerConfig,
-    stack="evoplan.model.evoformer:EvoformerStack",
-    program="evoplan.model.masked_msa:MaskedMSAModel",
+    stack="evoplan.model.modules.evoformer:EvoformerStack",
+    program="evoplan.model.programs.masked_msa:MaskedMSAModel",
     presets={
         "alphafold2": Preset(
             EvoformerConfig(), InputShape(128, 256), "main stack, initial training crop (Suppl. 1.11)"

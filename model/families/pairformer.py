@@ -80,8 +80,8 @@ _SAYS = "crop of {} tokens (Suppl. 5.2)"
 PAIRFORMER = Family(
     "pairformer",
     PairformerConfig,
-    stack="evoplan.model.pairformer:PairformerStack",
-    program="evoplan.model.masked_residues:MaskedResidueModel",
+    stack="evoplan.model.modules.pairformer:PairformerStack",
+    program="evoplan.model.programs.masked_residues:MaskedResidueModel",
     presets={
         f"pairformer-48{suffix}": Preset(
             PairformerConfig(), InputShape(n_res=tokens), f"AlphaFold 3's Pairformer, {_SAYS.format(tokens)}"
@@ -93,8 +93,8 @@ PAIRFORMER = Family(
 MSA_MODULE = Family(
     "msa-module",
     MSAModuleConfig,
-    stack="evoplan.model.pairformer:MSAModuleStack",
-    program="evoplan.model.masked_residues:MSAModuleModel",
+    stack="evoplan.model.modules.pairformer:MSAModuleStack",
+    program="evoplan.model.programs.masked_residues:MSAModuleModel",
     presets={
         f"msa-module-4{suffix}": Preset(
             MSAModuleConfig(),

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from evoplan.model.config import Family, InputShape, ModelConfig, Preset
 from evoplan.model.families.evoformer import MSA, PAIR
 
-# What TinyOpenFold is trained on (`model.tiny_data`).
+# What TinyOpenFold is trained on (`model.programs.tiny_data`).
 Task = Literal["random", "distance"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -68,7 +68,7 @@ class TinyOpenFoldConfig(ModelConfig):
 TINY_OPENFOLD = Family(
     "tiny-openfold",
     TinyOpenFoldConfig,
-    stack="evoplan.model.tiny_openfold:TinyOpenFoldStack",
+    stack="evoplan.model.modules.tiny_openfold:TinyOpenFoldStack",
     presets={
         "tiny-openfold": Preset(
             TinyOpenFoldConfig(), InputShape(16, 64, batch=4), "the stack of TinyOpenFold at its defaults"

@@ -78,8 +78,8 @@ class TrunkConfig(ModelConfig):
 TRUNK = Family(
     "trunk",
     TrunkConfig,
-    stack="evoplan.model.trunk:EvoformerTrunk",
-    program="evoplan.model.masked_msa:MaskedMSAModel",
+    stack="evoplan.model.modules.trunk:EvoformerTrunk",
+    program="evoplan.model.programs.masked_msa:MaskedMSAModel",
     presets={
         "alphafold2-trunk": Preset(
             TrunkConfig(EXTRA, EvoformerConfig()),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import Sequence
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.solvers import baselines
 from evoplan.planner.solvers.frontier import Frontier, InfeasibleError
 from evoplan.planner.solvers.inference import inference_schedule

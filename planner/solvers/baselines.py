@@ -7,8 +7,8 @@ from math import isqrt
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
-from evoplan.model.strategy import EAGER, WHOLE, Strategy
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.model.running.strategy import EAGER, WHOLE, Strategy
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 # How a baseline runs a step: (its costs) -> (recorded strategy, strategy of a discarding run).
 Choice = Callable[[tuple[StepCost, ...]], tuple[Strategy, Strategy]]

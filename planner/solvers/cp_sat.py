@@ -22,7 +22,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.grid import GridCosts, group_kinds
 from evoplan.planner.solvers.items import GroupTable, Item, ItemMaker
 

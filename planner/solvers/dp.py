@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.model.strategy import Strategy
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
 from evoplan.planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
 

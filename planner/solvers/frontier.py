@@ -15,9 +15,9 @@ import numpy as np
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
-from evoplan.model.strategy import Strategy
-from evoplan.planner.replay import Replay, replay
-from evoplan.planner.schedule import Run, Sequence, allow_depth
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.schedules.replay import Replay, replay
+from evoplan.planner.schedules.schedule import Run, Sequence, allow_depth
 from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times, unit_bytes

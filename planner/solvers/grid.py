@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
-from evoplan.model.strategy import Strategy
+from evoplan.model.running.strategy import Strategy
 
 Times = NDArray[np.float64]  # seconds by memory left, in grid units; inf where it does not fit
 

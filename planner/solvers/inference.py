@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.host import may_wait
-from evoplan.planner.replay import replay
-from evoplan.planner.schedule import Run, Sequence
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Run, Sequence
+from evoplan.planner.schedules.waiting import may_wait
 from evoplan.planner.solvers.frontier import InfeasibleError
 
 Away = tuple[str, ...]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
 from evoplan.planner.solvers.segments import SegmentCosts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from evoplan.planner.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.dp import Depth, Program
 from evoplan.planner.solvers.grid import FIRST, Pass, Times
 from evoplan.planner.solvers.segments import Segments

@@ -1,0 +1,96 @@
+"""Running a submodule in chunks of an independent axis, and its backward likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.gradients import Gradients
+from evoplan.model.running.pieces import spans
+from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.submodule import Submodule, Tensors
+
+
+def chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+    """The new target, chunk by chunk; call without autograd."""
+    axis = submodule.axis(strategy.axis)
+    target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
+    context = _context_in_slices(submodule, strategy.n, tensors)
+    new = buffer(tensors[target], in_place)
+    for span in _clipped_spans(new.shape[cuts[target]], strategy.n):
+        piece = cut(tensors, cuts, span)
+        torch.add(piece[target], submodule.update(piece, context), out=view(new, cuts[target], span))
+        del piece
+    return new
+
+
+def chunked_vjp(
+    submodule: Submodule, strategy: Strategy, tensors: Tensors, grad: Tensor, gradients: Gradients
+) -> None:
+    """Recompute and differentiate chunk by chunk; the gradients are added up in `gradients`."""
+    axis = submodule.axis(strategy.axis)
+    target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
+    context = _context_in_slices(submodule, strategy.n, tensors)
+    inputs = pick(tensors, (*submodule.piece_inputs, *submodule.finish_inputs, "dropout"))
+
+    def one_piece(span: slice) -> Tensor | None:
+        piece = cut(inputs, cuts, span)
+        leaves = gradients.wanted(piece)
+        if context is not None:
+            leaves["context"] = context
+        grads = gradients.differentiate(
+            lambda x: submodule.update({**piece, **x}, x.get("context")),
+            leaves,
+            view(grad, cuts[target], span).contiguous(),
+        )
+        gradients.add_slices(grads, cuts, span)
+        return grads.get("context")
+
+    context_grad: Tensor | None = None
+    for span in _clipped_spans(grad.shape[cuts[target]], strategy.n):
+        context_grad = add(context_grad, one_piece(span))
+    if context_grad is None:
+        return
+    context = None
+    if submodule.sharding is not None:
+        context_grad = submodule.sharding.reduce(context_grad)
+    inputs = pick(tensors, submodule.context_inputs)
+    for span in _context_spans(submodule, strategy.n, tensors):
+        piece = cut(inputs, submodule.context_cuts, span)
+        grads = gradients.differentiate(
+            lambda x, piece=piece: submodule.sliced_context({**piece, **x}),
+            gradients.wanted(piece),
+            view(context_grad, submodule.context_dim, span).contiguous(),
+        )
+        gradients.add_slices(grads, submodule.context_cuts, span)
+        del piece, grads
+
+
+def _clipped_spans(size: int, n: int) -> Iterator[slice]:
+    # The axis may be shorter than the one that n was chosen for: another crop, a rank's shard.
+    return spans(size, min(n, size))
+
+
+def _context_spans(submodule: Submodule, n: int, tensors: Tensors) -> Iterator[slice]:
+    name, dim = next(iter(submodule.context_cuts.items()))
+    return _clipped_spans(tensors[name].shape[dim], n)
+
+
+def _context_in_slices(submodule: Submodule, n: int, tensors: Tensors) -> Tensor | None:
+    if not submodule.context_inputs:
+        return None
+    inputs = pick(tensors, submodule.context_inputs)
+    name, dim = next(iter(submodule.context_cuts.items()))
+    context: Tensor | None = None
+    for span in _context_spans(submodule, n, tensors):
+        part = submodule.sliced_context(cut(inputs, submodule.context_cuts, span))
+        if context is None:
+            shape = list(part.shape)
+            shape[submodule.context_dim] = inputs[name].shape[dim]
+            context = part.new_empty(shape)
+        view(context, submodule.context_dim, span).copy_(part)
+        del part
+    return submodule.gathered(context)

@@ -1,0 +1,131 @@
+"""Running a submodule as co-shards of a reduction axis, one after the other, and its backward likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.gradients import Gradients
+from evoplan.model.running.pieces import spans
+from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.submodule import ReductionAxis, Submodule, Tensors, dropped
+
+
+def cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+    """The new target, share by share; call without autograd.
+
+    Raises:
+        AlteredLayerError: one of its layers has been replaced or has hooks.
+    """
+    axis = submodule.axis(strategy.axis)
+    cuts = cuts_of(submodule, submodule.rows)
+    target, dim = tensors[submodule.target], cuts[submodule.target]
+    update = _reduced(submodule, axis, strategy.n, _normalised_inputs(submodule, tensors))
+    new = buffer(target, in_place)
+    inputs = pick(tensors, (*submodule.finish_inputs, "dropout"))
+    for span in _row_spans(target, dim, strategy.n):
+        rows = _finished(submodule, view(update, dim, span).clone(), cut(inputs, cuts, span))
+        torch.add(view(target, dim, span), rows, out=view(new, dim, span))
+        del rows
+    return new
+
+
+def cosharded_vjp(
+    submodule: Submodule, strategy: Strategy, tensors: Tensors, grad: Tensor, gradients: Gradients
+) -> None:
+    """Recompute and differentiate share by share; the gradients are added up in `gradients`."""
+    axis = submodule.axis(strategy.axis)
+    cuts = cuts_of(submodule, submodule.rows)
+    dim = cuts[submodule.target]
+    x = _normalised_inputs(submodule, tensors)
+    update = None if submodule.finish_is_affine else _reduced(submodule, axis, strategy.n, x)
+    finish_inputs = pick(tensors, (*submodule.finish_inputs, "dropout"))
+
+    def finish_rows(span: slice) -> Tensor:
+        piece = cut(finish_inputs, cuts, span)
+        grad_rows = view(grad, dim, span).contiguous()
+        # An affine finish has the same gradient anywhere: at zero, say.
+        rows = torch.zeros_like(grad_rows) if update is None else view(update, dim, span)
+        grads = gradients.differentiate(
+            lambda x: _finished(submodule, x["update"].clone(), {**piece, **x}),
+            {"update": rows, **gradients.wanted(piece)},
+            grad_rows,
+        )
+        gradients.add_slices(grads, cuts, span)
+        return grads["update"]
+
+    update_grad: Tensor | None = None
+    for span in _row_spans(grad, dim, strategy.n):
+        rows = finish_rows(span)
+        if update_grad is None:
+            update_grad = rows.new_empty((*grad.shape[:-1], rows.shape[-1]))
+        view(update_grad, dim, span).copy_(rows)
+        del rows
+    update = None
+
+    state = [name for name in x if name in submodule.reads and gradients.reach(name)]
+    x_grads: dict[str, Tensor] = {}
+    for part in spans(axis.size, strategy.n):
+        grads = gradients.differentiate(
+            lambda leaves, part=part: _partial(submodule, {**x, **leaves}, part),
+            pick(x, state),
+            update_grad[..., part].contiguous() if axis.concatenate else update_grad,
+        )
+        for name in state:
+            if (total := add(x_grads.get(name), grads[name])) is not None:
+                x_grads[name] = total
+        del grads
+    del update_grad
+    x.clear()
+    for name in list(x_grads):
+        dim = cuts[name]
+        for span in _row_spans(tensors[name], dim, strategy.n):
+            grads = gradients.differentiate(
+                lambda leaves, name=name: submodule.normalised(leaves, (name,))[name],
+                {name: view(tensors[name], dim, span).contiguous()},
+                view(x_grads[name], dim, span),
+            )
+            gradients.add_slices(grads, cuts, span)
+            del grads
+        del x_grads[name]
+
+
+def _row_spans(tensor: Tensor, dim: int, n: int) -> Iterator[slice]:
+    return spans(tensor.shape[dim], min(n, tensor.shape[dim]))
+
+
+def _partial(submodule: Submodule, x: Tensors, part: slice) -> Tensor:
+    context = None
+    if submodule.context_inputs:
+        context = submodule.gathered(
+            submodule.context(*(x[name] for name in submodule.context_inputs), part=part)
+        )
+    return submodule.piece(*(x[name] for name in submodule.piece_inputs), context=context, part=part)
+
+
+def _normalised_inputs(submodule: Submodule, tensors: Tensors) -> dict[str, Tensor]:
+    return submodule.normalised(tensors, (*submodule.context_inputs, *submodule.piece_inputs))
+
+
+def _reduced(submodule: Submodule, axis: ReductionAxis, n: int, x: Tensors) -> Tensor:
+    """The sum (or concatenation) of all partial updates."""
+    total: Tensor | None = None
+    for part in spans(axis.size, n):
+        partial = _partial(submodule, x, part)
+        if axis.concatenate:
+            if total is None:
+                total = partial.new_empty((*partial.shape[:-1], axis.size))
+            total[..., part] = partial
+        else:
+            total = add(total, partial)
+        del partial
+    assert total is not None
+    return total
+
+
+def _finished(submodule: Submodule, update: Tensor, tensors: Tensors) -> Tensor:
+    x = submodule.normalised(tensors, submodule.finish_inputs)
+    return dropped(submodule.finish(update, *(x[name] for name in submodule.finish_inputs)), tensors)

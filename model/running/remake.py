@@ -1,0 +1,144 @@
+"""Keeping less of a run: what is cheap to make again is made again in backward.
+
+Autograd saves every operand of every product. Of a gated attention that is seven tensors of the size of
+its input, of which two are a normalisation and a product with a gate: a few passes over memory to make,
+against matrix products for the others. The maths marks such results with `cheap`; a run under `Remaking`
+keeps their recipe and what it reads instead of them.
+
+Source: the policy that saves matrix products alone, as JAX has it (checkpoint_policies.dots_saveable);
+Korthikanti et al. (2022), Reducing Activation Recomputation in Large Transformer Models.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.context import Context
+from evoplan.model.running.unchanged import ChangedError
+
+_current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
+
+
+def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), whose result costs less to make again than to keep.
+
+    Args:
+        function: gives the same result every time, in a tensor of its own, and makes no other tensor that
+            autograd saves; mark its parts one by one where it would.
+    """
+    remaking = None if torch.compiler.is_compiling() else _current.get()
+    return function(*inputs) if remaking is None else remaking.run(function, inputs)
+
+
+class Remaking:
+    """While installed, autograd keeps recipes of cheap results in place of them.
+
+    Args:
+        context: what forward runs under; recipes are followed under the same.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
+        self._watched: list[weakref.ref] = []
+        self._packed: list[_Held] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
+        self._token: Token | None = None
+
+    def __enter__(self) -> Remaking:
+        self._token = _current.set(self)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        assert self._token is not None
+        _current.reset(self._token)
+        self._recipes.clear()
+        self._watched.clear()
+        self._packed.clear()
+
+    def run(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        """A cheap function."""
+        recipe = _Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)
+        self._packed.clear()
+        output = function(*inputs)
+        storage = output.untyped_storage()
+        for held in self._packed:  # the function's own backward may want its result: sigmoid's does
+            if held.tensor is not None and held.tensor.untyped_storage() is storage:
+                held.remake(recipe)
+        self._packed.clear()
+        key = storage._cdata
+        self._recipes[key] = recipe
+        # Another storage may get the same address once this one is gone.
+        self._watched.append(weakref.ref(storage, lambda _: self._recipes.pop(key, None)))
+        return output
+
+    def _hold(self, tensor: Tensor) -> _Held:
+        held = _Held(tensor.detach())
+        recipe = self._recipes.get(tensor.untyped_storage()._cdata)
+        if recipe is not None:
+            held.remake(recipe)
+        return held
+
+    def _pack(self, tensor: Tensor) -> _Held:
+        held = self._hold(tensor)
+        self._packed.append(held)
+        return held
+
+
+class _Held:
+    """A tensor that backward wants: itself, or how to make it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+        self.version = tensor._version
+        self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+        self.recipe: _Recipe | None = None
+
+    def remake(self, recipe: _Recipe) -> None:
+        """Drop the tensor: it lies in the storage that the recipe makes."""
+        self.tensor, self.recipe = None, recipe
+        recipe.users += 1
+
+    def take(self) -> Tensor:
+        """The tensor, for the one time that backward reads it.
+
+        Raises:
+            ChangedError: it was written in place meanwhile.
+        """
+        if self.recipe is None:
+            assert self.tensor is not None
+            if self.tensor._version != self.version:
+                raise ChangedError("a tensor that backward needs was changed in place since forward")
+            return self.tensor
+        return self.recipe.take().as_strided(*self.layout)
+
+
+class _Recipe:
+    """How a tensor is made; what it made is kept until its last user has read it.
+
+    Attributes:
+        users: how many read it in one backward.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[_Held], context: Context) -> None:
+        self.function, self.inputs, self.context, self.users = function, inputs, context, 0
+        self._made: Tensor | None = None
+        self._read = 0
+
+    def take(self) -> Tensor:
+        if self._made is None:
+            with torch.no_grad(), self.context:
+                self._made = self.function(*(held.take() for held in self.inputs))
+        made = self._made
+        self._read += 1
+        if self._read >= self.users:  # another backward would begin anew
+            self._made, self._read = None, 0
+        return made

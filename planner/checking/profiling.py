@@ -1,0 +1,192 @@
+"""Measuring what a problem's steps take on this machine, for the planner to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from evoplan.cost_model.calibrate import Calibration, fit
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.profile import bytes_taken, largest_error, time_step, with_data
+from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.times import Key, MeasuredBytes, TimesCache, Timing, key_of
+from evoplan.cost_model.trace import Casting, Work
+from evoplan.model.running.chain import Chain, Step
+from evoplan.model.running.context import autocast
+from evoplan.model.running.kernels import KERNELS
+from evoplan.model.running.strategy import COMPILED, WHOLE, Strategy
+from evoplan.planner.checking.trial import available_bytes, random_inputs
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.timing import times_cache
+
+Progress = Callable[[str], None]
+
+SHARE = 0.9  # of the free memory that a run may take
+# Largest error of a kernel that is not ours against the formula, by dtype: its own rounding.
+EXACT = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+EXACT |= {"bf16-mixed": 5e-2, "fp16-mixed": 5e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One strategy of one step.
+
+    Attributes:
+        cost: by the roofline; None where it cannot be traced.
+        timing: what was measured; None where it was not.
+        reason: why not.
+        taken: bytes that were measured, of a strategy that cannot be traced.
+    """
+
+    step: Step
+    strategy: Strategy
+    cost: StepCost | None
+    timing: Timing | None
+    reason: str | None = None
+    taken: MeasuredBytes | None = None
+
+    @property
+    def preserved_bytes(self) -> int | None:
+        """What a forward keeps for its backward."""
+        if self.cost is not None:
+            return self.cost.preserved_bytes
+        return self.taken and self.taken.preserved
+
+    def pairs(self) -> list[tuple[Work, float]]:
+        """Work and seconds of each phase that was measured."""
+        cost, times = self.cost, self.timing[:3] if self.timing else ()
+        works = () if cost is None else (cost.discard_work, cost.forward_work, cost.backward_work)
+        return [(work, seconds) for work, seconds in zip(works, times, strict=False) if seconds > 0]
+
+
+def profile_problem(
+    problem: Problem,
+    cache_path: str | None,
+    repeats: int,
+    max_pieces: int | None = None,
+    again: bool = False,
+    compiled: bool = False,
+    progress: Progress = lambda _: None,
+) -> tuple[list[Measurement], Calibration, Device]:
+    """Time every distinct step of a problem under every strategy that fits here; the cache keeps the times.
+
+    Each time is kept as soon as it is measured, so a profile that was broken off goes on where it was.
+
+    Args:
+        cache_path: of the cache; the user's own if not given.
+        repeats: timed runs of each, whose medians count.
+        max_pieces: leave out strategies of more pieces.
+        again: measure what the cache has as well.
+        compiled: also try torch.compile on each step, which takes a while.
+
+    Returns:
+        What was measured; the calibration from all times of this dtype; the device with its constants.
+
+    Raises:
+        ValueError: the problem is not for this machine, or for several ranks.
+    """
+    cache = times_cache(problem, cache_path)
+    if cache is None:
+        raise ValueError(f"times are measured here: use --device cpu or cuda, not {problem.device}")
+    if problem.ranks > 1:
+        raise ValueError("times are measured on one rank; leave --ranks out, plan with --times calibrated")
+    costed = cost_problem(problem, progress=lambda name: progress(f"tracing {name}"))
+    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), problem.device)
+    with torch.no_grad():
+        state, constants = costed.model.prepare(**inputs)
+    costed.model.train(problem.training)
+    profiler = _Profiler(problem, cache, state, constants, repeats, again, progress)
+    found: list[Measurement] = []
+    seen: set[Key] = set()
+    for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
+        key = key_of(step, problem.state_shapes(), problem.precision, WHOLE)
+        if key in seen:
+            continue
+        seen.add(key)
+        few = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
+        found += profiler.traced(step, few)
+        for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):
+            if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED):
+                found.append(profiler.opaque(step, strategy))
+    calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
+    cache.put_calibration(problem.precision, calibration.to_json())
+    return found, calibration, calibration.applied(costed.device, problem.precision)
+
+
+@dataclass
+class _Profiler:
+    """Measures steps of one problem on one state."""
+
+    problem: Problem
+    cache: TimesCache
+    state: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+    repeats: int
+    again: bool
+    progress: Progress
+
+    def traced(self, step: Step, costs: list[StepCost]) -> Iterator[Measurement]:
+        """Strategies whose memory is known: those that fit are timed, all in turn."""
+        known = {cost.strategy: self._known(step, cost.strategy) for cost in costs}
+        room = SHARE * available_bytes(self.problem.device)
+        missing = [cost for cost in costs if known[cost.strategy] is None and _peak(cost) <= room]
+        strategies = [cost.strategy for cost in missing]
+        if missing:
+            here = self._here(step)
+            known |= time_step(
+                here, strategies, self.state, self.constants, self.repeats, self.progress, self._casting
+            )
+        for cost in missing:
+            timing = known[cost.strategy]
+            assert timing is not None
+            self.cache.put(self._key(step, cost.strategy), timing, cost)
+        for cost in costs:
+            timing = known[cost.strategy]
+            reason = None if timing else "it needs more memory than is free"
+            yield Measurement(step, cost.strategy, cost, timing, reason)
+
+    def opaque(self, step: Step, strategy: Strategy) -> Measurement:
+        """A strategy that cannot be traced: kept only if it does what whole does, and with its memory."""
+        timing = self._known(step, strategy)
+        if timing is not None:
+            taken = self.cache.get_bytes(self._key(step, strategy))
+            return Measurement(step, strategy, None, timing, taken=taken)
+        missing = KERNELS[strategy.kernel].missing if strategy.kernel in KERNELS else None
+        if missing:
+            return Measurement(step, strategy, None, None, missing)
+        self.progress(f"{step.name} {strategy}")
+        here, given, casting = self._here(step), (self.state, self.constants), self._casting
+        try:
+            error = largest_error(here, strategy, *given, casting)
+            if not error <= EXACT[self.problem.precision]:
+                return Measurement(step, strategy, None, None, f"it is off by {error:.1g}")
+            taken = bytes_taken(here, strategy, *given, casting)
+            timing = time_step(here, [strategy], *given, self.repeats, self.progress, casting)[strategy]
+        except Exception as reason:  # whatever a library says when it cannot
+            said = str(reason).strip().splitlines() or [type(reason).__name__]
+            return Measurement(step, strategy, None, None, said[0])
+        self.cache.put(self._key(step, strategy), timing, taken=taken)
+        return Measurement(step, strategy, None, timing, taken=taken)
+
+    @property
+    def _casting(self) -> Casting:
+        return partial(autocast, self.problem.device, self.problem.autocast, keep_casts=False)
+
+    def _known(self, step: Step, strategy: Strategy) -> Timing | None:
+        return None if self.again else self.cache.get(self._key(step, strategy))
+
+    def _here(self, step: Step) -> Step:
+        return with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
+
+    def _key(self, step: Step, strategy: Strategy) -> Key:
+        problem = self.problem
+        return key_of(step, problem.state_shapes(), problem.precision, strategy)
+
+
+def _peak(cost: StepCost) -> int:
+    return max(cost.forward_bytes, cost.backward_bytes, cost.discard_bytes)

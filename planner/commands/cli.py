@@ -1,0 +1,291 @@
+"""The command line: reads arguments, calls the planner, prints. Only commands import torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evoplan.planner.commands.flags import (
+    AUTO,
+    REPEATS,
+    STEPS,
+    Number,
+    cache_option,
+    check_skip_bad,
+    files_read,
+    json_option,
+    problem_of,
+    problem_options,
+    times_option,
+)
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
+from evoplan.planner.commands.times import profile, roofline
+from evoplan.planner.files import check_writable, picture_format, write_json
+
+if TYPE_CHECKING:
+    from evoplan.planner.problems.timing import Times
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="evoplan")
+def cli() -> None:
+    """Plan, run and verify Evoformer stacks within a memory budget."""
+
+
+cli.add_command(roofline)
+cli.add_command(profile)
+
+
+@cli.command()
+@problem_options
+@click.option(
+    "--solver", "solver_name", default="dp", show_default=True,
+    help="dp, cp-sat, none, small, large, sqrt or seed-dp.",
+)  # fmt: skip
+@click.option("--certify", is_flag=True, help="Also prove how far from optimal the plan may be.")
+@times_option
+@cache_option
+@click.option("--out", type=click.Path(), help="Write the plan here.")
+@json_option
+def plan(
+    solver_name: str,
+    certify: bool,
+    times: Times,
+    cache: str | None,
+    out: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
+    """Find the fastest schedule that fits; print it and what it saves."""
+    check_writable(out, json_path=json_path, reads=files_read(cache, **flags))
+    auto = flags["ranks"] == AUTO
+    problem = problem_of(**flags | {"ranks": 1} if auto else flags)
+    from evoplan.planner.plans.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
+    from evoplan.planner.reports.plans import print_plan
+    from evoplan.planner.solvers import solver
+
+    solver(solver_name)  # a wrong name is said before the work
+    try:
+        with progress("loading torch") as update:
+            if auto:
+                costed, found = solve_for_fewest_ranks(problem, solver_name, update, times, cache)
+            else:
+                costed, found = cost_and_solve(problem, solver_name, times, cache, update)
+            if certify:
+                from evoplan.planner.plans.certify import certify as with_certificates
+
+                found = with_certificates(costed, found, update)
+    except NoPlanError as error:
+        if json_path:
+            least = {"least_feasible_bytes": error.least_feasible_bytes, "budget_bytes": problem.budget_bytes}
+            write_json(json_path, least)
+        raise
+    for path in filter(None, (out, json_path)):  # before it is printed, which may fail
+        found.save(path)
+    console = console_for_output(json_path=json_path)
+    print_plan(found, console)
+    if out:
+        console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@cache_option
+@json_option
+def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
+    """Print a plan: its schedule, its memory over time, where the peak is and why, and the alternatives.
+
+    Times are of the kind that the plan was made with, as far as this machine has them.
+    """
+    check_writable(json_path=json_path, reads=(plan_file, cache))
+    from evoplan.cost_model.times import MissingTimesError
+    from evoplan.planner.checking.consistency import load_consistent
+    from evoplan.planner.plans.alternatives import alternatives
+    from evoplan.planner.plans.recosting import cost_of_plan
+    from evoplan.planner.reports.alternatives import alternatives_to_json, print_alternatives
+    from evoplan.planner.reports.plans import print_plan, print_schedule, print_timeline, step_names
+    from evoplan.planner.schedules.replay import replay
+
+    found, console = load_consistent(plan_file), console_for_output(json_path=json_path)
+    print_plan(found, console)
+    console.print()
+    print_schedule(found, console)
+    console.print()
+    try:
+        with progress("tracing") as update:
+            costed, times_lost = cost_of_plan(found, cache, update)
+            update("comparing")
+            others = alternatives(found, costed)
+    except MissingTimesError as error:
+        console.print(f"no memory over time, and no alternatives: {error}", highlight=False)
+        if json_path:
+            write_json(json_path, {"plan": found.to_json()})
+        return
+    result = replay(found.sequence(), costed.table)
+    print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
+    console.print()
+    if times_lost:
+        console.print(f"{times_lost}: times below are of the {costed.times.name}", highlight=False)
+    print_alternatives(others, console)
+    if json_path:
+        moments = [
+            {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
+             "peak_bytes": costed.fixed_bytes + moment.peak_bytes}
+            for moment in result.moments
+        ]  # fmt: skip
+        document = {"plan": found.to_json(), "timeline": moments, "times": costed.times.name}
+        write_json(json_path, document | {"alternatives": alternatives_to_json(others)})
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@click.option(
+    "--simulate", is_flag=True, help="Memory only, on fake tensors: for what this machine cannot hold."
+)
+@click.option("--blocks", type=click.IntRange(1), help="Only the first K blocks of the stack.")
+@click.option("--repeats", type=REPEATS, default=3, show_default=True, help="Timed runs; medians count.")
+@json_option
+def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, json_path: str | None) -> None:
+    """Apply a plan, measure it here, and compare it with the model without a plan.
+
+    A plan for several ranks: torchrun --nproc_per_node=N -m evoplan.planner verify ...
+    """
+    from evoplan.planner.processes.world import joined
+
+    with joined(timeout=60) as world:
+        check_writable(json_path=json_path, reads=(plan_file,))
+        from evoplan.planner.checking.consistency import load_consistent
+        from evoplan.planner.checking.verify import simulate_plan, verify_on, verify_plan
+        from evoplan.planner.plans.planning import shorten_plan
+        from evoplan.planner.reports.plans import (
+            describe_problem,
+            print_rank_verifications,
+            print_verification,
+        )
+
+        found = load_consistent(plan_file)
+        with progress("preparing") as update:
+            if blocks is not None and blocks < found.problem.config.n_block:
+                found = shorten_plan(found, blocks, progress=update)
+            elif blocks is not None and blocks > found.problem.config.n_block:
+                raise ValueError(f"--blocks {blocks}: the plan has {found.problem.config.n_block} blocks")
+            update("simulating" if simulate else "running")
+            if simulate:
+                results = [simulate_plan(found, rank) for rank in range(found.problem.ranks)]
+            elif found.problem.ranks * world.size == 1:
+                results = [verify_plan(None, found, repeats, progress=update)]
+            else:
+                results = verify_on(world, found, repeats, f"verify {plan_file}", update)
+        if world.first:
+            if json_path:
+                ranks = [{"rank": rank, **result.to_json()} for rank, result in enumerate(results)]
+                write_json(json_path, results[0].to_json() | ({"ranks": ranks} if len(ranks) > 1 else {}))
+            console = console_for_output(json_path=json_path)
+            console.print(describe_problem(found.problem), highlight=False)
+            print_verification(results[0], console)
+            print_rank_verifications(results, console)
+    sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
+
+
+@cli.command()
+@problem_options
+@times_option
+@cache_option
+@click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
+@click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
+@click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
+@json_option
+def sweep(
+    points: int,
+    times: Times,
+    cache: str | None,
+    out: str | None,
+    plot: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
+    """The frontier of memory and time, baselines marked on it."""
+    check_writable(out, plot, json_path=json_path, reads=files_read(cache, **flags))
+    if plot is not None:
+        picture_format(plot)
+    problem = problem_of(**flags)
+    from evoplan.planner.plans.planning import sweep as sweep_frontier
+    from evoplan.planner.reports.plans import print_sweep
+    from evoplan.planner.reports.plot import plot_sweep
+
+    if not problem.training:
+        raise ValueError("sweep is for training; for inference ask plan for one budget after another")
+
+    with progress("loading torch") as update:
+        from evoplan.planner.problems.timing import cost_with_times
+
+        problem = problem.model_copy(update={"budget_bytes": None})
+        costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
+        update("solving")
+        document = sweep_frontier(costed, points, update)
+    for path in filter(None, (out, json_path)):
+        write_json(path, document)
+    if plot:
+        plot_sweep(document, plot)
+    console = console_for_output(json_path=json_path)
+    print_sweep(document, console)
+    if plot:
+        console.print(f"picture written to {plot}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path())
+@click.option("--msa", type=click.Path(), help="Alignment in A3M, FASTA or Stockholm; else random data.")
+@click.option("--skip-bad", is_flag=True, help="Leave out the bad sequences of --msa, and say how many.")
+@click.option("--steps", type=STEPS, default=3, show_default=True)
+@click.option("--learning-rate", type=Number(0, 1e3, min_open=True), default=2e-4, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="That train together on batches of their own, under torchrun.",
+)
+@click.option(
+    "--timeout",
+    type=Number(1, 86400),
+    default=60,
+    show_default=True,
+    help="Seconds after which a rank that hangs ends the run.",
+)
+@click.option("--snapshots", type=click.Path(), help="Folder to write snapshots to, and to resume from.")
+@click.option("--save-every", type=STEPS, help="Steps between snapshots; one more after the last.")
+@click.option("--resume", is_flag=True, help="Go on from the newest complete snapshot.")
+@json_option
+def run(plan_file: str, timeout: float, json_path: str | None, **flags: Any) -> None:
+    """Train (masked-MSA loss) or infer under a plan; print predicted beside measured.
+
+    Alone, or on several processes: torchrun --nproc_per_node=N -m evoplan.planner run ...
+    """
+    from evoplan.planner.processes.world import joined
+
+    with joined(timeout) as world:
+        check_writable(json_path=json_path, reads=(plan_file, flags["msa"]))
+        if not flags["snapshots"] and (flags["save_every"] or flags["resume"]):
+            raise ValueError("--save-every and --resume need a folder: add --snapshots DIR")
+        check_skip_bad(flags["msa"], flags["skip_bad"])
+        from evoplan.planner.checking.consistency import load_consistent
+        from evoplan.planner.processes.world import check_world
+        from evoplan.planner.runs.run import Settings, run_plan
+
+        found, settings = load_consistent(plan_file), Settings(**flags)
+        command = f"run {plan_file} --replicas {settings.replicas}"
+        agreed = found.identity | settings.agreed()
+        check_world(found.problem.ranks, world, command, settings.replicas, agreed)
+        document = run_plan(found, settings, console_for_output(json_path=json_path), world)
+        if json_path and world.first:
+            write_json(json_path, document)
+    sys.exit(0 if document["ok"] else CHECK_FAILED)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program `evoplan`."""
+    run_command(cli, "evoplan", arguments)

@@ -1,0 +1,177 @@
+"""The executor: a model run by interpreting a schedule.
+
+Every step is one node of autograd's graph, so parameter gradients come back step by step (DDP's
+hooks and `torch.autograd.grad` see them as usual). What nodes need for backward lies on a tape
+(`planner.execution.tape`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from evoplan.cost_model.liveness import Liveness
+from evoplan.model.running.chain import Chain, Plannable, State, Step
+from evoplan.model.running.context import Context
+from evoplan.model.running.execution import run_discarded
+from evoplan.model.running.internals import has_hooks
+from evoplan.model.running.regions import region
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.view import View
+from evoplan.planner.execution.shapes import Fit, Fits, cropped, padded
+from evoplan.planner.execution.tape import Tape
+from evoplan.planner.schedules.schedule import Action, Sequence, actions, all_runs
+from evoplan.planner.schedules.waiting import Host, check_away, moves
+
+
+class _StepNode(torch.autograd.Function):
+    """One step in autograd's graph: inputs are the state tensors it reads and its parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tape: Tape, step: Step, strategy: Strategy, recorded: bool, *inputs: Tensor
+    ) -> Tensor:
+        ctx.tape, ctx.step = tape, step
+        return tape.run(step, strategy, recorded, step.named(inputs[: len(step.reads)]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # A sum's gradient is one number in every place: it is laid out here, where the plan counts it.
+        state, parameters = ctx.tape.backward(ctx.step, grad.contiguous())
+        return (
+            *(None,) * 4,
+            *(state.get(name) for name in ctx.step.submodule.reads),
+            *(parameters.get(name) for name in ctx.tape.met[ctx.step.index].parameters.trained),
+        )
+
+
+class PlannedModule(View):
+    """A stack under a schedule: same parameters by the same names, same arguments, same results.
+
+    Parameters, submodules and hooks are the stack's, whichever they are when it is called, and each block and
+    submodule is called as the stack would call it.
+
+    Args:
+        stack: the model, or one rank's share of it.
+        schedules: one that covers all its steps, for inputs of any shape; or several for different ones.
+        host: makes where state waits that is off the device, for each forward.
+
+    Raises:
+        ValueError: a schedule is for another chain of steps.
+    """
+
+    stack: Plannable
+
+    def __init__(self, stack: Plannable, schedules: Sequence | Fits, host: Callable[[], Host] = Host) -> None:
+        super().__init__(stack)
+        self.fits = Fits([Fit(schedules)]) if isinstance(schedules, Sequence) else schedules
+        self.host = host
+        chain = Chain.of(stack)
+        self.liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
+        for fit in self.fits.all:
+            _check_covers(fit.schedule, chain)
+            check_away(fit.schedule, self.liveness)
+
+    @torch.compiler.disable  # a compiled model around it breaks its graph here, and nowhere else
+    def forward(
+        self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As the stack's own forward."""
+        state, constants = self.stack.prepare(*tensors, **named)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        fit = self.fits.find(self.stack, shapes)
+        pads = self.fits.other_shapes == "pad" and fit.shapes not in (None, shapes)
+        if pads:
+            arguments = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
+            state, constants = self.stack.prepare(**padded(self.stack, arguments, fit.shapes))
+            del arguments
+        fit.check_room((*tensors, *named.values()), (*state.values(), *constants.values()))
+        del tensors, named
+        self._run(fit.schedule, state, constants, self.stack.draw_seed(dropout_seed))
+        results = self.stack.results(state)
+        if pads:
+            names = self.stack.outputs
+            return tuple(cropped(tensor, shapes[n]) for n, tensor in zip(names, results, strict=True))
+        return results
+
+    def _run(
+        self, schedule: Sequence, state: State, constants: Mapping[str, Tensor], seed: int | None
+    ) -> None:
+        """All steps over the state, which is the last one afterwards."""
+        chain = Chain.of(self.stack)
+        _check_covers(schedule, chain)
+        if torch.is_grad_enabled():
+            if any(run.away for run in all_runs(schedule)):
+                raise ValueError("the plan is for inference: call the model under torch.no_grad()")
+            self._record(Tape(chain, self.liveness, constants, seed), schedule, state)
+        else:
+            with Context.of_steps():
+                self._infer(chain, schedule, state, partial(Step.tensors, constants=constants, seed=seed))
+
+    def _infer(
+        self, chain: Chain, schedule: Sequence, state: State, tensors: Callable[[Step, State], State]
+    ) -> None:
+        """Every step once. What the chain itself has made is written over and may leave the device."""
+        host = self.host()
+        # A hook may keep what it sees, so that nothing may be written over.
+        owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
+        *todo, (_, _, last) = moves(schedule)
+
+        def perform(step: Step, state: State) -> None:
+            run, put, take = todo[step.index]
+            assert run is not None
+            host.move(state, put, take)
+            in_place = owned and self.liveness.owns_target(step.index)
+
+            def new_target(*read: Tensor) -> Tensor:
+                with region(step.name):
+                    of_stages = tensors(step, step.named(read))
+                    return run_discarded(step.submodule, run.strategy, of_stages, in_place)
+
+            state[step.target] = step.called(state, new_target)
+            self._forget(step, state)
+
+        chain.walk(chain.steps, state, perform)
+        host.move(state, (), last)
+
+    def _record(self, tape: Tape, schedule: Sequence, state: State) -> None:
+        """A forward for a backward."""
+        todo = tuple(actions(schedule))
+
+        def perform(step: Step, state: State) -> None:
+            action = todo[step.index]
+            for part in action.enters:
+                tape.keep_entry(part, state)
+            state[step.target] = step.called(state, partial(_advance, tape, step, action))
+            self._forget(step, state)
+            if action.leaves is not None:
+                tape.drop_entry(action.leaves)
+
+        with tape.context:
+            tape.chain.walk(tape.chain.steps, state, perform)
+
+    def _forget(self, step: Step, state: State) -> None:
+        for name in self.liveness.last_reads(step.index):
+            del state[name]
+
+
+def _check_covers(schedule: Sequence, chain: Chain) -> None:
+    if schedule.span != range(len(chain.steps)):
+        raise ValueError(f"the plan covers {len(schedule.span)} steps, the model has {len(chain.steps)}")
+
+
+def _advance(tape: Tape, step: Step, action: Action, *read: Tensor) -> Tensor:
+    """A step's new target, as a node of autograd's graph if there is a gradient to find."""
+    assert action.run is not None
+    met = tape.meet(step, read)
+    how = action.run.strategy, action.recorded
+    if not met.differentiable:
+        return tape.run(step, *how, step.named(read))
+    return _StepNode.apply(tape, step, *how, *read, *met.parameters.trained.values())

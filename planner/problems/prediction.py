@@ -1,0 +1,27 @@
+"""What a step under a schedule will take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Prediction(BaseModel):
+    """Bytes and seconds of one step under a schedule. peak_bytes = static_bytes + activation_bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    peak_bytes: Annotated[Bytes, Field(ge=1)]
+    static_bytes: Bytes
+    activation_bytes: Bytes
+    step_seconds: Annotated[Seconds, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Prediction:
+        if self.peak_bytes != self.static_bytes + self.activation_bytes:
+            raise ValueError("peak_bytes is not static_bytes + activation_bytes")
+        return self

@@ -1,0 +1,216 @@
+"""The simulator of schedules: one replay of an expression judges its memory and time, for every solver.
+
+It moves through the same phases as the executor and counts what is held: versions of the state
+(once, however many hold them), what recorded steps preserve, gradients, outputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.liveness import INPUT, Version
+from evoplan.cost_model.steps import StepCost
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
+from evoplan.planner.schedules.waiting import check_away, moves
+
+Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One run of one step (or of the loss), or a copy between the device and the host before it.
+
+    Attributes:
+        phase, step: what runs; step is None for the loss, and for copies after the last step.
+        held_bytes: live before it starts, inputs excluded.
+        peak_bytes: most that is live during it.
+        seconds: its predicted time.
+    """
+
+    phase: Phase
+    step: int | None
+    held_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a schedule costs. Bytes are above the model's parameters, gradients, optimizer and inputs.
+
+    Attributes:
+        moments: everything that runs, in order.
+        output_bytes: the new state, which outlives the chain.
+    """
+
+    moments: tuple[Moment, ...]
+    output_bytes: int
+
+    @cached_property
+    def peak(self) -> Moment:
+        """The moment at which the most is live."""
+        return max(self.moments, key=lambda moment: moment.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is live at any moment."""
+        return self.peak.peak_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Time of one step."""
+        return sum(moment.seconds for moment in self.moments)
+
+
+def replay(schedule: Sequence, table: CostTable) -> Replay:
+    """Run a schedule on the cost table.
+
+    Raises:
+        ValueError: the schedule covers other steps than the table, uses a strategy that it lacks, or has
+            state in host memory where that cannot be.
+    """
+    steps = range(len(table.options))
+    if schedule.span != steps:
+        raise ValueError(f"the schedule covers steps {schedule.span}, the chain has {steps}")
+    if any(run.away for run in all_runs(schedule)):
+        if table.training or table.host_bandwidth is None:
+            raise ValueError(
+                "state may wait in host memory in inference only, on a device apart from the host"
+            )
+        check_away(schedule, table.liveness)
+    return _Machine(table).run(schedule)
+
+
+@dataclass
+class _Record:
+    """What one part holds between its forward and its backward."""
+
+    part: Run | Checkpoint
+    entry: tuple[Version, ...]
+    bytes: int = 0
+
+
+@dataclass
+class _Machine:
+    """The state is a version of each tensor that is still needed; runs make versions of their own.
+
+    A tensor made again on a redo is another tensor, so makers are counted through: the n-th run's.
+    """
+
+    table: CostTable
+    held_bytes: int = 0
+    moments: list[Moment] = field(default_factory=list)
+    holders: Counter[Version] = field(default_factory=Counter)
+    costs: list[dict[Strategy, StepCost]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = self.table.options
+        distinct = {id(costs): {cost.strategy: cost for cost in costs} for costs in options}
+        self.costs = [distinct[id(costs)] for costs in options]
+
+    def run(self, schedule: Sequence) -> Replay:
+        table = self.table
+        state = {version.tensor: version for version in table.liveness.alive(0)}
+        self.keep(state.values())
+        if not table.training:
+            self.infer(schedule, state)
+            return Replay(tuple(self.moments), table.bytes_of(state.values()))
+        records: list[_Record] = []
+        self.forward(schedule, state, records, redo=False)
+        self.moment("loss", None, table.loss_bytes, 0.0)
+        while records:
+            self.backward(records)
+        return Replay(tuple(self.moments), table.bytes_of(state.values()))
+
+    def cost(self, run: Run) -> StepCost:
+        try:
+            return self.costs[run.step][run.strategy]
+        except KeyError:
+            raise ValueError(f"step {run.step} has no cost for strategy {run.strategy}") from None
+
+    def moment(self, phase: Phase, step: int | None, extra_bytes: int, seconds: float) -> None:
+        self.moments.append(Moment(phase, step, self.held_bytes, self.held_bytes + extra_bytes, seconds))
+
+    def keep(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            self.holders[version] += 1
+            if self.holders[version] == 1 and version.maker != INPUT:
+                self.held_bytes += self.table.state_bytes[version.tensor]
+
+    def release(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            self.holders[version] -= 1
+            if self.holders[version] == 0 and version.maker != INPUT:
+                self.held_bytes -= self.table.state_bytes[version.tensor]
+
+    def advance(self, state: dict[str, Version], step: int) -> None:
+        """The step's new target takes the place of the old one; what nobody reads any longer goes."""
+        target = self.table.targets[step]
+        fresh = Version(target, len(self.moments))
+        self.keep([fresh])
+        self.release([state[target]])
+        state[target] = fresh
+        self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
+
+    def infer(self, schedule: Sequence, state: dict[str, Version]) -> None:
+        for run, put, take in moves(schedule):
+            step = None if run is None else run.step
+            for phase, names, sign in (("to host", put, -1), ("from host", take, 1)):
+                if names:
+                    moved = sum(self.table.state_bytes[name] for name in names)
+                    seconds = moved / self.table.host_bandwidth
+                    self.moment(phase, step, max(0, sign * moved), seconds)
+                    self.held_bytes += sign * moved
+            self.discard([run] if run else [], state, "discard")
+
+    def discard(self, runs: Iterable[Run], state: dict[str, Version], phase: Phase) -> None:
+        for run in runs:
+            cost = self.cost(run)
+            self.moment(phase, run.step, cost.discard_bytes, cost.discard_seconds)
+            self.advance(state, run.step)
+
+    def forward(self, body: Sequence, state: dict[str, Version], records: list[_Record], redo: bool) -> None:
+        """Run `body` from a state that is the caller's, leaving a record of each part."""
+        live_gradients = self.table.gradient_bytes(body.span.stop) if redo else 0
+        for part in body.parts:
+            entry = self.table.liveness.entry(part.span)
+            record = _Record(part, tuple(state[version.tensor] for version in entry))
+            self.keep(record.entry)
+            records.append(record)
+            if not needs_forward(part, body, redo):
+                continue
+            self.held_bytes += live_gradients
+            if isinstance(part, Checkpoint):
+                self.discard(part.first_pass(), state, "redo discard" if redo else "discard")
+            else:
+                cost = self.cost(part)
+                self.moment(
+                    "redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds
+                )
+                record.bytes = cost.preserved_bytes
+                self.held_bytes += record.bytes
+                self.advance(state, part.step)
+            self.held_bytes -= live_gradients
+
+    def backward(self, records: list[_Record]) -> None:
+        record = records.pop()
+        if isinstance(record.part, Checkpoint):
+            inner: list[_Record] = []
+            state = {version.tensor: version for version in record.entry}
+            self.keep(state.values())
+            self.forward(record.part.body, state, inner, redo=True)
+            self.release(state.values())
+            self.release(record.entry)
+            while inner:
+                self.backward(inner)
+            return
+        cost = self.cost(record.part)
+        self.held_bytes -= record.bytes  # backward_bytes counts it
+        self.moment("backward", record.part.step, cost.backward_bytes, cost.backward_seconds)
+        self.release(record.entry)
