@@ -303,7 +303,7 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     from evoplan.model import Chain, EvoformerStack
     from evoplan.model.modules.evoformer import mask_constants
     from evoplan.model.running.execution import record
-    from evoplan.model.running.strategy import WHOLE
+    from evoplan.model.running.kinds import WHOLE
 
     with torch.device("meta"):
         stack = EvoformerStack(replace(config, n_block=1))

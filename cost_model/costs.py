@@ -15,7 +15,8 @@ from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
 from evoplan.cost_model.tracing import Given, Here, Tracer, prepared
 from evoplan.model.running.chain import Chain, Plannable, Step
 from evoplan.model.running.kernels import kernels_for
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ def build_cost_table(
 
 def _offered(device: Device, training: bool, step: Step, shape: Sequence[int]) -> list[Strategy]:
     offered = offered_strategies(step, shape, kernels_for(device.kind))
-    # Where nothing is kept, lean is whole.
-    return [strategy for strategy in offered if training or strategy.kind != "lean"]
+    return [strategy for strategy in offered if training or strategy.way.pays_in_inference]
 
 
 def _timed(

@@ -17,7 +17,8 @@ from evoplan.cost_model.times import MeasuredBytes, Timing
 from evoplan.cost_model.trace import Casting
 from evoplan.model.running.chain import Step
 from evoplan.model.running.execution import record, run_discarded
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import Submodule
 
 Progress = Callable[[str], None]

@@ -11,16 +11,11 @@ from torch import Tensor
 
 from evoplan.cost_model.trace import Casting, Trace, Work
 from evoplan.model.running.chain import Step
-from evoplan.model.running.execution import PiecewiseRun, Run, record, run_discarded
+from evoplan.model.running.execution import kept_input, record, run_discarded
 from evoplan.model.running.kernels import kernels_for
-from evoplan.model.running.layers import altered_layers
-from evoplan.model.running.strategy import COMPILED, LEAN, WHOLE, Strategy
-from evoplan.model.running.submodule import IndependentAxis, ReductionAxis
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import COMPILED, KINDS, Record, Strategy
 
-# Piece counts offered, where the axis is that long. Long axes are cut into more chunks, down to such pieces:
-# one attention map of 2,048 residues takes 16 MiB per head in float32.
-PIECES = (2, 4, 8, 16, 32, 64)
-MORE_CHUNKS, LEAST_LENGTH = (128, 256, 512), 8
 FEW = 8  # pieces in which attention is run with another kernel, at most
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
@@ -71,23 +66,10 @@ def offered_strategies(step: Step, shape: Sequence[int], kernels: Sequence[str] 
     Args:
         kernels: of attention, besides the formula itself.
     """
-    submodule = step.submodule
-    # Without a normalisation (a reshard) there is nothing that could be remade.
-    strategies = [WHOLE, LEAN] if submodule.norms else [WHOLE]
-    altered = any(altered_layers(submodule))
-    for axis in submodule.axes:
-        if altered and isinstance(axis, ReductionAxis):  # of such a layer's weight no slice can be taken
-            continue
-        if isinstance(axis, IndependentAxis):
-            kind, size = "chunk", shape[axis.cuts[submodule.target]]
-        else:
-            kind, size = "coshard", axis.size
-        strategies += [Strategy(kind, axis.name, n) for n in PIECES if n <= size]
-        if kind == "chunk":
-            strategies += [Strategy(kind, axis.name, n) for n in MORE_CHUNKS if n * LEAST_LENGTH <= size]
-    if submodule.attends:
-        # Heads in groups and ever finer chunks save logits, of which such a kernel has none.
-        able = [strategy for strategy in strategies if strategy.kind != "coshard" and strategy.n <= FEW]
+    strategies = [s for kind in KINDS.values() for s in kind.offered(step.submodule, shape)]
+    if step.submodule.attends:
+        # Ever finer chunks save logits, of which such a kernel has none.
+        able = [strategy for strategy in strategies if strategy.way.takes_kernels and strategy.n <= FEW]
         strategies += [replace(strategy, kernel=kernel) for kernel in kernels for strategy in able]
     return strategies
 
@@ -138,7 +120,7 @@ def trace_step(
     trace.reset()
     with casting():
         if strategy.in_pieces:  # recorded or not, the same runs: it need not be traced twice
-            run: Run = PiecewiseRun(step.submodule, strategy, step.tensors(state, constants, seed))
+            run: Record = kept_input(step.submodule, strategy, step.tensors(state, constants, seed))
         else:
             run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
             del output

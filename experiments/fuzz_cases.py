@@ -25,7 +25,8 @@ from evoplan.model.families import (
 )
 from evoplan.model.running.chain import Chain, Plannable
 from evoplan.model.running.kernels import kernels_for
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.checking.trial import random_stack
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.problem import Given, Problem
@@ -294,7 +295,7 @@ def _offer(rng: random.Random, family: Family) -> Sequence:
     for step in steps:
         shape = family.problem.state_shapes()[step.target]
         offered = offered_strategies(step, shape, kernels_for("cpu"))
-        others = [s for s in offered if s != WHOLE and (family.problem.training or s.kind != "lean")]
+        others = [s for s in offered if s != WHOLE and (family.problem.training or s.way.pays_in_inference)]
         chosen.setdefault(kind_of(step.name), rng.sample(others, min(2, len(others))))
     ways = [chosen[kind_of(step.name)] or [WHOLE] for step in steps]
     once = Sequence(tuple(Run(step.index, WHOLE) for step in steps))

@@ -25,7 +25,7 @@ from evoplan.model.families import EvoformerConfig
 from evoplan.model.modules.evoformer import EvoformerStack
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.chain import Chain, Step
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.files import write_json
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence

@@ -10,7 +10,8 @@ import pytest
 from evoplan.cost_model.times import Measured
 from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.running.kernels import is_opaque
-from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.running.kinds import LEAN, WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.plans.alternatives import alternatives, with_strategy
 from evoplan.planner.plans.plan import SolverReport, load_plan
 from evoplan.planner.plans.planning import plan_of, solve

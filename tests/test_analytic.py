@@ -28,7 +28,7 @@ from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.modules.evoformer import mask_constants
 from evoplan.model.running.execution import record
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from tests.conftest import TINY, TINY_EXTRA
 
 HALF = 2  # bytes

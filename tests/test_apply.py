@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from evoplan.model import Chain, EvoformerStack
-from evoplan.model.running.strategy import EAGER, WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import EAGER, Strategy
 from evoplan.model.running.submodule import IndependentAxis
 from evoplan.planner import NoPlanError, apply_plan, make_plan
 from evoplan.planner.execution.apply import PlannedModule

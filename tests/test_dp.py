@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers.dp import Program

@@ -11,9 +11,11 @@ from evoplan.model import Chain
 from evoplan.model.build import build_model
 from evoplan.model.config import ModelConfig
 from evoplan.model.running.dropout import dropout_mask
-from evoplan.model.running.execution import WholeRun, record, run_discarded
+from evoplan.model.running.execution import record, run_discarded
+from evoplan.model.running.kinds import LEAN, WHOLE
 from evoplan.model.running.pieces import spans
-from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.running.runs import WholeRun
+from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import IndependentAxis
 from tests.conftest import (
     TILES,

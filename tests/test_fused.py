@@ -20,7 +20,8 @@ from evoplan.model.running.fused import (
     sdpa_attention,
 )
 from evoplan.model.running.kernels import KERNELS, Kernel, kernel
-from evoplan.model.running.strategy import COMPILED, WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.planner import verify_plan
 from evoplan.planner.checking.profiling import profile_problem
 from evoplan.planner.checking.trial import random_inputs

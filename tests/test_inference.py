@@ -22,7 +22,8 @@ from evoplan.cost_model.trace import Work
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
 from evoplan.model.running.chain import Plannable
 from evoplan.model.running.execution import run_discarded
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner import NoPlanError, simulate_plan, verify_plan
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json

@@ -21,9 +21,10 @@ from evoplan.model.running.chain import Step
 from evoplan.model.running.context import Context
 from evoplan.model.running.execution import record, run_discarded
 from evoplan.model.running.kernels import KERNELS, kernel, kernels_for
+from evoplan.model.running.kinds import LEAN, WHOLE
 from evoplan.model.running.pieces import sampled_pieces
 from evoplan.model.running.remake import Remaking, cheap
-from evoplan.model.running.strategy import LEAN, WHOLE, Strategy
+from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.tiled import tiled_attention, tiles
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 

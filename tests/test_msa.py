@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evoplan.model import EvoformerConfig, EvoformerStack
-from evoplan.model.running.execution import WholeRun
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.runs import WholeRun
 from evoplan.model.running.submodule import Submodule
 from tests.conftest import TINY, TINY_EXTRA, randomise
 

@@ -19,7 +19,7 @@ from evoplan.cost_model.trace import fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.model.sharing.parallel import ParallelEvoformer, Reshard
 from evoplan.model.sharing.ranks import Ranks, lend
 from evoplan.planner.execution.apply import PlannedModule

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from evoplan.model import EvoformerConfig, InputShape
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.checking.consistency import check_consistent, load_consistent
 from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
 from evoplan.planner.plans.planning import solve

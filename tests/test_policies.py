@@ -12,7 +12,7 @@ from evoplan.experiments import scale
 from evoplan.experiments.alphafold2 import command
 from evoplan.experiments.policies import POLICIES, figures, original, plan_under, seed_rows
 from evoplan.experiments.scale import Cluster, Share, study
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers.baselines import evenly_chunked

@@ -10,7 +10,8 @@ import pytest
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.replay import Replay, replay
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, forward_runs
 from tests.brute_force import schedules

@@ -19,8 +19,9 @@ from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
 from evoplan.model.modules.evoformer import mask_constants
 from evoplan.model.running.execution import record, run_discarded
+from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.pieces import sampled_pieces
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.strategy import Strategy
 
 CONFIG = EvoformerConfig(n_block=1, c_m=32, c_z=32)
 STRATEGIES = [

@@ -19,7 +19,7 @@ from evoplan.model.modules.tiny_openfold import TinyOpenFold, TinyOpenFoldStack
 from evoplan.model.programs.tiny_data import tiny_batch
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.execution import record
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.planner import apply_plan, load_plan, make_plan, verify_plan
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.problem import Problem

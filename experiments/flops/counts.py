@@ -29,7 +29,7 @@ from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.modules.tiny_openfold import LARGEST_DISTANCE, TinyOpenFold
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.execution import record
-from evoplan.model.running.strategy import WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.problems.costing import kind_of
 
 # The components that people ask for, and the parts that each is made of.

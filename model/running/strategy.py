@@ -1,25 +1,112 @@
-"""How one submodule is run: whole, in chunks of an independent axis, or as co-shards of a reduction axis."""
+"""How one submodule is run: a kind of run, the axis that it cuts into how many pieces, attention's kernel.
+
+A kind is one file in `model.running.kinds`; nothing else knows which there are.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-_PATTERN = re.compile(r"(?:(whole|lean)|(chunk|coshard)\((\w+), *(\d+)\))(?:\+([\w-]+(?:\(\w+\))?))?")
+from torch import Tensor
+
+from evoplan.model.running.submodule import Axis, Submodule, Tensors
+
+_PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?")
 
 EAGER = "eager"  # attention as the formula is written
 COMPILED = "compiled"  # the same, the whole submodule through torch.compile
 
+# Piece counts offered, where what is cut is that long.
+PIECES = (2, 4, 8, 16, 32, 64)
+
+
+class Record(Protocol):
+    """What a run has kept for its backward (`model.running.runs`)."""
+
+    def vjp(self, grad: Tensor, keep: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the state and of the parameters by name, from that of the new target."""
+
+
+class Kind:
+    """One way to run a submodule forward, for a backward or for none.
+
+    Attributes:
+        name: by which strategies print.
+        axis: the sort of axis that it cuts; None: it cuts nothing, and keeps what backward needs.
+        pays_in_inference: False where it differs from `whole` in backward alone.
+        takes_kernels: whether attention may run with another kernel under it.
+    """
+
+    name: str
+    axis: type[Axis] | None = None
+    pays_in_inference = True
+    takes_kernels = True
+
+    def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
+        """Its strategies for a submodule whose target has a shape."""
+        for axis in submodule.axes if self.axis is not None else ():
+            if isinstance(axis, self.axis):
+                for n in self.counts(self.length(submodule, axis, shape)):
+                    yield Strategy(self.name, axis.name, n)
+
+    def counts(self, length: int) -> list[int]:
+        """The numbers of pieces worth a try where that much is cut."""
+        return [n for n in PIECES if n <= length]
+
+    def length(self, submodule: Submodule, axis: Axis, shape: Sequence[int]) -> int:
+        """How much there is to cut, of a target with a shape."""
+        raise NotImplementedError
+
+    def check(self, submodule: Submodule, strategy: Strategy, shape: Sequence[int]) -> None:
+        """ValueError where the submodule, its target of that shape, cannot run so; says why."""
+        if strategy.axis is None:
+            return
+        axis = submodule.axis(strategy.axis)
+        if not isinstance(axis, self.axis or ()):
+            right = next(kind.name for kind in KINDS.values() if kind.axis and isinstance(axis, kind.axis))
+            raise ValueError(f"{strategy.axis} is cut by {right}, not {self.name}")
+        length = self.length(submodule, axis, shape)
+        if strategy.n > length:
+            raise ValueError(f"cannot cut {length} into {strategy.n} pieces")
+
+    def possible(self, submodule: Submodule, strategy: Strategy) -> Strategy:
+        """The strategy, or what has to stand in for it with the layers that the submodule has now."""
+        return strategy
+
+    def discarded(self, submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+        """The new target, keeping nothing; called without autograd."""
+        raise NotImplementedError
+
+    def recorded(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> tuple[Record, Tensor]:
+        """The record that backward is computed from, and the new target."""
+        raise NotImplementedError
+
+
+KINDS: dict[str, Kind] = {}  # by name
+
+
+def register(*kinds: Kind) -> None:
+    """Make kinds known, in the order in which they are offered."""
+    KINDS.update({kind.name: kind for kind in kinds})
+
 
 @dataclass(frozen=True)
 class Strategy:
-    """`whole`, `lean`, `chunk(axis, n)` or `coshard(axis, n)`, and the kernel that attention runs with.
+    """A kind of run, such as `whole` or `chunk(axis, n)`, and the kernel that attention runs with.
 
     Attributes:
-        kind: whole keeps what autograd saves; lean keeps of that what is expensive to make again
-            (`model.running.remake`); chunk and coshard keep nothing but the submodule's input and recompute
-            each piece on its own in backward.
-        axis: name of the axis that is cut; None for whole and lean.
+        kind: by name.
+        axis: name of the axis that is cut; None where nothing is.
         n: number of pieces.
         kernel: of `model.running.kernels`; printed after a plus unless it is eager.
     """
@@ -30,15 +117,20 @@ class Strategy:
     kernel: str = EAGER
 
     def __post_init__(self) -> None:
-        kinds = ("whole", "lean") if self.axis is None else ("chunk", "coshard")
-        if self.kind not in kinds:
+        kind = KINDS.get(self.kind)
+        if kind is None or (kind.axis is None) != (self.axis is None):
             raise ValueError(f"no such strategy: {self.kind} along {self.axis}")
         if self.in_pieces and self.n < 1:
             raise ValueError(f"a {self.kind} needs at least one piece, not {self.n}")
 
     @property
+    def way(self) -> Kind:
+        """Its kind itself."""
+        return KINDS[self.kind]
+
+    @property
     def in_pieces(self) -> bool:
-        """Whether it keeps nothing but the submodule's input."""
+        """Whether it keeps nothing but the submodule's input, from which backward recomputes each piece."""
         return self.axis is not None
 
     def __str__(self) -> str:
@@ -49,13 +141,11 @@ class Strategy:
     def parse(cls, text: str) -> Strategy:
         """The strategy that prints as `text`; ValueError says what is expected."""
         match = _PATTERN.fullmatch(text)
-        if match is None:
+        kind = KINDS.get(match[1]) if match else None
+        if match is None or kind is None or (kind.axis is None) != (match[2] is None):
+            *others, last = (f"{name}(axis, n)" if kind.axis else name for name, kind in KINDS.items())
             raise ValueError(
-                f"{text!r} is no strategy; expected whole, lean, chunk(axis, n) or coshard(axis, n), "
+                f"{text!r} is no strategy; expected {', '.join(others)} or {last}, "
                 "and +kernel where it is not eager"
             )
-        kernel = match[5] or EAGER
-        return cls(match[1], kernel=kernel) if match[1] else cls(match[2], match[3], int(match[4]), kernel)
-
-
-WHOLE, LEAN = Strategy(), Strategy("lean")
+        return cls(match[1], match[2], int(match[3] or 1), match[4] or EAGER)

@@ -9,7 +9,6 @@ from evoplan.cost_model.static import static_bytes
 from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.kernels import kernel
 from evoplan.model.running.strategy import COMPILED, Strategy
-from evoplan.model.running.submodule import IndependentAxis
 from evoplan.model.sharing.parallel import ParallelEvoformer
 from evoplan.planner.plans.plan import Plan, PlanFileError, load_plan
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
@@ -72,12 +71,4 @@ def _check_strategy(step: Step, strategy: Strategy, state: dict[str, tuple[int, 
     """Refuse what a step cannot run under; ranks' shares are shorter, which the run itself checks."""
     if strategy.kernel != COMPILED:
         kernel(strategy.kernel)
-    if strategy.axis is None:
-        return
-    axis = step.submodule.axis(strategy.axis)
-    kind = "chunk" if isinstance(axis, IndependentAxis) else "coshard"
-    if strategy.kind != kind:
-        raise ValueError(f"{strategy.axis} is cut by {kind}, not {strategy.kind}")
-    size = state[step.target][axis.cuts[step.submodule.target]] if kind == "chunk" else axis.size
-    if strategy.n > size:
-        raise ValueError(f"cannot cut {size} into {strategy.n} pieces")
+    strategy.way.check(step.submodule, strategy, state[step.target])

@@ -18,7 +18,8 @@ from evoplan.cost_model.trace import Casting, Work
 from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.context import autocast
 from evoplan.model.running.kernels import KERNELS
-from evoplan.model.running.strategy import COMPILED, WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.planner.checking.trial import available_bytes, random_inputs
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem

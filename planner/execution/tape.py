@@ -18,14 +18,14 @@ from torch import Tensor
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import Chain, State, Step
 from evoplan.model.running.context import Context
-from evoplan.model.running.execution import PiecewiseRun, Run, record, run_discarded
+from evoplan.model.running.execution import kept_input, record, run_discarded
 from evoplan.model.running.gradients import OfParameters, OfState
 from evoplan.model.running.internals import backward_pass, has_hooks
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.regions import region
-from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, mark, marks
 from evoplan.planner.schedules.schedule import Action, Checkpoint, actions
 
@@ -56,7 +56,7 @@ class _RecordedStep:
     """A step and what its strategy kept of it; `first`: of forward itself, not of a redo."""
 
     step: Step
-    kept: Run
+    kept: Record
     forward: bool
 
     @property
@@ -214,7 +214,7 @@ class Tape:
             # Nobody reads what it makes: its record is its input.
             with met.parameters.installed():
                 tensors = step.tensors(state, self.constants, self.seed)
-                kept = PiecewiseRun(step.submodule, run.strategy, tensors, met.wanted, step.name)
+                kept = kept_input(step.submodule, run.strategy, tensors, met.wanted, step.name)
             self._records.append(_RecordedStep(step, kept, False))
             return
 

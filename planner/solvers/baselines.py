@@ -7,7 +7,9 @@ from math import isqrt
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
-from evoplan.model.running.strategy import EAGER, WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.kinds.chunk import Chunk
+from evoplan.model.running.strategy import EAGER, Strategy
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 # How a baseline runs a step: (its costs) -> (recorded strategy, strategy of a discarding run).
@@ -73,7 +75,7 @@ def evenly_chunked(table: CostTable, pieces: int) -> Sequence:
 
     def strategy(costs: tuple[StepCost, ...]) -> Strategy:
         offered = [cost.strategy for cost in costs if cost.strategy.kernel == EAGER]
-        chunks = [strategy for strategy in offered if strategy.kind == "chunk"]
+        chunks = [strategy for strategy in offered if strategy.kind == Chunk.name]
         first = [chunk for chunk in chunks if chunk.axis == chunks[0].axis and chunk.n <= pieces]
         return max(first, key=lambda chunk: chunk.n, default=WHOLE)
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.model.running.strategy import WHOLE, Strategy
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.grid import unit_bytes
 

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from evoplan.model.running.gradients import Gradients
+from evoplan.model.running.kinds.pieces import InPieces
 from evoplan.model.running.pieces import spans
+from evoplan.model.running.runs import PiecewiseRun
 from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
 from evoplan.model.running.strategy import Strategy
-from evoplan.model.running.submodule import Submodule, Tensors
+from evoplan.model.running.submodule import Axis, IndependentAxis, Submodule, Tensors
+
+# Long axes are cut into more chunks, down to such pieces: one attention map of 2,048 residues takes 16 MiB
+# per head in float32.
+MORE, LEAST_LENGTH = (128, 256, 512), 8
+
+
+class ChunkedRun(PiecewiseRun):
+    """Differentiates chunk by chunk."""
+
+    def product(self, grad: Tensor, gradients: Gradients) -> None:
+        chunked_vjp(self.submodule, self.strategy, self.tensors, grad, gradients)
+
+
+class Chunk(InPieces):
+    """Slices of an independent axis, one after the other."""
+
+    name = "chunk"
+    axis = IndependentAxis
+    run = ChunkedRun
+
+    def length(self, submodule: Submodule, axis: Axis, shape: Sequence[int]) -> int:
+        assert isinstance(axis, IndependentAxis)
+        return shape[axis.cuts[submodule.target]]
+
+    def counts(self, length: int) -> list[int]:
+        """The usual ones, and more where pieces stay long."""
+        return super().counts(length) + [n for n in MORE if n * LEAST_LENGTH <= length]
+
+    def discarded(self, submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+        return chunked(submodule, strategy, tensors, in_place)
 
 
 def chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:

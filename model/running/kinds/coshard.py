@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from evoplan.model.running.gradients import Gradients
+from evoplan.model.running.kinds.chunk import Chunk
+from evoplan.model.running.kinds.pieces import InPieces
+from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.pieces import spans
+from evoplan.model.running.runs import PiecewiseRun
 from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
 from evoplan.model.running.strategy import Strategy
-from evoplan.model.running.submodule import ReductionAxis, Submodule, Tensors, dropped
+from evoplan.model.running.submodule import (
+    Axis,
+    IndependentAxis,
+    ReductionAxis,
+    Submodule,
+    Tensors,
+    dropped,
+)
+
+
+class CoshardedRun(PiecewiseRun):
+    """Differentiates share by share."""
+
+    def product(self, grad: Tensor, gradients: Gradients) -> None:
+        cosharded_vjp(self.submodule, self.strategy, self.tensors, grad, gradients)
+
+
+class Coshard(InPieces):
+    """Shares of a reduction axis, one after the other; they save logits, of which other kernels have none."""
+
+    name = "coshard"
+    axis = ReductionAxis
+    run = CoshardedRun
+    takes_kernels = False
+
+    def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
+        """As any kind, but where a layer was replaced or has hooks: of its weight no slice can be taken."""
+        return iter(()) if any(altered_layers(submodule)) else super().offered(submodule, shape)
+
+    def length(self, submodule: Submodule, axis: Axis, shape: Sequence[int]) -> int:
+        assert isinstance(axis, ReductionAxis)
+        return axis.size
+
+    def possible(self, submodule: Submodule, strategy: Strategy) -> Strategy:
+        """The strategy; or in place of co-shards, which need slices of weights, as many chunks."""
+        altered = next(altered_layers(submodule), None)
+        if altered is None:
+            return strategy
+        (axis,) = (axis for axis in submodule.axes if isinstance(axis, IndependentAxis))
+        name, layer = altered
+        instead = replace(strategy, kind=Chunk.name, axis=axis.name)
+        warnings.warn(
+            f"{type(submodule).__name__} runs as {instead} in place of {strategy}, since {name} "
+            f"({type(layer).__name__}) has hooks or was replaced; plan again for the model as it is",
+            stacklevel=3,
+        )
+        return instead
+
+    def discarded(self, submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+        return cosharded(submodule, strategy, tensors, in_place)
 
 
 def cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:

@@ -1,0 +1,35 @@
+"""What kinds that run in pieces have in common: they keep the submodule's input and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.kernels import using
+from evoplan.model.running.runs import PiecewiseRun
+from evoplan.model.running.strategy import Kind, Record, Strategy
+from evoplan.model.running.submodule import Submodule, Tensors
+
+
+class InPieces(Kind):
+    """Base of the kinds that record nothing: forward is the discarding run, backward recomputes each piece.
+
+    Attributes:
+        run: whose `product` that is.
+    """
+
+    run: type[PiecewiseRun]
+
+    def recorded(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> tuple[Record, Tensor]:
+        with torch.no_grad(), using(strategy.kernel):
+            kept = self.run(submodule, strategy, tensors, wanted, owner)
+            return kept, self.discarded(submodule, strategy, tensors, in_place=False)

@@ -1,0 +1,36 @@
+"""A run that autograd records as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import Tensor
+
+from evoplan.model.running.runs import WholeRun, new_target
+from evoplan.model.running.strategy import Kind, Record, Strategy
+from evoplan.model.running.submodule import Submodule, Tensors
+
+
+class Whole(Kind):
+    """Keeps what autograd saves."""
+
+    name = "whole"
+    run: type[WholeRun] = WholeRun
+
+    def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
+        """Itself."""
+        yield Strategy(self.name)
+
+    def discarded(self, submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
+        return new_target(strategy, submodule, tensors)
+
+    def recorded(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> tuple[Record, Tensor]:
+        run = self.run(submodule, strategy, tensors, wanted, owner)
+        return run, run.take_output()

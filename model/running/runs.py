@@ -1,0 +1,166 @@
+"""What a run keeps of a submodule for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.context import Context
+from evoplan.model.running.gradients import Gradients, OfParameters, OfState
+from evoplan.model.running.internals import has_data
+from evoplan.model.running.kernels import using
+from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.strategy import COMPILED, Strategy
+from evoplan.model.running.submodule import Submodule, Tensors
+from evoplan.model.running.unchanged import ChangedError, check, marks
+
+
+def new_target(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
+    """The new target of a run that is not in pieces."""
+    if strategy.kernel == COMPILED and has_data(tensors[submodule.target]):
+        return _compiled_target(submodule.attends)(submodule, tensors)
+    return _new_target(submodule, tensors)
+
+
+def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:
+    return submodule.new_target(tensors)
+
+
+@cache
+def _compiled_target(attends: bool) -> Callable[[Submodule, Tensors], Tensor]:
+    """Compiled once for each kind of submodule, shapes and grad mode; parameters are arguments of it."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 256)  # beyond it torch runs the rest as it is written
+    # Patterns of attention take our five dimensions for four: they fail, or put something else in its place.
+    options = {"pattern_matcher": False} if attends else None
+    return torch.compile(_new_target, dynamic=False, fullgraph=True, options=options)
+
+
+class Run:
+    """What a strategy keeps of a submodule's run for its backward.
+
+    Args:
+        tensors: everything the stages read, by the submodule's own names.
+        wanted: state tensors that a gradient is wanted of; None: all that are read.
+        owner: whose tensors they are, where one of them turns out to be changed.
+    """
+
+    def __init__(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None = None,
+        owner: str = "a submodule",
+    ) -> None:
+        self.submodule, self.strategy, self.owner = submodule, strategy, owner
+        self.wanted = tuple(name for name in submodule.reads if wanted is None or name in wanted)
+        self.parameters = Parameters(submodule)
+        self.context = Context.of_steps()
+
+    def vjp(self, grad: Tensor, keep: bool = False) -> tuple[OfState, OfParameters]:
+        """Gradients of the wanted state tensors and of the parameters, from that of the new target.
+
+        Args:
+            keep: it will be asked for again.
+
+        Raises:
+            ChangedError: a tensor that is needed was written in place since; the message names it.
+        """
+        raise NotImplementedError
+
+
+class WholeRun(Run):
+    """A run that is not in pieces, recorded by autograd."""
+
+    def __init__(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None = None,
+        owner: str = "a submodule",
+    ) -> None:
+        super().__init__(submodule, strategy, tensors, wanted, owner)
+        self.leaves = {name: tensors[name].detach().requires_grad_() for name in self.wanted}
+        others = {name: tensors[name].detach() for name in submodule.reads if name not in self.leaves}
+        # Inputs that no gradient is wanted of are for the message alone, if somebody still has them.
+        self._read = WeakValueDictionary({name: tensors[name] for name in submodule.reads})
+        self._marks = marks(self._read)
+        with torch.enable_grad(), using(strategy.kernel), self.keeping():
+            output = new_target(strategy, submodule, {**tensors, **others, **self.leaves})
+        # An edge, not the tensor: the output belongs to whoever reads it next.
+        self.edge = torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
+        self.output: Tensor | None = output.detach()
+
+    def keeping(self) -> AbstractContextManager[object]:
+        """What forward runs in: it may have autograd keep something else than it would."""
+        return nullcontext()
+
+    def check(self) -> None:
+        """ChangedError where backward would run forward's operators again on something else."""
+
+    def take_output(self) -> Tensor:
+        """The new target; the record does not hold it any longer."""
+        output, self.output = self.output, None
+        assert output is not None
+        return output
+
+    def vjp(self, grad: Tensor, keep: bool = False) -> tuple[OfState, OfParameters]:
+        if self.edge is None:
+            return {}, {}
+        trained = self.parameters.trained
+        inputs = [*self.leaves.values(), *trained.values()]
+        with self._named_changes(), self.parameters.installed():
+            self.check()
+            grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)
+        of_parameters = zip(trained, grads[len(self.leaves) :], strict=True)
+        return dict(zip(self.leaves, grads, strict=False)), dict(of_parameters)
+
+    @contextmanager
+    def _named_changes(self) -> Iterator[None]:
+        """Autograd's own check of what it has saved, with the tensor's name where that can be told."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ChangedError) or "modified by an inplace operation" in str(error):
+                there = {**self._read, **self.leaves}
+                check({name: mark for name, mark in self._marks.items() if name in there}, there, self.owner)
+                self.parameters.check(self.owner)
+            raise
+
+
+class PiecewiseRun(Run):
+    """A run in pieces: holds the submodule's input and nothing else; `product` is its kind's own."""
+
+    def __init__(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None = None,
+        owner: str = "a submodule",
+    ) -> None:
+        super().__init__(submodule, strategy, tensors, wanted, owner)
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._marks = marks(self.tensors)
+
+    def vjp(self, grad: Tensor, keep: bool = False) -> tuple[OfState, OfParameters]:
+        """As WholeRun's, recomputing piece by piece."""
+        check(self._marks, self.tensors, self.owner)
+        self.parameters.check(self.owner)
+        trained = self.parameters.trained
+        with torch.no_grad(), using(self.strategy.kernel):  # autograd is on for one piece at a time
+            gradients = Gradients(self.submodule, trained, self.tensors, self.wanted, grad)
+            with self.parameters.installed(), self.context:
+                self.product(grad, gradients)
+            return gradients.of_state, gradients.rounded()
+
+    def product(self, grad: Tensor, gradients: Gradients) -> None:
+        """Recompute and differentiate piece by piece; the gradients are added up in `gradients`."""
+        raise NotImplementedError
