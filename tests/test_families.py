@@ -265,3 +265,12 @@ def test_a_family_registers_once(mixer: str, tmp_path, capsys) -> None:
     with pytest.raises(ValueError, match="mixer is registered already"):
         register(Family("other", MixerConfig, stack="", presets={"mixer": PRESETS["mixer"]}))
     assert "torch" in sys.modules  # what is registered names its model, and loads it when it is needed
+
+
+def test_a_submodule_without_a_layout_is_told() -> None:
+    class Undeclared(Submodule):
+        target = "x"
+        piece_inputs = ("x",)
+
+    with pytest.raises(TypeError, match="the layout of Undeclared has no x; declare what it reads"):
+        print(Undeclared().reads)

@@ -12,6 +12,7 @@ from evoplan.cost_model.devices import device
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
+from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.submodule import Submodule
 from evoplan.planner.execution.apply import PlannedModule
@@ -99,6 +100,7 @@ def test_a_trunk_is_planned_exactly() -> None:
 class Uncut(Submodule):
     """A submodule of somebody else's that cannot be cut: z plus the norm of m's mean row."""
 
+    layout = ALPHAFOLD
     target = "z"
     piece_inputs = ("m",)
 

@@ -102,7 +102,7 @@ class Sharding(Protocol):
 class Submodule(nn.Module):
     """Base class of the submodules. Subclasses declare the class attributes and write the stages."""
 
-    layout: Layout
+    layout: Layout = Layout({}, {})
     target: str
     context_inputs: tuple[str, ...] = ()
     piece_inputs: tuple[str, ...]
@@ -158,6 +158,11 @@ class Submodule(nn.Module):
     @property
     def reads(self) -> tuple[str, ...]:
         """State tensors that the submodule reads, its target first."""
+        if self.target not in self.layout.state:
+            raise TypeError(
+                f"the layout of {type(self).__name__} has no {self.target}; declare what it reads, and what the "
+                "dimensions are called"
+            )
         return tuple(dict.fromkeys(name for name in self._inputs if name in self.layout.state))
 
     @property
