@@ -160,8 +160,8 @@ class Submodule(nn.Module):
         """State tensors that the submodule reads, its target first."""
         if self.target not in self.layout.state:
             raise TypeError(
-                f"the layout of {type(self).__name__} has no {self.target}; declare what it reads, and what the "
-                "dimensions are called"
+                f"the layout of {type(self).__name__} has no {self.target}; declare what it reads and what "
+                "its dimensions are called"
             )
         return tuple(dict.fromkeys(name for name in self._inputs if name in self.layout.state))
 
