@@ -14,8 +14,8 @@ from evoplan.model.remake import cheap
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where the mask is 1, a large negative number where it is 0: finite in `dtype`, that of the logits."""
     # AlphaFold adds -1e9, which is -inf in float16 and turns a row without any key into NaN. Under autocast
-    # the logits are in half precision and the mask is not.
-    large = min(1e9, torch.finfo(dtype).max / 2)
+    # the logits are in another precision than the mask.
+    large = min(1e9, *(torch.finfo(each).max / 2 for each in (dtype, mask.dtype)))
     return (mask - 1.0).mul_(large).to(dtype)
 
 

@@ -167,7 +167,7 @@ MUTANTS = [
         "grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)",
         "grads = torch.autograd.grad(self.edge, inputs, grad, allow_unused=True)",
         "a second backward finds nothing",
-        ("loops.py",),
+        ("loops.py::test_several_backwards",),
     ),
     Mutant(
         "vjp-accumulates-into-the-target",
@@ -175,15 +175,15 @@ MUTANTS = [
         "grad.clone(memory_format=torch.contiguous_format) if read else grad",
         "grad",
         "the gradient that backward was given is written over",
-        ("execution.py", "loops.py"),
+        ("execution.py", "loops.py::test_accumulation_and_clipping"),
     ),
     Mutant(
         "remake-context",
         "model/remake.py",
-        "_Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)",
-        "_Recipe(function, [self._hold(tensor) for tensor in inputs], Context())",
-        "what is made again is made in the precision of forward's inside",
-        ("mixed.py",),
+        "            with torch.no_grad(), self.context:\n",
+        "            with torch.no_grad():\n",
+        "what is cheap is made again in backward's precision",
+        ("mixed.py::test_what_runs_again_does_so_in_forwards_precision", "kernels.py"),
     ),
     Mutant(
         "remake-changed",
@@ -212,8 +212,8 @@ MUTANTS = [
     Mutant(
         "mask-dtype",
         "model/attention.py",
-        "torch.finfo(dtype).max / 2",
-        "torch.finfo(mask.dtype).max / 2",
+        "for each in (dtype, mask.dtype)",
+        "for each in (mask.dtype,)",
         "the fill of a float32 mask is -inf in float16, and a row without keys is NaN",
         ("mixed.py::test_a_mask_of_any_dtype_is_finite_in_the_logits",),
     ),
@@ -305,7 +305,7 @@ MUTANTS = [
         "budget is None or peak <= budget,",
         "True,",
         "the measured peak is not compared with the budget",
-        ("verify.py",),
+        ("verify.py::test_what_is_no_success",),
     ),
     Mutant(
         "verify-peak",
@@ -313,7 +313,7 @@ MUTANTS = [
         "abs(peak - expected) <= max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "peak <= expected + max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "a prediction that is far too high passes",
-        ("verify.py",),
+        ("verify.py::test_what_is_no_success",),
     ),
     Mutant(
         "verify-gradients",
@@ -321,7 +321,7 @@ MUTANTS = [
         "gradient_error is None or gradient_error <= numerics or",
         "gradient_error is None or gradient_error <= 1 or",
         "wrong gradients pass",
-        ("verify.py",),
+        ("verify.py::test_gradients_are_compared",),
     ),
 ]
 
