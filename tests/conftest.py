@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("property")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_looked_through() -> None:
+    """Measurements collect garbage first, which takes longest where there is none: in what was loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 def examples(count: int, **others: Any) -> settings:
