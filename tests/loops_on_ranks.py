@@ -1,4 +1,4 @@
-"""Run by torchrun on two gloo processes: data-parallel loops, planned against plain."""
+"""Run on two gloo processes: data-parallel loops, planned against plain."""
 
 from __future__ import annotations
 

@@ -238,18 +238,8 @@ def test_other_solvers_make_plans_that_verify(
 
 def test_a_trunk_is_planned(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     path = str(tmp_path / "plan.json")
-    flags = [
-        "--model",
-        "alphafold2-trunk",
-        "--n-blocks",
-        "1",
-        "--n-seq",
-        "5",
-        "--n-res",
-        "7",
-        "--n-extra",
-        "9",
-    ]
+    # Of the size that test_every_model_runs has traced.
+    flags = ["--model", "alphafold2-trunk", *TINY_FLAGS["alphafold2-trunk"], "--n-seq", "5", "--n-res", "9"]
     code, out, _ = call(capsys, "plan", *flags, "--memory", "100MB", "--out", path)
     assert code == 0
     assert "extra.row_attention" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,15 @@ print("both")
 """
 
 
+# Without what whoever runs these tests has set: it may lead back to the checkout.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False, timeout=500
-    )
+        [str(part) for part in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+        check=False, timeout=500,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -73,6 +79,10 @@ def test_beside_modules_of_the_same_names(python: Path, tmp_path: Path) -> None:
 def test_nothing_else_is_importable(python: Path, tmp_path: Path) -> None:
     for name in ("model", "planner", "cost_model", "experiments", "tests"):
         done = subprocess.run(
-            [str(python), "-c", f"import {name}"], cwd=tmp_path, capture_output=True, check=False
+            [str(python), "-c", f"import {name}"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            check=False,
         )
         assert done.returncode != 0, f"the wheel makes `import {name}` work"

@@ -228,7 +228,7 @@ def test_tiled_does_not_overflow_where_the_formula_does_not() -> None:
     torch.testing.assert_close(small, torch.autograd.grad(true, [v], grad)[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_tiled_takes_what_was_predicted(dtype: str) -> None:
     """Casts included: of every step that attends, in real runs by the allocator."""
     config = EvoformerConfig(n_block=1, c_m=32, c_z=32).with_dropout(0.0)

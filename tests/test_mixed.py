@@ -169,11 +169,24 @@ CASES = {
 }
 
 
+SMALL = {
+    "small main": (TINY, InputShape(3, 5, 2)),
+    "small extra": (TINY_EXTRA, InputShape(9, 4)),
+    "small tiny": (TinyOpenFoldConfig(n_block=1, c_m=16, c_z=24, c_opm=8), InputShape(3, 6, 2)),
+}
+LARGE = [*((case, "bf16-mixed") for case in CASES), ("main", "fp16-mixed")]
+
+
 @pytest.mark.parametrize(
-    ("case", "mixed"), [*((case, "bf16-mixed") for case in CASES), ("main", "fp16-mixed")]
+    ("case", "mixed"),
+    [
+        *((case, "bf16-mixed") for case in SMALL),
+        ("small main", "fp16-mixed"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE),
+    ],
 )
 def test_peaks_are_as_planned(case: str, mixed: str) -> None:
-    config, shape = CASES[case]
+    config, shape = (CASES | SMALL)[case]
     problem = Problem(model="custom", config=config, shape=shape, mixed=mixed)
     costed = cost_problem(problem)
     for budget in list(Frontier(costed.table).budgets(2)):

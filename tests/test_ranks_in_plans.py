@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch.distributed import group
@@ -18,7 +19,7 @@ from evoplan.model.ranks import Ranks
 from evoplan.planner import NoPlanError, apply_plan, simulate_plan, verify_plan
 from evoplan.planner.certify import certify
 from evoplan.planner.costing import Costed, cost_problem
-from evoplan.planner.plan import load_plan
+from evoplan.planner.plan import Plan, load_plan
 from evoplan.planner.planning import solve, solve_for_fewest_ranks
 from evoplan.planner.problem import Problem
 from tests.conftest import TINY, TINY_EXTRA
@@ -139,28 +140,30 @@ def _with_budget(costed: Costed, budget: int) -> Costed:
     return replace(costed, problem=costed.problem.model_copy(update={"budget_bytes": budget}))
 
 
-def verified(document: dict) -> list[dict]:
-    """A plan run for real on this rank, training and inference."""
+def tight_plan(asked: Problem) -> Plan:
+    """For a budget not far above the least."""
+    costed = cost_problem(asked)
+    most = solve(costed).predicted.peak_bytes
+    with pytest.raises(NoPlanError) as error:
+        solve(_with_budget(costed, 1))
+    return solve(_with_budget(costed, (error.value.least_feasible_bytes * 2 + most) // 3))
+
+
+def verified(plans: list[str]) -> list[dict]:
+    """Plans run for real on this rank."""
     ranks = Ranks(group.WORLD)
-    found = []
-    for mode in ("training", "inference"):
-        costed = cost_problem(Problem.model_validate(document | {"mode": mode}))
-        most = solve(costed).predicted.peak_bytes
-        try:
-            solve(_with_budget(costed, 1))
-        except NoPlanError as error:
-            tight = (error.least_feasible_bytes * 2 + most) // 3
-        plan = solve(_with_budget(costed, tight))
-        found.append(verify_plan(None, plan, repeats=1, ranks=ranks).to_json())
-    return found
+    return [verify_plan(None, load_plan(plan), repeats=1, ranks=ranks).to_json() for plan in plans]
 
 
 @pytest.mark.parametrize("config", [CONFIG, TRUNK], ids=["stack", "trunk"])
-def test_ranks_keep_a_plans_promise(config) -> None:
+def test_ranks_keep_a_plans_promise(config, tmp_path) -> None:
     """Measured on 2 processes, against one without a plan; the sizes do not divide."""
     shape = InputShape(11, 19, n_extra=17 if config is TRUNK else None)
     asked = Problem(model="custom", config=config, shape=shape, dtype="float64", ranks=2)
-    for rank, by_mode in enumerate(on_ranks(2, verified, asked.model_dump(mode="json"))):
+    paths = [str(tmp_path / mode) for mode in ("training", "inference")]
+    for path in paths:
+        tight_plan(asked.model_copy(update={"mode": Path(path).name})).save(path)
+    for rank, by_mode in enumerate(on_ranks(2, verified, paths)):
         for found in by_mode:
             print(rank, found)
             assert found["ok"]

@@ -86,7 +86,15 @@ def test_a_plan_halves_the_peak_and_changes_no_loss() -> None:
     assert planned.parameters.keys() == plain.parameters.keys()
 
 
-@pytest.mark.parametrize("recipe", CASES[3:], ids=["odd", "small"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(TinyOpenFoldConfig(n_block=2, c_m=24, c_z=20), InputShape(3, 9, batch=2)),
+        CASES[4],
+        pytest.param(CASES[3], marks=pytest.mark.slow),
+    ],
+    ids=["even smaller", "small", "odd"],
+)
 def test_the_least_that_a_step_needs_is_said(recipe: Recipe) -> None:
     """And its plan keeps to it, to the byte."""
     with pytest.raises(NoPlanError) as error:
