@@ -256,7 +256,7 @@ MUTANTS = [
         "if 1 not in factor.stride[-2:]",
         "if 1 not in factor.stride",
         "a factor with gaps is copied for nothing",
-        ("scratch.py", "trace.py"),
+        ("scratch.py",),
     ),
     # --- executor, verification --------------------------------------------------------------
     Mutant(
