@@ -123,7 +123,7 @@ MUTANTS = [
     # --- model: pieces and their backward ----------------------------------------------------
     Mutant(
         "chunk-context-gradient",
-        "model/running/chunks.py",
+        "model/running/kinds/chunk.py",
         "        context_grad = add(context_grad, one_piece(span))\n",
         "        context_grad = one_piece(span)\n",
         "the context's gradient is the last chunk's alone",
@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     Mutant(
         "coshard-normalisation",
-        "model/running/coshards.py",
+        "model/running/kinds/coshard.py",
         "            if (total := add(x_grads.get(name), grads[name])) is not None:\n",
         "            if (total := add(None, grads[name])) is not None:\n",
         "of several shares the last one's gradient counts",
@@ -167,7 +167,7 @@ MUTANTS = [
         "grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)",
         "grads = torch.autograd.grad(self.edge, inputs, grad, allow_unused=True)",
         "a second backward finds nothing",
-        ("loops.py",),
+        ("loops.py::test_several_backwards",),
     ),
     Mutant(
         "vjp-accumulates-into-the-target",
@@ -175,15 +175,15 @@ MUTANTS = [
         "grad.clone(memory_format=torch.contiguous_format) if read else grad",
         "grad",
         "the gradient that backward was given is written over",
-        ("execution.py", "loops.py"),
+        ("execution.py", "loops.py::test_accumulation_and_clipping"),
     ),
     Mutant(
         "remake-context",
         "model/running/remake.py",
-        "_Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)",
-        "_Recipe(function, [self._hold(tensor) for tensor in inputs], Context())",
-        "what is made again is made in the precision of forward's inside",
-        ("mixed.py",),
+        "            with torch.no_grad(), self.context:\n",
+        "            with torch.no_grad():\n",
+        "what is cheap is made again in backward's precision",
+        ("kernels.py::test_what_is_cheap_is_made_again_in_forwards_precision",),
     ),
     Mutant(
         "remake-changed",
@@ -191,7 +191,7 @@ MUTANTS = [
         "if self.tensor._version != self.version:",
         "if False:",
         "a tensor that was written into is taken as it is",
-        ("changes.py",),
+        ("kernels.py::test_what_was_written_into_is_not_made_again_from",),
     ),
     Mutant(
         "dropout-one-mask",
@@ -199,7 +199,7 @@ MUTANTS = [
         "(seed + (step + 1) * _SPREAD) % 2**63",
         "(seed + _SPREAD) % 2**63",
         "all steps drop the same",
-        ("execution.py", "oracle.py"),
+        ("execution.py",),
     ),
     Mutant(
         "dropout-scale",
@@ -207,7 +207,7 @@ MUTANTS = [
         ".div_(1.0 - rate)",
         "",
         "what is kept is not scaled up",
-        ("execution.py", "oracle.py"),
+        ("execution.py",),
     ),
     Mutant(
         "mask-dtype",
@@ -256,7 +256,7 @@ MUTANTS = [
         "if 1 not in factor.stride[-2:]",
         "if 1 not in factor.stride",
         "a factor with gaps is copied for nothing",
-        ("scratch.py", "trace.py"),
+        ("scratch.py",),
     ),
     # --- executor, verification --------------------------------------------------------------
     Mutant(
@@ -305,7 +305,7 @@ MUTANTS = [
         "budget is None or peak <= budget,",
         "True,",
         "the measured peak is not compared with the budget",
-        ("verify.py",),
+        ("verify.py::test_what_is_no_success",),
     ),
     Mutant(
         "verify-peak",
@@ -313,7 +313,7 @@ MUTANTS = [
         "abs(peak - expected) <= max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "peak <= expected + max(PEAK_TOLERANCE * expected, PEAK_FLOOR),",
         "a prediction that is far too high passes",
-        ("verify.py",),
+        ("verify.py::test_what_is_no_success",),
     ),
     Mutant(
         "verify-gradients",
@@ -321,7 +321,7 @@ MUTANTS = [
         "gradient_error is None or gradient_error <= numerics or",
         "gradient_error is None or gradient_error <= 1 or",
         "wrong gradients pass",
-        ("verify.py",),
+        ("verify.py::test_gradients_are_compared",),
     ),
 ]
 

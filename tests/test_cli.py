@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,15 +52,13 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_does_not_load_torch() -> None:
     code = (
-        "import sys; from evoplan.planner.commands.cli import main\n"
+        "import sys, time; from evoplan.planner.commands.cli import main\n"
         "try: main(['--help'])\n"
-        "finally: assert 'torch' not in sys.modules"
+        "finally: assert 'torch' not in sys.modules and time.process_time() < 10"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "sweep" in done.stdout
-    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize(

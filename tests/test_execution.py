@@ -88,6 +88,24 @@ def test_pieces_equal_whole(config: ModelConfig, name: str, batch: tuple[int, ..
     assert seen >= {"lean", "chunk", "coshard"}
 
 
+def test_dropout_masks_are_each_steps_own_and_keep_the_mean() -> None:
+    submodule = build_model(TINY).train().blocks[0].row_attention
+    submodule.dropout = 0.25
+    target = torch.empty(40, 50, 3, dtype=torch.float64)
+
+    def mask(seed: int, step: int) -> torch.Tensor:
+        return dropout_mask(submodule, target, seed, step)
+
+    masks = [mask(seed, step) for seed in (3, 4) for step in range(6)]
+    assert torch.equal(masks[1], mask(3, 1))
+    for number, one in enumerate(masks):
+        assert one.numel() == target.numel() // target.shape[submodule.dropout_shared_dim]
+        assert set(one.unique().tolist()) == {0, 1 / 0.75}
+        assert abs(float(one.mean()) - 1) < 0.2
+        for other in masks[:number]:  # three in eight places differ where masks are independent
+            assert 0.1 < float((one != other).double().mean()) < 0.7
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_pieces_in_half_precision_are_summed_in_single(dtype: torch.dtype) -> None:
     """600 of them, each with a row of one position: the output bias's gradient is the sum of what came in."""

@@ -26,6 +26,7 @@ from evoplan.model.running.pieces import sampled_pieces
 from evoplan.model.running.remake import Remaking, cheap
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.tiled import tiled_attention, tiles
+from evoplan.model.running.unchanged import ChangedError
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
 
 TILED = kernels_for("cpu")[0]
@@ -162,6 +163,34 @@ def test_remaking_survives_a_storage_at_the_same_address() -> None:
     (got,) = torch.autograd.grad(total, x)
     (expected,) = torch.autograd.grad(sum((x.sin() * f * x.cos()).exp().sum() for f in range(1, 20)), x)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+
+
+def test_what_is_cheap_is_made_again_in_forwards_precision() -> None:
+    """Backward is outside of autocast, and a normalisation may be anybody's layer, with products in it."""
+    x, weight = torch.randn(2, 8, 8)
+    x.requires_grad_()
+
+    def gradient(remaking: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16), Remaking(Context()) if remaking else nullcontext():
+            made = cheap(torch.matmul, x, weight)
+            assert made.dtype == torch.bfloat16
+            total = (made * made).float().sum()
+        return torch.autograd.grad(total, x)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("read", ["by autograd", "by a recipe"])
+def test_what_was_written_into_is_not_made_again_from(read: str) -> None:
+    x = torch.randn(8, requires_grad=True)
+    y = x * 1
+    with Remaking(Context()):
+        z = y if read == "by autograd" else cheap(torch.sin, y)
+        total = (z * z).sum()
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(ChangedError):
+        torch.autograd.grad(total, x)
 
 
 def counter() -> FlopCounterMode:

@@ -49,11 +49,11 @@ HUGE = ["1000000000", "1" + "0" * 30]
 def test_huge_numbers_are_refused_at_once(
     capsys: pytest.CaptureFixture, flags: list[str], number: str
 ) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     code, out, error = call(capsys, *flags, number)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert "plan.json: cannot be read" not in error
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 10
 
 
 def test_a_reserve_may_be_nothing(capsys: pytest.CaptureFixture) -> None:

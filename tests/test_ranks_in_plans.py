@@ -158,7 +158,7 @@ def verified(plans: list[str]) -> list[dict]:
 @pytest.mark.parametrize("config", [CONFIG, TRUNK], ids=["stack", "trunk"])
 def test_ranks_keep_a_plans_promise(config, tmp_path) -> None:
     """Measured on 2 processes, against one without a plan; the sizes do not divide."""
-    shape = InputShape(11, 19, n_extra=17 if config is TRUNK else None)
+    shape = InputShape(7, 11, n_extra=9 if config is TRUNK else None)
     asked = Problem(model="custom", config=config, shape=shape, dtype="float64", ranks=2)
     paths = [str(tmp_path / mode) for mode in ("training", "inference")]
     for path in paths:

@@ -109,6 +109,21 @@ def test_normalisations_take_rows_for_every_thread(threads: int, dtype: torch.dt
         assert known.bytes(call) == expected + scratch.NUMBER_BYTES
 
 
+@pytest.mark.parametrize(
+    ("stride", "copied"),
+    [((3000, 50, 1), 0), ((3000, 1, 60), 0), ((6000, 100, 2), 1), ((1, 200, 4), 1)],
+    ids=["by rows", "by columns", "gaps", "gaps, the batch innermost"],
+)
+def test_a_matrix_with_gaps_is_copied(stride: tuple[int, ...], copied: int) -> None:
+    """One of the batch at a time, where neither its rows nor its columns are without gaps."""
+    left = TensorSpec.dense((4, 60, 50), torch.float32, stride)
+    right = TensorSpec.dense((4, 50, 70), torch.float32)
+    call = Call(torch.ops.aten.bmm.default, (left, right))
+    expected = copied * left.nbytes // 4
+    assert scratch._run(call) == expected
+    assert CpuScratch().bytes(call) == expected + scratch.NUMBER_BYTES
+
+
 def test_large_products_are_not_run(monkeypatch):
     run = []
     monkeypatch.setattr(scratch, "_run", lambda call: run.append(call) or 1000)

@@ -32,11 +32,11 @@ def test_a_scaling_study(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
-    study = (*STUDY, "--gpus", "1 2", "--steps", "2", "--timeout", "8", "--runs", "1")
+    study = (*STUDY, "--gpus", "1 2", "--steps", "2", "--runs", "1", "--timeout", "200")
     sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1", "--batch-per-gpu", "1")
     # A file where the second run's folder would be.
     (tmp_path / "gpu2_batch2_run1").write_text("in the way")
-    done = alone(*study, *sizes, "--timeout", "100", "--output-dir", str(tmp_path))
+    done = alone(*study, *sizes, "--output-dir", str(tmp_path), seconds=480)
     assert done.code == 1
     assert "2 x 1 samples, run 1: failed: " in done.out
     assert "1 failed" in (tmp_path / "summary.txt").read_text()

@@ -28,11 +28,14 @@ CONFIGS = {
 }
 
 
+SHAPES = [InputShape(3, 4), pytest.param(InputShape(5, 9), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["small", "more pieces"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str) -> None:
+def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape: InputShape) -> None:
     """Also where pieces have one row: there strides decide what is copied, and which kernel runs."""
-    shape = InputShape(5, 9)
     shapes = config.state_shapes(shape)
     table = build_cost_table(model_without_data(config), shapes, dtype, device("cpu"))
     with Trace(1, CpuScratch()) as trace, sampled_pieces(trace):
