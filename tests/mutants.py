@@ -163,7 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "vjp-keeps-the-graph",
-        "model/running/execution.py",
+        "model/running/runs.py",
         "grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)",
         "grads = torch.autograd.grad(self.edge, inputs, grad, allow_unused=True)",
         "a second backward finds nothing",
