@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from evoplan.model.config import Dims
-from evoplan.model.running.layers import FULL, altered_layers
+from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.remake import cheap
 
 # A stage argument by name: state tensors, masks, and "dropout" where there is one.
@@ -139,16 +139,24 @@ class Submodule(nn.Module):
         """
         return run(*state)
 
-    def context(self, *inputs: Tensor, part: slice = FULL) -> Tensor | None:
-        """The context for the hidden channels `part`; None where a piece needs only its slice."""
+    # The stages take the tensors of their inputs, in that order; which those are is each submodule's affair.
+
+    def context(self, *inputs: Any, **part: Any) -> Tensor | None:
+        """context(*inputs, part: slice = FULL): the context for the hidden channels `part`.
+
+        None where a piece needs only its slice.
+        """
         return None
 
-    def piece(self, *inputs: Tensor, context: Tensor | None, part: slice = FULL) -> Tensor:
-        """Partial update of a slice from the hidden channels `part`."""
+    def piece(self, *inputs: Any, **context_and_part: Any) -> Tensor:
+        """piece(*inputs, context: Tensor | None, part: slice = FULL): partial update of a slice.
+
+        From the hidden channels `part`.
+        """
         raise NotImplementedError
 
-    def finish(self, update: Tensor, *inputs: Tensor) -> Tensor:
-        """What follows the reduction, if anything; may write into `update`."""
+    def finish(self, update: Tensor, *inputs: Any, **_: Any) -> Tensor:
+        """finish(update, *inputs): what follows the reduction, if anything; may write into `update`."""
         return update
 
     @property
@@ -252,7 +260,7 @@ class Submodule(nn.Module):
         """How ranks share its work; equal where they do so alike."""
         return repr(self.sharding)
 
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[object, ...]:
         """Equal for submodules that cost the same on the same input, shared alike."""
         parameters = tuple(
             (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()
