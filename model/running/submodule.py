@@ -260,7 +260,7 @@ class Submodule(nn.Module):
         """How ranks share its work; equal where they do so alike."""
         return repr(self.sharding)
 
-    def signature(self) -> tuple[object, ...]:
+    def signature(self) -> tuple[Any, ...]:
         """Equal for submodules that cost the same on the same input, shared alike."""
         parameters = tuple(
             (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()

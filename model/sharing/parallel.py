@@ -100,7 +100,7 @@ class Reshard(Submodule):
     def shared_by(self) -> str:
         return repr(self.ranks)
 
-    def signature(self) -> tuple[object, ...]:
+    def signature(self) -> tuple[Any, ...]:
         kind, *about = super().signature()
         return kind, self.target, self.move, *about
 
