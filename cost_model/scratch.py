@@ -199,7 +199,8 @@ def _norm_bytes(call: Call, threads: int) -> int:
         return copied
     grad, _, normalized, _, _, weight, *_ = call.args
     numbers: TensorSpec = weight or grad
-    return copied + 2 * threads * prod(normalized) * numbers.dtype.itemsize
+    rows: int = prod(normalized)
+    return copied + 2 * threads * rows * numbers.dtype.itemsize
 
 
 def _gapped_matrix_bytes(call: Call) -> int:

@@ -24,10 +24,9 @@ def simulated(
 ) -> AbstractContextManager[SomeTrace]: ...
 
 
-@contextmanager
 def simulated(
     device: Device | None = None, kind: type[Trace] = Trace, where: str = "cpu"
-) -> Iterator[Trace]:
+) -> AbstractContextManager[Trace]:
     """Inside, tensors have no data, of pieces one of each kind is run, and the trace counts what lives.
 
     Args:
@@ -35,6 +34,11 @@ def simulated(
         kind: of trace.
         where: what tensors claim to be on: cpu, made fake; or meta, where the code names that device itself.
     """
+    return _simulated(device, kind, where)
+
+
+@contextmanager
+def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iterator[SomeTrace]:
     blocks = 1 if device is None else device.block_bytes
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (

@@ -27,7 +27,6 @@ from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from evoplan.model.running.context import autocast
 from evoplan.model.running.pieces import PieceSample
 
-
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
