@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -81,6 +81,7 @@ class ReductionAxis:
 
 
 Axis = IndependentAxis | ReductionAxis
+SomeAxis = TypeVar("SomeAxis", IndependentAxis, ReductionAxis)
 
 
 class Sharding(Protocol):
@@ -207,6 +208,13 @@ class Submodule(nn.Module):
         names = ", ".join(axis.name for axis in self.axes)
         raise ValueError(f"{type(self).__name__} has no axis {name!r}; it has: {names}")
 
+    def axis_of(self, kind: type[SomeAxis], name: str | None) -> SomeAxis:
+        """The declared axis that a strategy cuts, which checks have found to be of that kind."""
+        assert name is not None
+        axis = self.axis(name)
+        assert isinstance(axis, kind)
+        return axis
+
     @property
     def shard_cuts(self) -> dict[str, int]:
         """Where ranks cut each tensor that the stages read; empty where any cut will do."""
@@ -222,10 +230,12 @@ class Submodule(nn.Module):
             for name in dict.fromkeys(names)
         }
 
-    def sliced_context(self, tensors: Tensors) -> Tensor | None:
-        """The context of all hidden channels from a slice along `context_cuts`."""
+    def sliced_context(self, tensors: Tensors) -> Tensor:
+        """The context of all hidden channels from a slice along `context_cuts`, where there is a context."""
         x = self.normalised(tensors, self.context_inputs)
-        return self.context(*(x[name] for name in self.context_inputs))
+        context = self.context(*(x[name] for name in self.context_inputs))
+        assert context is not None  # as it is made of something
+        return context
 
     def gathered(self, context: Tensor | None) -> Tensor | None:
         """The whole context, from this rank's where the work is shared."""
