@@ -22,6 +22,7 @@ mutants: .venv/.installed-test
 lint: .venv/.installed-test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/mypy
 
 venv: .venv/.installed-test
 

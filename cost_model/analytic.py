@@ -69,14 +69,15 @@ class Row(NamedTuple):
 
 def _evaluated(symbol: str, letters: Mapping[str, int]) -> int:
     product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", symbol.replace("²", "**2").replace("³", "**3"))
-    return eval(product, {"__builtins__": {"max": max}}, letters)  # a literal of this file
+    value: int = eval(product, {"__builtins__": {"max": max}}, letters)  # a literal of this file
+    return value
 
 
 def _formula(symbol: str, says: str, saved: str = "0", **fields: str) -> Formula:
     """The formula of a symbol; `fields` says where the configuration holds its h and c."""
 
     def elements(config: EvoformerConfig, shape: InputShape) -> int:
-        letters = {"s": shape.n_seq, "r": shape.n_res, "c_m": config.c_m, "c_z": config.c_z}
+        letters = {"s": shape.rows(), "r": shape.n_res, "c_m": config.c_m, "c_z": config.c_z}
         letters |= {"t": config.transition_factor}
         letters |= {letter: getattr(config, field) for letter, field in fields.items()}
         return shape.batch * _evaluated(symbol, letters | {"saved": _evaluated(saved, letters)})
@@ -311,7 +312,7 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     with simulated() as trace:
         make = partial(torch.empty, dtype=getattr(torch, dtype))
         steps = Chain.of(fake_copy(stack, getattr(torch, dtype))).steps
-        m = make(shape.batch, shape.n_seq, shape.n_res, config.c_m)
+        m = make(shape.batch, shape.rows(), shape.n_res, config.c_m)
         z = make(shape.batch, shape.n_res, shape.n_res, config.c_z)
         entry, constants = {"m": m, "z": z}, mask_constants(m, z)
         state, at_entry = dict(entry), trace.live_bytes
@@ -341,7 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--res", type=int, help="residues, r; else the preset's own")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    config, formulas = PRESETS[options.model].config, block_formulas(PRESETS[options.model].config)
+    config = PRESETS[options.model].config
+    assert isinstance(config, EvoformerConfig)  # the choices are its family's
+    formulas = block_formulas(config)
     try:
         shape = override(PRESETS[options.model].shape, n_seq=options.seq, n_res=options.res)
     except ValueError as error:

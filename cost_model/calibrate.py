@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Calibration:
             launch_seconds=self.launch_seconds,
         )
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """The same as plain numbers."""
         return asdict(self)
 
@@ -75,7 +76,8 @@ def fit(measured: Sequence[tuple[Work, float]], device: Device, dtype: str) -> C
     def ratios(logs: np.ndarray) -> np.ndarray:
         rate, bandwidth, launch = np.exp(logs)
         kernels = counts * (launch + np.maximum(flops / rate, moved / bandwidth))
-        return np.array([part.sum() for part in np.split(kernels, ends)]) / seconds
+        found: np.ndarray = np.array([part.sum() for part in np.split(kernels, ends)]) / seconds
+        return found
 
     start = np.log([device.peak_flops[dtype], device.bandwidth, device.launch_seconds])
     # What bounds none of the kernels that were measured may be any number: it stays within reach.

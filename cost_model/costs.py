@@ -111,7 +111,7 @@ def build_cost_table(
     chain = Chain.of(model)
     step_reads = tuple(step.reads for step in chain.steps)
     liveness = Liveness(step_reads, chain.outputs)
-    known: dict[tuple, tuple[StepCost, ...]] = {}
+    known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
     options = []
     for step in chain.steps:
         # What is live is so in the layout of the moment: ranks may share the state one way or another.

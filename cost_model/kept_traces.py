@@ -152,8 +152,13 @@ def _to_json(cost: StepCost) -> str:
 
 def _from_json(strategy: str, text: str) -> StepCost:
     sizes, works = json.loads(text)
-    made = {
-        name: Work(*(Counter({(a, b): n for a, b, n in counted}) for counted in work))
-        for name, work in zip(_WORKS, works, strict=True)
-    }
-    return StepCost(Strategy.parse(strategy), **dict(zip(_BYTES, sizes, strict=True)), **made)
+    discard, forward, backward = (
+        Work(*(Counter({(a, b): n for a, b, n in counted}) for counted in work)) for work in works
+    )
+    return StepCost(
+        Strategy.parse(strategy),
+        **dict(zip(_BYTES, sizes, strict=True)),
+        discard_work=discard,
+        forward_work=forward,
+        backward_work=backward,
+    )

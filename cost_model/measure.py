@@ -42,9 +42,11 @@ def usage(run: Callable[[], object], device: str = "cpu") -> Usage:
 
 
 def _usage_of(profiler: profile) -> Usage:
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None  # it has run
     # The sum of the events' sizes: their running total drifts from one profile to the next.
     events = [
-        (event.start_ns(), event.nbytes())
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]

@@ -76,7 +76,7 @@ def _phases(
     """
     kind = next(iter(state.values())).device.type
     seed = 0 if step.submodule.training else None  # a dropout mask is drawn in every run
-    kept: list = []
+    kept: list[Any] = []
 
     def discard() -> None:
         with torch.no_grad(), casting():

@@ -100,7 +100,7 @@ class Call(NamedTuple):
     """An operator and the arguments that its scratch depends on."""
 
     operator: Any
-    args: tuple
+    args: tuple[Any, ...]
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -121,7 +121,7 @@ class CpuScratch:
             if known._is_mkldnn_fp16_supported():
                 self.onednn_dtypes.add(torch.float16)
 
-    def call(self, operator: Any, args: tuple) -> Call | None:
+    def call(self, operator: Any, args: tuple[Any, ...]) -> Call | None:
         """What to ask the other methods about; None: no scratch, except `NUMBER_BYTES`."""
         if _is_pointwise(operator):
             dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
@@ -198,7 +198,9 @@ def _norm_bytes(call: Call, threads: int) -> int:
     if call.operator is _aten.native_layer_norm.default:
         return copied
     grad, _, normalized, _, _, weight, *_ = call.args
-    return copied + 2 * threads * prod(normalized) * (weight or grad).dtype.itemsize
+    numbers: TensorSpec = weight or grad
+    rows: int = prod(normalized)
+    return copied + 2 * threads * rows * numbers.dtype.itemsize
 
 
 def _gapped_matrix_bytes(call: Call) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar, overload
 
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.scratch import CpuScratch
@@ -14,12 +14,19 @@ from evoplan.model.running.pieces import sampled_pieces
 SomeTrace = TypeVar("SomeTrace", bound=Trace)
 
 
-@contextmanager
+@overload
+def simulated(device: Device | None = None, *, where: str = "cpu") -> AbstractContextManager[Trace]: ...
+
+
+@overload
 def simulated(
-    device: Device | None = None,
-    kind: type[SomeTrace] = Trace,
-    where: str = "cpu",  # type: ignore[assignment]
-) -> Iterator[SomeTrace]:
+    device: Device | None, kind: type[SomeTrace], where: str = "cpu"
+) -> AbstractContextManager[SomeTrace]: ...
+
+
+def simulated(
+    device: Device | None = None, kind: type[Trace] = Trace, where: str = "cpu"
+) -> AbstractContextManager[Trace]:
     """Inside, tensors have no data, of pieces one of each kind is run, and the trace counts what lives.
 
     Args:
@@ -27,6 +34,11 @@ def simulated(
         kind: of trace.
         where: what tensors claim to be on: cpu, made fake; or meta, where the code names that device itself.
     """
+    return _simulated(device, kind, where)
+
+
+@contextmanager
+def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iterator[SomeTrace]:
     blocks = 1 if device is None else device.block_bytes
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (

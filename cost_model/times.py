@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -85,7 +85,9 @@ class Key(NamedTuple):
 class TimeSource(Protocol):
     """Puts times into costs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What kind of times they are."""
 
     def knows(self, step: Step, shapes: Shapes, strategy: Strategy) -> bool:
         """Whether it has times of its own for a strategy.
@@ -250,7 +252,7 @@ class TimesCache:
         except (ValueError, TypeError) as error:
             raise self._damaged(error) from None
 
-    def calibration(self, dtype: str) -> dict[str, float] | None:
+    def calibration(self, dtype: str) -> dict[str, Any] | None:
         """Fitted constants of a device; None where there are none."""
         with self._open() as connection:
             if connection is None:
@@ -261,7 +263,7 @@ class TimesCache:
             ).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put_calibration(self, dtype: str, constants: Mapping[str, float]) -> None:
+    def put_calibration(self, dtype: str, constants: Mapping[str, Any]) -> None:
         """Keep fitted constants, in place of older ones."""
         with self._open(write=True) as connection:
             assert connection is not None

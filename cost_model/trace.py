@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from torch.utils.flop_counter import flop_registry
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from evoplan.model.running.context import autocast
 from evoplan.model.running.pieces import PieceSample
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Trace(TorchDispatchMode, PieceSample):
     """
 
     def __init__(self, block_bytes: int = 1, scratch: CpuScratch | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.block_bytes, self.scratch = block_bytes, scratch
         self.live_bytes = self._peak_of_storages = 0
         self.kept_number_bytes = 0  # since the last reset, not in `live_bytes`; see `_keeps_number`
@@ -111,7 +113,9 @@ class Trace(TorchDispatchMode, PieceSample):
         """Count a collective of imagined ranks."""
         self.collectives[size, messages] += self.repeat
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is _DEVICE:  # asked about as often as all else together
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -145,7 +149,9 @@ class Trace(TorchDispatchMode, PieceSample):
         self._known.discard(key)
         self.live_bytes -= size
 
-    def _count_work(self, func: Any, args: tuple, kwargs: dict, out: Any, outputs: list[Tensor]) -> None:
+    def _count_work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, outputs: list[Tensor]
+    ) -> None:
         if func in _FREE:
             return
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
@@ -154,7 +160,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat
 
 
-def _keeps_number(func: Any, args: tuple) -> bool:
+def _keeps_number(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether autograd keeps a Python number by which something is scaled: a tensor that no mode sees.
 
     It lives as long as the operator's node in the graph, which nobody can tell here.
@@ -176,7 +182,9 @@ _FREE = {
 }
 
 
-def _with_statistics(out: tuple, x: Tensor, weight: Tensor | None, on_cpu: bool) -> tuple:
+def _with_statistics(
+    out: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, on_cpu: bool
+) -> tuple[Tensor, ...]:
     """A normalisation's results with means and deviations in the dtype that real tensors get them in.
 
     Of half precision that is float32, but on a CPU only where the weight is in float32. Without data they are
@@ -207,7 +215,7 @@ def _moved_bytes(tensor: Tensor) -> int:
 
 
 # What a forward is run under, and its backward is not.
-Casting = Callable[[], AbstractContextManager]
+Casting = Callable[[], AbstractContextManager[object]]
 
 
 def casting_of(kind: str, dtype: str | None) -> Casting:
@@ -234,7 +242,9 @@ class _SinglePrecision(TorchFunctionMode):
     Source: torch's documentation of torch.amp, CUDA ops that autocast to float32.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in _IN_SINGLE:
             args, kwargs = tree_map_only(Tensor, _single, (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -266,7 +276,7 @@ def real_tensors_too() -> Iterator[None]:
         mode.allow_non_fake_inputs = before
 
 
-def fake_copy(module: nn.Module, dtype: torch.dtype | None = None, where: str = "cpu") -> nn.Module:
+def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str = "cpu") -> SomeModule:
     """The same module with parameters and buffers that have no data.
 
     Args:

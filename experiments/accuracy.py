@@ -12,12 +12,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from evoplan.model.config import InputShape
+from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.planner.checking.verify import verify_plan
 from evoplan.planner.files import write_json
@@ -35,8 +36,9 @@ EXTRA = EvoformerConfig(n_block=2, c_m=32, c_z=64, c_head_msa=8, column_attentio
 TINY = TinyOpenFoldConfig(c_m=32, c_z=48, c_opm=16)
 # Budgets as shares of the way from the least to the most, on a logarithmic scale.
 SPREAD, DEEP = (0.0, 0.3, 0.6, 0.9), (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)
-# (config, blocks, shape, precision, dropout, shares); on DEEP checkpoints nest.
-GRID = [
+# Configuration, blocks, shape, precision, dropout, shares; on DEEP checkpoints nest.
+Case = tuple[ModelConfig, int, InputShape, str, bool, tuple[float, ...]]
+GRID: list[Case] = [
     (NARROW, 1, InputShape(29, 31), "float32", True, SPREAD),
     (NARROW, 4, InputShape(19, 29), "float32", False, SPREAD),
     (NARROW, 6, InputShape(13, 23), "float32", True, SPREAD),
@@ -55,12 +57,12 @@ GRID = [
 ]
 
 
-def rows(case: tuple) -> list[dict]:
+def rows(case: Case) -> list[dict[str, Any]]:
     """The plans of one case, measured."""
     config, blocks, shape, dtype, dropout, shares = case
     config = config.with_blocks(blocks)
     config = config if dropout else config.with_dropout(0.0)
-    how = {"mixed": dtype} if dtype in AUTOCAST else {"dtype": dtype}
+    how: dict[str, Any] = {"mixed": dtype} if dtype in AUTOCAST else {"dtype": dtype}
     problem = Problem(model="custom", config=config, shape=shape, **how)
     c_m = config.state_shapes(shape)["m"][-1]
     costed = cost_problem(problem)

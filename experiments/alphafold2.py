@@ -79,7 +79,7 @@ def command(
             write_json(json_path, {"policy": policy, "schedule": schedule, "rows": rows})
 
 
-def simulated(policy: str, schedule: str, asked: dict[str, Any], console: Console) -> list[dict]:
+def simulated(policy: str, schedule: str, asked: dict[str, Any], console: Console) -> list[dict[str, Any]]:
     """Print and return the figures of a policy's full sizes."""
     chosen, device = POLICIES[policy], asked["device"]
     shapes = dict.fromkeys((asked["n_seq"] or s, asked["n_res"] or r) for s, r in chosen.shapes)
@@ -107,7 +107,7 @@ def simulated(policy: str, schedule: str, asked: dict[str, Any], console: Consol
     return rows
 
 
-def described(row: dict | None) -> str:
+def described(row: dict[str, Any] | None) -> str:
     """An original figure in a cell."""
     if row is None:
         return "-"
@@ -123,8 +123,8 @@ def measured(policy: str, schedule: str, world: World, asked: dict[str, Any]) ->
         ValueError: the policy needs several ranks and this is one, or the other way round.
     """
     chosen = POLICIES[policy]
-    blocks, *shape = chosen.reduced
-    shape = (asked["n_seq"] or shape[0], asked["n_res"] or shape[1])
+    blocks, n_seq, n_res = chosen.reduced
+    shape = (asked["n_seq"] or n_seq, asked["n_res"] or n_res)
     if (world.size > 1) != (chosen.ranks[0] > 1):
         start = f"torchrun --nproc_per_node={chosen.ranks[0]}" if chosen.ranks[0] > 1 else "python"
         raise ValueError(f"--policy {policy} runs on {chosen.ranks} ranks; start it with `{start} -m ...`")
@@ -154,7 +154,8 @@ def halfway(costed: Costed) -> int:
     try:
         plan_under(costed, "planned", 1)
     except NoPlanError as error:
-        return round((error.least_feasible_bytes * most) ** 0.5)
+        middle: float = (error.least_feasible_bytes * most) ** 0.5
+        return round(middle)
     raise AssertionError("nothing fits one byte")
 
 

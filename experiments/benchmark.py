@@ -56,16 +56,19 @@ MAX_PIECES = 16
 HALF = "plan at half of large"
 
 
-class SizeOf(click.ParamType):
+class SizeOf(click.ParamType[tuple[int, int, int]]):
     """s, r and the number of blocks."""
 
     name = "S,R,BLOCKS"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int]:
         parts = value.split(",")
         if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r} is no size; write s, r and the number of blocks like 64,96,8", param, ctx)
-        return tuple(map(int, parts))
+        s, r, blocks = map(int, parts)
+        return s, r, blocks
 
 
 def by_hand(costed: Costed) -> dict[str, Sequence]:
@@ -139,7 +142,9 @@ def run_size(
     }  # fmt: skip
 
 
-def _comparisons(hand: list[str], times: dict[str, list[float]], peaks: dict[str, int]) -> list[dict]:
+def _comparisons(
+    hand: list[str], times: dict[str, list[float]], peaks: dict[str, int]
+) -> list[dict[str, Any]]:
     """Each plan over what it is compared with: time and peak."""
     pairs = [(f"plan at {name}", name) for name in hand] + [(HALF, "large")] * (HALF in times)
     found = []
@@ -240,7 +245,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     help="Where the result goes, with a picture beside it; -: to standard output; else experiments/results.",
 )
 def benchmark(
-    sizes: tuple,
+    sizes: tuple[tuple[int, int, int], ...],
     rounds: int,
     device: str,
     dtype: str,
@@ -278,17 +283,17 @@ def benchmark(
 def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
     """The sizes of a document, and those that the file has from the same device and torch."""
 
-    def size(found: dict[str, Any]) -> tuple:
+    def size(found: dict[str, Any]) -> tuple[Any, ...]:
         compiled = bool(found.get("compiled"))
         return (*(found.get(key) for key in ("s", "r", "blocks", "dtype", "cap_bytes")), compiled)
 
-    new = document["sizes"]
+    new: list[dict[str, Any]] = document["sizes"]
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if any(earlier[key] != document[key] for key in ("torch", "device")):
             return new
         kept = [found for found in earlier["sizes"] if size(found) not in set(map(size, new))]
-        return sorted(kept + new, key=lambda found: size(found)[:3])
+        return sorted([*kept, *new], key=lambda found: size(found)[:3])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or something else
         return new
 

@@ -10,7 +10,6 @@ prints predicted beside measured, and draws the frontier of memory and time.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +42,7 @@ def main(folder: Path = Path("demo")) -> int:
     )
     problem = Problem(
         model="alphafold2",
-        config=replace(preset("alphafold2").config, n_block=N_BLOCK),
+        config=preset("alphafold2").config.with_blocks(N_BLOCK),
         shape=InputShape(alignment.n_seq, alignment.n_res),
         budget_bytes=BUDGET,
     )

@@ -85,6 +85,7 @@ class Found:
     @property
     def spread(self) -> dict[str, tuple[float, int]]:
         """Least, median and largest of the ratios, and whose they are; empty if there are none."""
+        choices: dict[str, Callable[[list[tuple[float, int]]], tuple[float, int]]]
         choices = {"least": min, "median": median_high, "most": max}
         return {name: choose(self.ratios) for name, choose in choices.items() if self.ratios}
 
@@ -147,8 +148,8 @@ class Check:
         budget = budgets.get(case.budget, costs.most + costs.most // 2)
         if case.budget == "least":
             try:
-                plan = costs.plan(budget - 1)
-                self._fault("over budget", f"a plan for {budget - 1} bytes, said to be below the least")
+                plan = costs.plan(costs.least - 1)
+                self._fault("over budget", f"a plan for {costs.least - 1} bytes, said to be below the least")
             except NoPlanError:
                 self.found.refused += 1
         try:

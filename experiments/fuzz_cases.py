@@ -23,13 +23,14 @@ from evoplan.model.families import (
     TinyOpenFoldConfig,
     TrunkConfig,
 )
+from evoplan.model.families.evoformer import ColumnAttention
 from evoplan.model.running.chain import Chain, Plannable
 from evoplan.model.running.kernels import kernels_for
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.checking.trial import random_stack
 from evoplan.planner.problems.costing import kind_of
-from evoplan.planner.problems.problem import Given, Problem
+from evoplan.planner.problems.problem import AUTOCAST, Given, Problem
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 FAMILY = 16  # cases that share one trace
@@ -196,10 +197,10 @@ def draw_family(seed: int, number: int) -> Family:
     n_seq, n_res, batch = rng.choice(SIZES), rng.choice(SIZES), rng.choice((1, 1, 1, 2, 3))
     n_extra = rng.choice(SIZES) if kind == "trunk" else None
     shape = InputShape(None if kind == "pairformer" else n_seq, n_res, batch, n_extra)
-    mixed = precision.endswith("mixed")
+    mixed = next((name for name in AUTOCAST if name == precision), None)
     problem = Problem(
         model="custom", config=config, shape=shape,
-        dtype="float32" if mixed else precision, mixed=precision if mixed else None,
+        dtype="float32" if mixed else precision, mixed=mixed,
         mode=rng.choice(("training", "training", "training", "inference")),
         optimizer=rng.choice(("none", "sgd", "adamw")),
     )  # fmt: skip
@@ -250,17 +251,19 @@ def _config(rng: random.Random, kind: str) -> ModelConfig:
         widths = {
             "n_block": blocks, "c_z": rng.randint(2, 13), "n_head_pair": rng.randint(1, 4),
             "c_head": rng.randint(1, 7), "c_tri": rng.randint(2, 9), "transition_factor": rng.randint(1, 4),
-            "dropout_pair": rng.choice((0.0, 0.3)),
         }  # fmt: skip
+        dropout = rng.choice((0.0, 0.3))
         c, heads, c_head = rng.randint(2, 15), rng.randint(1, 4), rng.randint(1, 7)
         if kind == "pairformer":
-            return PairformerConfig(c_s=c, n_head_single=heads, c_head_single=c_head, **widths)
+            return PairformerConfig(
+                c_s=c, n_head_single=heads, c_head_single=c_head, dropout_pair=dropout, **widths
+            )
         return MSAModuleConfig(
             c_m=c, n_head_msa=heads, c_head_msa=c_head, c_opm=rng.randint(1, 6), last_m=rng.random() < 0.5,
-            dropout_msa=rng.choice((0.0, 0.3)), **widths,
+            dropout_msa=rng.choice((0.0, 0.3)), dropout_pair=dropout, **widths,
         )  # fmt: skip
 
-    def stack(columns: str, c_z: int) -> EvoformerConfig:
+    def stack(columns: ColumnAttention, c_z: int) -> EvoformerConfig:
         return EvoformerConfig(
             n_block=blocks if kind != "trunk" else 1, c_m=rng.randint(2, 15), c_z=c_z,
             n_head_msa=rng.randint(1, 4), n_head_pair=rng.randint(1, 4),
@@ -305,4 +308,6 @@ def _offer(rng: random.Random, family: Family) -> Sequence:
 
 def squares(results: tuple[Tensor, ...]) -> Tensor:
     """A loss as users write them, with temporaries of the size of what it reads."""
-    return sum((x * x).mean() for x in results)
+    total = sum((x * x).mean() for x in results)
+    assert isinstance(total, Tensor)  # there is a result
+    return total

@@ -60,7 +60,8 @@ class FuzzStep:
             parameter.grad = torch.zeros_like(parameter)
 
     def _forward(self) -> tuple[Tensor, ...]:
-        return self.module(**self.inputs, dropout_seed=SEED)
+        outputs: tuple[Tensor, ...] = self.module(**self.inputs, dropout_seed=SEED)
+        return outputs
 
     def _loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
         if self.case.family.own_loss:
@@ -130,7 +131,7 @@ class FuzzStep:
 
     def live_bytes(self) -> int:
         """Bytes of parameters, their gradients and inputs: of a slice, what lies between its ends."""
-        tensors = list(self.module.parameters())
+        tensors: list[Tensor] = list(self.module.parameters())
         tensors += [p.grad for p in self.parameters.values() if p.grad is not None]
         return sum(t.nbytes for t in tensors) + sum(map(_extent_bytes, self.inputs.values()))
 
@@ -187,11 +188,12 @@ def _errors(reference: Results, found: Results, scale: Results) -> list[tuple[fl
         (_error(value, found.values[name], float(value.abs().max())), name)
         for name, value in reference.values.items()
     ]
-    return errors + [
-        (_error(gradient, found.gradients[name], largest), f"gradient of {name}")
-        for name, gradient in reference.gradients.items()
-        if gradient is not None
-    ]
+    for name, gradient in reference.gradients.items():
+        if gradient is not None:
+            theirs = found.gradients[name]
+            assert theirs is not None  # where the one has a gradient, the other has
+            errors.append((_error(gradient, theirs, largest), f"gradient of {name}"))
+    return errors
 
 
 def _error(a: Tensor, b: Tensor, scale: float) -> float:

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +61,7 @@ def stacked(table: CostTable, blocks: int) -> CostTable:
     )
 
 
-def against_large(s: int, r: int, table: CostTable, share: float) -> dict:
+def against_large(s: int, r: int, table: CostTable, share: float) -> dict[str, Any]:
     """The least memory with which `large`'s time is reached, and times at small budgets over `large`'s."""
     frontier, large = Frontier(table), replay(BASELINES["large"](table), table)
     outputs = large.output_bytes
@@ -78,7 +79,7 @@ def against_large(s: int, r: int, table: CostTable, share: float) -> dict:
     }  # fmt: skip
 
 
-def frontier_time(table: CostTable, blocks: int, bound_units: int) -> dict:
+def frontier_time(table: CostTable, blocks: int, bound_units: int) -> dict[str, Any]:
     """Seconds for least times at so many budgets, and the largest proven gap at 50 of them."""
     table = stacked(table, blocks)
     start = time.process_time()
@@ -100,7 +101,7 @@ def frontier_time(table: CostTable, blocks: int, bound_units: int) -> dict:
     }  # fmt: skip
 
 
-def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict]:
+def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict[str, Any]]:
     """Proven gaps at ten budgets: any depth by rounding down, one level of checkpoints by CP-SAT."""
     table = stacked(table, blocks)
     frontier, flat = Frontier(table), Frontier(table, max_depth=1)

@@ -132,6 +132,7 @@ def original(policy: str, schedule: str, shape: tuple[int, int], ranks: int) -> 
     return min(rows, key=lambda row: row["peak_mb"] or 0, default=None)
 
 
-def seed_rows() -> list[dict]:
+def seed_rows() -> list[dict[str, Any]]:
     """The original tables, row by row."""
-    return json.loads(SEED_TABLES.read_text(encoding="utf-8"))["rows"]
+    rows: list[dict[str, Any]] = json.loads(SEED_TABLES.read_text(encoding="utf-8"))["rows"]
+    return rows

@@ -45,7 +45,7 @@ class Result:
     why: str = ""
 
 
-class _Counts(click.ParamType):
+class _Counts(click.ParamType[list[int]]):
     name = '"N N ..."'
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:

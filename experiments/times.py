@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -72,7 +73,7 @@ def plans_along(costed: Costed) -> list[Plan]:
     return found
 
 
-def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dict]:
+def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dict[str, Any]]:
     """One size: its plans, predicted from every source, and measured."""
     plans, problem = plans_along(costed), costed.problem
     stack = random_stack(problem, "cpu")
@@ -122,6 +123,7 @@ def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -
     everything = []
     for number, problem in enumerate(problems):
         source = time_source(problem, "measured", cache)
+        assert isinstance(source, Measured)  # which a profile has just been made for
         costed = cost_problem(problem, times=TracedOnly(source.cache, source.beside))
         elsewhere = [row for other, rows in enumerate(steps) if other != number for row in rows]
         everything += run_case(costed, _other_sources(costed, elsewhere), rounds)
@@ -166,7 +168,7 @@ def _other_sources(costed: Costed, elsewhere: list[Measurement]) -> dict[str, Co
     }
 
 
-def _summary(rows: list[dict], name: str) -> dict:
+def _summary(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     errors = [abs(row["ratios"][name] - 1) for row in rows]
     sizes = dict.fromkeys((row["s"], row["r"]) for row in rows)
     correlations = []

@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Fields = TypeVar("_Fields", bound="DataclassInstance")
 
 # Names of a tensor's dimensions, from the left. The first of a state tensor's is the batch, the last, its
 # channels, is called as the configuration calls their number.
@@ -50,6 +55,12 @@ class InputShape:
     def __post_init__(self) -> None:
         require_positive(**{name: size for name, size in vars(self).items() if size is not None})
 
+    def rows(self) -> int:
+        """`n_seq`, for what reads an alignment; ValueError where there is none."""
+        if self.n_seq is None:
+            raise ValueError("the rows of an alignment are needed, and this shape has none; give n_seq")
+        return self.n_seq
+
     def length(self, dim: str) -> int | None:
         """How long a dimension of that name is; None where it is not given."""
         length: int | None = getattr(self, LENGTHS[dim])
@@ -61,6 +72,7 @@ class InputShape:
         return sizes + (f", batch {self.batch}" if self.batch > 1 else "")
 
 
+@dataclass(frozen=True)
 class ModelConfig:
     """Base of the families' configurations: frozen dataclasses of widths, numbers of heads and rates.
 
@@ -73,7 +85,12 @@ class ModelConfig:
     state: ClassVar[Mapping[str, Dims]]
     masks: ClassVar[Mapping[str, str]]
     ranks: ClassVar[bool] = True
-    n_block: Any
+
+    if TYPE_CHECKING:  # a field of most families, which a property here would be the default of
+
+        @property
+        def n_block(self) -> int:
+            """How many blocks there are."""
 
     def __post_init__(self) -> None:
         for of, value in self._own():
@@ -84,7 +101,7 @@ class ModelConfig:
                 require_positive(**{of: value})
 
     def _own(self) -> list[tuple[str, Any]]:
-        return [(of.name, getattr(self, of.name)) for of in fields(self)]  # type: ignore[arg-type]
+        return [(of.name, getattr(self, of.name)) for of in fields(self)]
 
     @property
     def widest(self) -> int:
@@ -94,7 +111,12 @@ class ModelConfig:
     @property
     def channels(self) -> int:
         """Channels of the widest tensor of the state."""
-        return max(getattr(self, dims[-1]) for dims in self.state.values())
+        return max(map(self.width, self.state))
+
+    def width(self, tensor: str) -> int:
+        """Channels of a tensor of the state."""
+        width: int = getattr(self, self.state[tensor][-1])
+        return width
 
     def state_shapes(self, shape: InputShape) -> dict[str, tuple[int, ...]]:
         """Shapes of the state's tensors, the batch first.
@@ -111,7 +133,7 @@ class ModelConfig:
             if name not in given and getattr(shape, name) is not None:
                 raise ValueError(f"{name} is {what}, which this model does not read; leave {flag} out")
         return {
-            name: (*(shape.length(dim) or 0 for dim in dims[:-1]), getattr(self, dims[-1]))
+            name: (*(shape.length(dim) or 0 for dim in dims[:-1]), self.width(name))
             for name, dims in self.state.items()
         }
 
@@ -148,7 +170,7 @@ class ModelConfig:
         for name in given:
             if name not in own:
                 raise ValueError(f"this model has no {name}; its sizes are {', '.join(own)}")
-        return replace(self, **given)  # type: ignore[type-var]
+        return replace(self, **given)
 
     def with_blocks(self, n_block: int) -> Self:
         """The model's first blocks."""
@@ -163,12 +185,12 @@ class ModelConfig:
         rates = [name for name, _ in self._own() if name.startswith("dropout")]
         if rate and not rates:
             raise ValueError(f"{type(self).__name__} drops nothing; leave --dropout out")
-        return replace(self, **dict.fromkeys(rates, rate))  # type: ignore[type-var]
+        return replace(self, **dict.fromkeys(rates, rate))
 
     def without_rates(self) -> Self:
         """The model with one rate wherever it drops: memory asks whether there is a mask, not how dense."""
         rates = {name: 0.5 if rate else 0.0 for name, rate in self._own() if name.startswith("dropout")}
-        return replace(self, **rates)  # type: ignore[type-var]
+        return replace(self, **rates)
 
     def elements(self, shape: InputShape) -> int:
         """More than any tensor that a step makes has: attention's weights, or the widest at a position."""
@@ -204,6 +226,6 @@ class Family:
     instead: str = ""
 
 
-def override(base: Any, **changes: Any) -> Any:
+def override(base: _Fields, **changes: Any) -> _Fields:
     """Copy of a frozen dataclass with the changes that are not None."""
     return replace(base, **{name: value for name, value in changes.items() if value is not None})

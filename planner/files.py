@@ -35,8 +35,8 @@ def check_writable(
     written = [str(path) for path in (*paths, json_path) if path is not None and str(path) != STDOUT]
     for path in written:
         _check_one(path)
-        for other in filter(None, reads):
-            if _same(path, other):
+        for other in reads:
+            if other and _same(path, other):
                 raise ValueError(f"{path}: is read as {other}, and would be overwritten; name another file")
     for first, second in combinations(written, 2):
         if _same(first, second):

@@ -100,7 +100,8 @@ def counted_step(recipe: Recipe) -> int:
         model, batch = _fake_model(recipe.config), empty_batch(recipe, recipe.shape.batch)
         with FlopCounterMode(display=False) as counter:
             run_step(model, batch, None, None, None, "cpu")
-        return counter.get_total_flops()
+        total: int = counter.get_total_flops()
+        return total
 
 
 class DeepSpeedCount(NamedTuple):

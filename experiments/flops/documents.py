@@ -263,4 +263,5 @@ def counters_agree(profile: Mapping[str, Any]) -> bool:
 
 
 def _seconds(profile: Mapping[str, Any]) -> float:
-    return profile["performance_metrics"]["avg_time_per_step"]
+    seconds: float = profile["performance_metrics"]["avg_time_per_step"]
+    return seconds

@@ -16,6 +16,7 @@ from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.trace import fake_copy
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
 from evoplan.model.modules.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
+from evoplan.model.running.chain import Plannable
 from evoplan.model.running.regions import SCORES
 from evoplan.planner.checking.trial import available_bytes
 from evoplan.planner.errors import CommonError
@@ -70,6 +71,7 @@ def predict(recipe: Recipe, where: Device, plan: Plan | None = None, shares: int
     with simulated(where, Ledger) as ledger:
         model = fake_copy(plain, torch.float32).train()
         if plan is not None:
+            assert isinstance(model.stack, Plannable)  # a copy of its own
             model.stack = PlannedModule(model.stack, plan.sequence())
         parameters = list(model.parameters())
         batch = empty_batch(recipe, recipe.shape.batch // shares)
@@ -168,7 +170,7 @@ def _least_bytes(costed: Costed) -> int:
 
 def empty_batch(recipe: Recipe, b: int) -> dict[str, Tensor]:
     """A batch of the right shapes and dtypes; what it holds is left open."""
-    s, r = recipe.shape.n_seq, recipe.shape.n_res
+    s, r = recipe.shape.rows(), recipe.shape.n_res
     return {
         "tokens": torch.empty(b, s, r, dtype=torch.int64),
         "pair_features": torch.empty(b, r, r, recipe.config.c_pair_features),

@@ -99,7 +99,7 @@ def _plan(recipe: Recipe, options: Options, problem: Problem, world: World) -> P
         for asked in (problem, plan.problem)
     )
     if ours != theirs:
-        c, s = problem.config, problem.shape
+        c, s = recipe.config, problem.shape
         how = f" --precision {problem.mixed}" if problem.mixed else ""
         raise CommonError(
             f"{options.plan_path} is for another model, other shapes or another precision; plan with "

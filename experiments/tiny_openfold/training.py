@@ -68,7 +68,7 @@ def deterministic(device: torch.device, seed: int = SEED) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     # A help for finding reads of what was never written; it takes a seventh of a step on the CPU.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -96,7 +96,9 @@ class TinyTraining:
         program: nn.Module = self.model
         self.compiled = compiled
         if compiled:
-            program = torch.compile(program)
+            as_module = torch.compile(program)
+            assert isinstance(as_module, nn.Module)  # as what is compiled
+            program = as_module
         self.program = program if world.mesh is None else data_parallel(program, world, find_unused=False)
         trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         # Fused: no temporaries of the parameters' size.

@@ -69,11 +69,11 @@ class Alignment:
 
     @property
     def n_seq(self) -> int:
-        return self.tokens.shape[0]
+        return len(self.tokens)
 
     @property
     def n_res(self) -> int:
-        return self.tokens.shape[1]
+        return int(self.tokens.shape[1])
 
 
 class SkippedWarning(UserWarning):
@@ -225,7 +225,7 @@ def _fitting(
 ) -> Iterator[Record]:
     """The records that have as many columns as the query, in A3M's codes."""
     for record in records:
-        found = np.count_nonzero(record.codes < N_TOKENS)
+        found = int(np.count_nonzero(record.codes < N_TOKENS))
         if found != n_columns:
             codes = _read_by_position(record.codes, query.codes)
             if codes is None:

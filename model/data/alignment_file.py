@@ -7,9 +7,8 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from itertools import chain, count
-from typing import BinaryIO
 
 from evoplan.model.data.a3m import MAX_LINE, parse_a3m
 from evoplan.model.data.records import AlignmentError, BadRecords, Problem, Record, printable
@@ -51,7 +50,7 @@ def shown(path: str | os.PathLike[str]) -> str:
     return printable(os.fspath(path)) or repr("")
 
 
-def _lines(file: BinaryIO, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BufferedIOBase, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, without the white space around them, numbered from 1; of one entry."""
     lines = _all_lines(file)
     is_first = True
@@ -73,7 +72,7 @@ def _lines(file: BinaryIO, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _all_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _all_lines(file: BufferedIOBase) -> Iterator[tuple[int, bytes]]:
     for number in count(1):
         line = file.readline(MAX_LINE + 1)
         if not line:
@@ -115,7 +114,7 @@ def _open(path: str | os.PathLike[str]) -> BufferedReader:
         raise Problem("is no valid file name; check the path") from None
 
 
-def _decompressed(file: BufferedReader) -> BinaryIO:
+def _decompressed(file: BufferedReader) -> BufferedIOBase:
     # Peeked at, not read: a pipe cannot be read twice.
     return gzip.GzipFile(fileobj=file) if file.peek(len(_GZIP)).startswith(_GZIP) else file
 

@@ -23,10 +23,10 @@ def _a3m_codes() -> bytes:
     for letter in b"abcdefghijklmnopqrstuvwxyz":
         codes[letter] = INSERTED
     codes[ord(".")] = PADDING
-    for token, letter in enumerate(TOKENS[:MASK]):
-        codes[ord(letter)] = token
-    for letter, meaning in _AMBIGUOUS.items():
-        codes[ord(letter)] = codes[ord(meaning)]
+    for token, name in enumerate(TOKENS[:MASK]):
+        codes[ord(name)] = token
+    for name, meaning in _AMBIGUOUS.items():
+        codes[ord(name)] = codes[ord(meaning)]
     return bytes(codes)
 
 

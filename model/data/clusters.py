@@ -23,7 +23,8 @@ def nearest_centres(centres: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     agreement = np.zeros((len(tokens), len(centres)), dtype=np.float32)
     for token in range(GAP):
         agreement += (tokens == token).astype(np.float32) @ (centres == token).astype(np.float32).T
-    return agreement.argmax(axis=1)
+    nearest: np.ndarray = agreement.argmax(axis=1)
+    return nearest
 
 
 def summarise(

@@ -36,8 +36,8 @@ def parse_stockholm(lines: Iterable[tuple[int, bytes]], bad: BadRecords) -> Iter
     try:
         alignment = next(AlignIO.parse(rows, "stockholm"), ())
     except ValueError as error:
-        text = " ".join(str(error).split())
-        raise Problem(f"line {rows.number}: no valid Stockholm format ({text}); check the file") from None
+        why = " ".join(str(error).split())
+        raise Problem(f"line {rows.number}: no valid Stockholm format ({why}); check the file") from None
     _check_end(rows, bad)
     for row, found in zip(alignment, rows.found.values(), strict=True):
         if found.problem is not None:

@@ -91,4 +91,5 @@ class Attention(nn.Module):
         return columns(self.linear_o, cheap(torch.mul, gate, attended), width)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.c_head)).transpose(-2, -3)  # [*, rows, heads, n, c]
+        heads: Tensor = x.unflatten(-1, (-1, self.c_head))
+        return heads.transpose(-2, -3)  # [*, rows, heads, n, c]

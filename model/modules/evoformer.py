@@ -49,6 +49,7 @@ class EvoformerStack(Plannable):
     (1 where there is data; all ones when not given). Returns the new (m, z).
     """
 
+    config: EvoformerConfig
     outputs = ("m", "z")
 
     def __init__(self, config: EvoformerConfig) -> None:

@@ -40,7 +40,8 @@ class MSARowAttentionWithPairBias(Submodule):
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
-        return self.attention(m, msa_mask, context, part)
+        update: Tensor = self.attention(m, msa_mask, context, part)
+        return update
 
 
 class MSAColumnAttention(Submodule):
@@ -108,10 +109,11 @@ class MSAColumnGlobalAttention(Submodule):
         q = rows(self.linear_q, mean, width, self.c_head**-0.5)
         logits = q.unflatten(-1, (-1, self.c_head)) @ self._of_columns(m, self.linear_k).transpose(-1, -2)
         logits += mask_bias(mask, logits.dtype).unsqueeze(-2)  # [*, r, heads, s]
-        weights = logits.softmax(dim=-1)
+        weights: Tensor = logits.softmax(dim=-1)
         del logits
         return (weights @ self._of_columns(m, self.linear_v)).flatten(-2)
 
     def _of_columns(self, m: Tensor, linear: nn.Linear) -> Tensor:
         # Transposed when it is c wide, and not m before: m is many times wider.
-        return linear(m).transpose(-2, -3).contiguous()  # [*, r, s, c]
+        x: Tensor = linear(m)
+        return x.transpose(-2, -3).contiguous()  # [*, r, s, c]

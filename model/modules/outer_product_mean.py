@@ -47,7 +47,8 @@ class OuterProductMean(Submodule):
         )
 
     def context(self, m: Tensor, msa_mask: Tensor, part: slice = FULL) -> Tensor:
-        return self.linear_b(m) * msa_mask[..., None]  # [*, s, r, c], needed whole by every piece
+        b: Tensor = self.linear_b(m)
+        return b * msa_mask[..., None]  # [*, s, r, c], needed whole by every piece
 
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         a = rows(self.linear_a, m, part) * msa_mask[..., None]

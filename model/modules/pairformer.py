@@ -93,7 +93,8 @@ class SingleAttentionWithPairBias(Submodule):
         return columns(self.linear_o, cheap(torch.mul, gate, attended), width)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.c_head)).transpose(-2, -3)  # [*, heads, n, c]
+        heads: Tensor = x.unflatten(-1, (-1, self.c_head))
+        return heads.transpose(-2, -3)  # [*, heads, n, c]
 
 
 class MSAPairWeightedAveraging(Submodule):
@@ -189,6 +190,7 @@ class PairformerStack(Plannable):
     Source: Abramson et al. (2024), Suppl. Alg. 17.
     """
 
+    config: PairformerConfig
     outputs = ("s", "z")
 
     def __init__(self, config: PairformerConfig) -> None:
@@ -217,6 +219,8 @@ class MSAModuleStack(Plannable):
 
     Source: Abramson et al. (2024), Suppl. Alg. 8, lines 5-15.
     """
+
+    config: MSAModuleConfig
 
     def __init__(self, config: MSAModuleConfig) -> None:
         super().__init__()

@@ -59,7 +59,8 @@ class TinyRowAttention(Submodule):
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
-        return self.attention(m, None, context, part)
+        update: Tensor = self.attention(m, None, context, part)
+        return update
 
 
 class TinyAttention(Submodule):
@@ -80,9 +81,12 @@ class TinyAttention(Submodule):
         self.axes = (self.along("res" if on_m else along), ReductionAxis("head", n_head))
 
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
+        update: Tensor
         if self.along_rows:
-            return self.attention(x, None, None, part)
-        return transposed(self.attention(cheap(transposed, x), None, None, part))
+            update = self.attention(x, None, None, part)
+            return update
+        update = self.attention(cheap(transposed, x), None, None, part)
+        return transposed(update)
 
 
 class TinyTransition(Submodule):
@@ -128,7 +132,8 @@ class TinyOuterProductMean(Submodule):
         self.axes = (self.along("row", "res"), ReductionAxis("channel", c))
 
     def context(self, m: Tensor, part: slice = FULL) -> Tensor:
-        return self.linear_a(m)  # [*, s, r, c], needed whole by every piece
+        b: Tensor = self.linear_a(m)
+        return b  # [*, s, r, c], needed whole by every piece
 
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         a = rows(self.linear_a, m, part, 1 / m.shape[-3])  # the mean over sequences, in the weights
@@ -178,7 +183,9 @@ class TinyTriangleMultiplication(Submodule):
         return channels_last(product)  # [*, i, j, c]
 
     def finish(self, update: Tensor, z: Tensor) -> Tensor:
-        return cheap(torch.sigmoid, self.linear_gate(z)) * self.linear_out(update)
+        gate = cheap(torch.sigmoid, self.linear_gate(z))
+        out: Tensor = self.linear_out(update)
+        return gate * out
 
 
 def _operand(z: Tensor, linear: nn.Linear, gate_linear: nn.Linear, part: slice) -> Tensor:
@@ -209,6 +216,7 @@ class TinyOpenFoldBlock(Block):
 class TinyOpenFoldStack(Plannable):
     """Blocks in sequence over m [*, s, r, c_m] and z [*, r, r, c_z]. Returns z: nobody reads the last m."""
 
+    config: TinyOpenFoldConfig
     outputs = ("z",)
 
     def __init__(self, config: TinyOpenFoldConfig) -> None:
@@ -264,7 +272,7 @@ class TinyOpenFold(nn.Module):
             z = self.pair_embedding(pair_features).to(m.dtype)
         (z,) = self.stack(m, z)
         with region(HEAD):
-            predicted = self.distance_head(z).sigmoid() * LARGEST_DISTANCE
+            predicted: Tensor = self.distance_head(z).sigmoid() * LARGEST_DISTANCE
         if distances is None:
             return predicted
         with region(LOSS):

@@ -58,7 +58,9 @@ class TriangleAttention(Submodule):
         return rows(self.linear_b, queries, part).movedim(-1, -3)  # [*, heads, r, r]
 
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
+        update: Tensor
         if self.starting:
-            return self.attention(z, pair_mask, context, part)
+            update = self.attention(z, pair_mask, context, part)
+            return update
         update = self.attention(cheap(transposed, z), pair_mask.transpose(-1, -2), context, part)
         return transposed(update)

@@ -23,6 +23,7 @@ class EvoformerTrunk(Plannable):
     Source: Jumper et al. (2021), Suppl. Alg. 2, lines 15-17.
     """
 
+    config: TrunkConfig
     outputs = ("m", "z")
 
     def __init__(self, config: TrunkConfig) -> None:

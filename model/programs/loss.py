@@ -16,7 +16,8 @@ class _MeanSquare(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.count = count
         # Over the root of the count, so that half-precision gradients do not vanish.
-        return torch.dot(x.flatten(), x.flatten()) / count**0.5
+        root: float = count**0.5
+        return torch.dot(x.flatten(), x.flatten()) / root
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -31,5 +32,8 @@ def mean_square(*tensors: Tensor, counts: tuple[int, ...] | None = None) -> Tens
         counts: entries of the whole tensors where these are parts: the loss of the whole is the parts' sum.
     """
     counts = counts or tuple(tensor.numel() for tensor in tensors)
-    first, *others = (_MeanSquare.apply(x, count) for x, count in zip(tensors, counts, strict=True))
-    return sum(others, first)
+    terms: list[Tensor] = [
+        _MeanSquare.apply(x, count)  # type: ignore[no-untyped-call]
+        for x, count in zip(tensors, counts, strict=True)
+    ]
+    return sum(terms[1:], terms[0])

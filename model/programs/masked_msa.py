@@ -32,7 +32,7 @@ class MaskedMSAModel(Program):
     loss_name = "masked-MSA loss"
 
     def __init__(self, config: EvoformerConfig | TrunkConfig, stack: Stack) -> None:
-        super().__init__(config, stack, config.c_z)
+        super().__init__(config, stack)
         self.clusters = embeds_clusters(config)
         self.msa_embedding = nn.Embedding(N_TOKENS, config.c_m)
         self.deletion_embedding = nn.Linear(2, config.c_m)
@@ -64,9 +64,8 @@ class MaskedMSAModel(Program):
         up all other rows; a trunk's extra stack a random choice of those that are no centres (Suppl. 1.2.7).
         The extra stack alone gets rows that are masked, without cluster features.
         """
-        assert shape.n_seq is not None
         order = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))
-        centres, others = np.split(order, [shape.n_seq - 1])
+        centres, others = np.split(order, [shape.rows() - 1])
         tokens, deletions = chosen_rows(alignment, np.append(0, centres))
         if not embeds_clusters(config):
             return mask_msa(tokens, deletions, seed, clusters=False)
@@ -97,7 +96,7 @@ class MaskedMSAModel(Program):
 
     def _embed_m(self, batch: Batch, query: Tensor, rows: slice, columns: slice) -> Tensor:
         # Sums are taken in place: no layer keeps its output for the backward pass.
-        m = self.msa_embedding(batch["tokens_in"][..., rows, columns])
+        m: Tensor = self.msa_embedding(batch["tokens_in"][..., rows, columns])
         m += self.deletion_embedding(deletion_features(batch["deletions"][..., rows, columns], m.dtype))
         if self.clusters:
             m += self.profile_embedding(batch["profile"][..., rows, columns, :].to(m.dtype))
@@ -106,7 +105,8 @@ class MaskedMSAModel(Program):
 
     def head(self, m: Tensor) -> Tensor:
         """Logits of the tokens, [*, s, r, 23], from m [*, s, r, c_m] (Suppl. 1.9.9)."""
-        return self.head_linear(m)
+        logits: Tensor = self.head_linear(m)
+        return logits
 
     def loss(self, results: tuple[Tensor, ...], batch: Batch, own: Part | None = None) -> Tensor:
         """Cross entropy averaged over the masked positions; a scalar, 0 where none is masked (Suppl. 1.9.9).
@@ -129,4 +129,6 @@ class MaskedMSAModel(Program):
 
 def embeds_clusters(config: ModelConfig) -> bool:
     """Whether m's rows are cluster centres, with their clusters' features: not in the extra stack alone."""
-    return isinstance(config, TrunkConfig) or config.column_attention == "gated"
+    if isinstance(config, EvoformerConfig):
+        return config.column_attention == "gated"
+    return isinstance(config, TrunkConfig)

@@ -24,7 +24,7 @@ class MaskedResidueModel(Program):
     loss_name = "masked-residue loss"
 
     def __init__(self, config: PairformerConfig, stack: Stack) -> None:
-        super().__init__(config, stack, config.c_z)
+        super().__init__(config, stack)
         self.single_embedding = nn.Embedding(N_TOKENS, config.c_s)
         self.head_linear = nn.Linear(config.c_s, N_TOKENS)
         self.initialise({"single_embedding": N_TOKENS, "head_linear": config.c_s})
@@ -62,7 +62,7 @@ class MSAModuleModel(Program):
     loss_name = "masked-residue loss"
 
     def __init__(self, config: MSAModuleConfig, stack: Stack) -> None:
-        super().__init__(config, stack, config.c_z)
+        super().__init__(config, stack)
         self.msa_embedding = nn.Embedding(N_TOKENS, config.c_m)
         self.deletion_embedding = nn.Linear(2, config.c_m)
         self.head_linear = nn.Linear(config.c_z, N_TOKENS)
@@ -78,9 +78,8 @@ class MSAModuleModel(Program):
     @classmethod
     def draw(cls, config: ModelConfig, shape: InputShape, alignment: Alignment, seed: int) -> Batch:
         """The query and a random choice of the other rows, 15 % hidden: as `mask_msa` without clusters."""
-        assert shape.n_seq is not None
         others = np.random.default_rng(seed).permutation(np.arange(1, alignment.n_seq))
-        chosen = chosen_rows(alignment, np.append(0, others[: shape.n_seq - 1]))
+        chosen = chosen_rows(alignment, np.append(0, others[: shape.rows() - 1]))
         return mask_msa(*chosen, seed, clusters=False)
 
     def embed(self, batch: Batch, own: Part | None = None) -> tuple[Tensor, ...]:

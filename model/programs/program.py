@@ -36,8 +36,9 @@ class Program(nn.Module):
 
     loss_name: str
 
-    def __init__(self, config: ModelConfig, stack: Stack, c_z: int) -> None:
+    def __init__(self, config: ModelConfig, stack: Stack) -> None:
         super().__init__()
+        c_z = config.width("z")
         self.masks = tuple(config.masks)
         # A linear layer on a one-hot vector picks a row of its weight, which is what an embedding does.
         self.left_embedding = nn.Embedding(N_TOKENS, c_z)
@@ -100,13 +101,15 @@ class Program(nn.Module):
         inputs = {**of_z, "offset_embedding": 2 * MAX_OFFSET + 1, **inputs}
         for name, layer in self.named_children():
             if name in inputs:
+                assert isinstance(layer, nn.Linear | nn.Embedding)
                 nn.init.normal_(layer.weight, std=inputs[name] ** -0.5)
-                if getattr(layer, "bias", None) is not None:
+                if isinstance(layer, nn.Linear) and layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def embed_z(self, query: Tensor, rows: slice, columns: slice) -> Tensor:
         """z [b, rows, columns, c_z] from the query's tokens [b, r]."""
-        left, right = self.left_embedding(query[..., rows]), self.right_embedding(query[..., columns])
+        left: Tensor = self.left_embedding(query[..., rows])
+        right: Tensor = self.right_embedding(query[..., columns])
         z = left.unsqueeze(-2) + right.unsqueeze(-3)
         position = torch.arange(query.shape[-1], device=query.device)
         z += self.offset_embedding(_clipped_offsets(position[rows], position[columns]))

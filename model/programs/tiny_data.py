@@ -41,7 +41,7 @@ def tiny_batch(
 def _noise(
     config: TinyOpenFoldConfig, shape: InputShape, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, s, r = shape.batch, shape.n_seq, shape.n_res
+    b, s, r = shape.batch, shape.rows(), shape.n_res
     tokens = torch.randint(config.n_token, (b, s, r), generator=generator)
     features = torch.randn(b, r, r, config.c_pair_features, generator=generator)
     return tokens, features, torch.rand(b, r, r, 1, generator=generator) * LARGEST_DISTANCE
@@ -56,7 +56,7 @@ def _chains(
 
     The features of a pair are its clipped offset along the chain, one-hot (Suppl. Alg. 4 of AlphaFold 2).
     """
-    b, s, r = shape.batch, shape.n_seq, shape.n_res
+    b, s, r = shape.batch, shape.rows(), shape.n_res
     places = _smooth_walk(b, r, generator)
     directions = F.normalize(torch.randn(s, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     along = places @ directions.T  # [b, r, s]

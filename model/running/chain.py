@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,13 @@ class Plannable(nn.Module):
         outputs: the state tensors that forward returns, in that order.
     """
 
-    config: ModelConfig
     outputs: tuple[str, ...]
+
+    if TYPE_CHECKING:  # an attribute of most, which a property here would keep from being set
+
+        @property
+        def config(self) -> ModelConfig:
+            """What it was made from."""
 
     def stacks(self) -> Iterable[tuple[str, Iterable[Any], Mapping[str, str]]]:
         """In the order in which they run: a stack's name, its blocks, and what its submodules' tensors are
@@ -137,7 +142,8 @@ class Step:
 
     def called(self, state: Mapping[str, Tensor], run: Callable[..., Tensor]) -> Tensor:
         """The new target, made by `run`: the submodule is called with the state tensors that it reads."""
-        return self.submodule(*(state[name] for name in self.reads), run=run)
+        new: Tensor = self.submodule(*(state[name] for name in self.reads), run=run)
+        return new
 
     def tensors(
         self, state: Mapping[str, Tensor], constants: Mapping[str, Tensor], seed: int | None

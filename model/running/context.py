@@ -43,9 +43,8 @@ def _deterministic() -> tuple[bool, bool]:
 
 @cache
 def _settings() -> dict[str, Setting]:
-    kinds = {"cpu"} | (
-        {torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set()
-    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = {"cpu"} if device is None else {"cpu", device.type}
     backends = torch.backends
     return {
         **{f"autocast on {kind}": _autocast(kind) for kind in sorted(kinds)},
@@ -58,12 +57,13 @@ def _settings() -> dict[str, Setting]:
         ),
         "cudnn.deterministic": _attribute(backends.cudnn, "deterministic"),
         "cudnn.benchmark": _attribute(backends.cudnn, "benchmark"),
-        "products on cpu": _attribute(backends.mkldnn.matmul, "fp32_precision"),
+        # The stubs do not know that the module has replaced itself by an object.
+        "products on cpu": _attribute(backends.mkldnn.matmul, "fp32_precision"),  # type: ignore[attr-defined]
         "products on cuda": _attribute(backends.cuda.matmul, "fp32_precision"),
     }
 
 
-def autocast(kind: str, dtype: str | None, keep_casts: bool = True) -> AbstractContextManager:
+def autocast(kind: str, dtype: str | None, keep_casts: bool = True) -> AbstractContextManager[object]:
     """torch.autocast on that kind of device to a dtype by name; for None nothing at all.
 
     Args:

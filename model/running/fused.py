@@ -37,11 +37,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor |
         raise KernelError("torch's fused attention on the CPU gives the bias no gradient")
     backend = SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.FLASH_ATTENTION
     added = added.expand(*q.shape[:-1], k.shape[-2]).flatten(0, -4)
+    shape = q.shape
+    q, k, v = (x.flatten(0, -4) for x in (q, k, v))
     with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(
-            *(x.flatten(0, -4) for x in (q, k, v)), attn_mask=added, scale=1.0
-        )
-    return out.unflatten(0, q.shape[:-3])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
+    return out.reshape(shape)
 
 
 def cuequivariance_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,7 +51,7 @@ def cuequivariance_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias
     q, k, v, mask, bias = _batched(q, k, v, mask, bias)
     if bias is None:
         bias = q.new_zeros((q.shape[0], q.shape[2], q.shape[3], k.shape[3]))
-    out = attend(q, k, v, bias.unsqueeze(1), mask=(mask == 0)[:, :, None, None], scale=1.0)
+    out: Tensor = attend(q, k, v, bias.unsqueeze(1), mask=(mask == 0)[:, :, None, None], scale=1.0)
     return out.reshape(shape)
 
 
@@ -68,7 +68,8 @@ def deepspeed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Ten
     q, k, v, mask, bias = _batched(q * q.shape[-1] ** 0.5, k, v, mask, bias)
     biases = [mask[:, :, None, None], None if bias is None else bias.unsqueeze(1)]
     rows_first = (x.transpose(-2, -3).contiguous() for x in (q, k, v))  # [b, rows, n, heads, c]
-    return attend(*rows_first, biases).transpose(-2, -3).reshape(shape)
+    out: Tensor = attend(*rows_first, biases)
+    return out.transpose(-2, -3).reshape(shape)
 
 
 def _batched(

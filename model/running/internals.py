@@ -40,7 +40,8 @@ def has_data(tensor: Tensor) -> bool:
 
 def storage_key(tensor: Tensor) -> int:
     """Equal for tensors that share a storage, while one of them lives."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -51,7 +52,8 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def parametrization_cache() -> int:
     """How many `torch.nn.utils.parametrize.cached()` are open."""
-    return _parametrize._cache_enabled
+    count: int = _parametrize._cache_enabled
+    return count
 
 
 def set_parametrization_cache(count: int) -> None:

@@ -7,6 +7,7 @@ its place (a low-rank adapter, a quantised layer) or hung something on is called
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ class AlteredLayerError(ValueError):
 
 def rows(layer: nn.Module, x: Tensor, part: slice = FULL, scale: float | None = None) -> Tensor:
     """layer(x), or of its outputs those in `part`: x W[part]^T + b[part], times `scale` if there is one."""
-    if not is_plain(layer, nn.Linear):
-        out = layer(_whole(layer, part, x))
+    if not _is_plain_linear(layer):
+        out: Tensor = layer(_whole(layer, part, x))
         return out if scale is None else out * scale
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     if part != FULL:
         weight, bias = weight[part], None if bias is None else bias[part]
     if scale is None:
@@ -41,12 +43,16 @@ def columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
     Returns:
         A tensor that may be written into.
     """
-    if not is_plain(layer, nn.Linear):
-        out = layer(_whole(layer, part, x))
+    if not _is_plain_linear(layer):
+        out: Tensor = layer(_whole(layer, part, x))
         return out.clone() if has_hooks(layer) else out  # whoever hangs on the layer may keep what it saw
     # A product without bias is no view: what is written into it costs autograd nothing.
     out = F.linear(x, layer.weight if part == FULL else layer.weight[:, part])
     return out if layer.bias is None or part.start else out.add_(layer.bias)
+
+
+def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return is_plain(layer, nn.Linear)
 
 
 def _whole(layer: nn.Module, part: slice, x: Tensor) -> Tensor:

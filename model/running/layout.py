@@ -14,12 +14,17 @@ from torch import Tensor
 
 def channels_first(x: Tensor) -> Tensor:
     """[*, i, j, c] to [*, c, i, j], in a tensor of its own."""
-    return _Moved.apply(x, -1, -3)
+    return _moved(x, -1, -3)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """[*, c, i, j] to [*, i, j, c], in a tensor of its own."""
-    return _Moved.apply(x, -3, -1)
+    return _moved(x, -3, -1)
+
+
+def _moved(x: Tensor, source: int, destination: int) -> Tensor:
+    moved: Tensor = _Moved.apply(x, source, destination)  # type: ignore[no-untyped-call]
+    return moved
 
 
 class _Moved(torch.autograd.Function):
@@ -36,8 +41,8 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         source, destination = ctx.dims
-        return _Moved.apply(grad, destination, source), None, None
+        return _moved(grad, destination, source), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Moved.apply(tangent, *ctx.dims)
+        return _moved(tangent, *ctx.dims)

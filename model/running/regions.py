@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
+from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
 # The softmax weights of attention, which grow with the cube of a length.
@@ -31,7 +32,7 @@ class _Region:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.shown = record_function(name) if torch.autograd._profiler_enabled() else None
+        self.shown = record_function(name) if _profiler_enabled() else None
 
     def __enter__(self) -> None:
         _open.names.append(self.name)

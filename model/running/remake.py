@@ -46,10 +46,10 @@ class Remaking:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
-        self._watched: list[weakref.ref] = []
+        self._watched: list[weakref.ref[torch.UntypedStorage]] = []
         self._packed: list[_Held] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
-        self._token: Token | None = None
+        self._token: Token[Remaking | None] | None = None
 
     def __enter__(self) -> Remaking:
         self._token = _current.set(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +19,8 @@ from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 from evoplan.model.running.unchanged import ChangedError, check, marks
+
+Option = str | int | bool | Callable[..., Any]  # of torch.compile
 
 
 def new_target(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
@@ -37,7 +40,7 @@ def _compiled_target(attends: bool) -> Callable[[Submodule, Tensors], Tensor]:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 256)  # beyond it torch runs the rest as it is written
     # Patterns of attention take our five dimensions for four: they fail, or put something else in its place.
-    options = {"pattern_matcher": False} if attends else None
+    options: dict[str, Option] | None = {"pattern_matcher": False} if attends else None
     return torch.compile(_new_target, dynamic=False, fullgraph=True, options=options)
 
 

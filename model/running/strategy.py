@@ -47,8 +47,8 @@ class Kind:
 
     def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
         """Its strategies for a submodule whose target has a shape."""
-        for axis in submodule.axes if self.axis is not None else ():
-            if isinstance(axis, self.axis):
+        for axis in submodule.axes:
+            if isinstance(axis, self.axis or ()):
                 for n in self.counts(self.length(submodule, axis, shape)):
                     yield Strategy(self.name, axis.name, n)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from evoplan.model.config import Dims
-from evoplan.model.running.layers import FULL, altered_layers
+from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.remake import cheap
 
 # A stage argument by name: state tensors, masks, and "dropout" where there is one.
@@ -81,6 +81,7 @@ class ReductionAxis:
 
 
 Axis = IndependentAxis | ReductionAxis
+SomeAxis = TypeVar("SomeAxis", IndependentAxis, ReductionAxis)
 
 
 class Sharding(Protocol):
@@ -139,16 +140,24 @@ class Submodule(nn.Module):
         """
         return run(*state)
 
-    def context(self, *inputs: Tensor, part: slice = FULL) -> Tensor | None:
-        """The context for the hidden channels `part`; None where a piece needs only its slice."""
+    # The stages take the tensors of their inputs, in that order; which those are is each submodule's affair.
+
+    def context(self, *inputs: Any, **part: Any) -> Tensor | None:
+        """context(*inputs, part: slice = FULL): the context for the hidden channels `part`.
+
+        None where a piece needs only its slice.
+        """
         return None
 
-    def piece(self, *inputs: Tensor, context: Tensor | None, part: slice = FULL) -> Tensor:
-        """Partial update of a slice from the hidden channels `part`."""
+    def piece(self, *inputs: Any, **context_and_part: Any) -> Tensor:
+        """piece(*inputs, context: Tensor | None, part: slice = FULL): partial update of a slice.
+
+        From the hidden channels `part`.
+        """
         raise NotImplementedError
 
-    def finish(self, update: Tensor, *inputs: Tensor) -> Tensor:
-        """What follows the reduction, if anything; may write into `update`."""
+    def finish(self, update: Tensor, *inputs: Any, **_: Any) -> Tensor:
+        """finish(update, *inputs): what follows the reduction, if anything; may write into `update`."""
         return update
 
     @property
@@ -204,6 +213,13 @@ class Submodule(nn.Module):
         names = ", ".join(axis.name for axis in self.axes)
         raise ValueError(f"{type(self).__name__} has no axis {name!r}; it has: {names}")
 
+    def axis_of(self, kind: type[SomeAxis], name: str | None) -> SomeAxis:
+        """The declared axis that a strategy cuts, which checks have found to be of that kind."""
+        assert name is not None
+        axis = self.axis(name)
+        assert isinstance(axis, kind)
+        return axis
+
     @property
     def shard_cuts(self) -> dict[str, int]:
         """Where ranks cut each tensor that the stages read; empty where any cut will do."""
@@ -219,10 +235,12 @@ class Submodule(nn.Module):
             for name in dict.fromkeys(names)
         }
 
-    def sliced_context(self, tensors: Tensors) -> Tensor | None:
-        """The context of all hidden channels from a slice along `context_cuts`."""
+    def sliced_context(self, tensors: Tensors) -> Tensor:
+        """The context of all hidden channels from a slice along `context_cuts`, where there is a context."""
         x = self.normalised(tensors, self.context_inputs)
-        return self.context(*(x[name] for name in self.context_inputs))
+        context = self.context(*(x[name] for name in self.context_inputs))
+        assert context is not None  # as it is made of something
+        return context
 
     def gathered(self, context: Tensor | None) -> Tensor | None:
         """The whole context, from this rank's where the work is shared."""
@@ -257,7 +275,7 @@ class Submodule(nn.Module):
         """How ranks share its work; equal where they do so alike."""
         return repr(self.sharding)
 
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         """Equal for submodules that cost the same on the same input, shared alike."""
         parameters = tuple(
             (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()

@@ -45,7 +45,7 @@ def tiled_attention(
         q, k, v = (x.reshape(-1, *shape[-4:]) for x in (q, k, v))
         mask = mask.reshape(-1, *mask.shape[-2:])
         bias = None if bias is None else bias.reshape(-1, *bias.shape[-3:])
-    out = _Tiled.apply(q, k, v, mask, bias, tile_bytes)
+    out: Tensor = _Tiled.apply(q, k, v, mask, bias, tile_bytes)  # type: ignore[no-untyped-call]
     return out if len(shape) == 5 else out.reshape(shape)
 
 
@@ -88,7 +88,7 @@ class _Tiled(torch.autograd.Function):
         bias_grad = None if bias is None else torch.zeros_like(bias, dtype=_working(q))
         for tile in tiles(q.shape, q.dtype, ctx.tile_bytes):
             _tile_backward(tile, q, k, v, mask, bias, grad, grads, bias_grad)
-        return *grads, None, None if bias is None else bias_grad.to(bias.dtype), None
+        return *grads, None, None if bias_grad is None else bias_grad.to(bias.dtype), None
 
 
 def _working(x: Tensor) -> torch.dtype:

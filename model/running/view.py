@@ -16,13 +16,15 @@ class View(nn.Module):
         stack: what is run.
     """
 
+    stack: nn.Module
+
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
         share_state(self, stack)
         self.__dict__["stack"] = stack  # not a child: names would change
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The stack's own."""
         return self.stack.training
 

@@ -24,7 +24,8 @@ from torch.distributed import ProcessGroup
 
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.running.chain import Plannable, State
-from evoplan.model.running.submodule import FULL, Layout, Submodule, Tensors
+from evoplan.model.running.layers import FULL
+from evoplan.model.running.submodule import Layout, Submodule, Tensors
 from evoplan.model.running.view import View
 from evoplan.model.sharing.ranks import Enter, Exchange, Gather, Leave, Ranks
 
@@ -46,7 +47,11 @@ class SharedWork:
 
     def gather(self, context: Tensor) -> Tensor:
         """The whole context from every rank's; differentiable."""
-        return Gather.apply(self.ranks, context, self.context_dim, self.context_size)
+        size = self.context_size
+        whole: Tensor = Gather.apply(  # type: ignore[no-untyped-call]
+            self.ranks, context, self.context_dim, size
+        )
+        return whole
 
     def reduce(self, grad: Tensor) -> Tensor:
         """The gradient of this rank's context from all ranks' gradients of the whole."""
@@ -81,7 +86,9 @@ class Reshard(Submodule):
         self.ranks, self.move = ranks, (cut, new_cut, size)
 
     def new_target(self, tensors: Tensors) -> Tensor:
-        return Exchange.apply(self.ranks, tensors[self.target], *self.move)
+        target = tensors[self.target]
+        new: Tensor = Exchange.apply(self.ranks, target, *self.move)  # type: ignore[no-untyped-call]
+        return new
 
     def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         cut, new_cut, size = self.move
@@ -93,7 +100,7 @@ class Reshard(Submodule):
     def shared_by(self) -> str:
         return repr(self.ranks)
 
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         kind, *about = super().signature()
         return kind, self.target, self.move, *about
 
@@ -156,14 +163,15 @@ class _Sharer:
             submodule.context_dim,
             self.context_size(submodule, names),
         )
-        shared.names = {}
+        called: dict[str, str] = {}
         for constant in submodule.constants:
-            whole, cut = names.get(constant, constant), submodule.shard_cuts.get(constant)
-            if cut is None:  # every rank reads all of it
+            whole, at = names.get(constant, constant), submodule.shard_cuts.get(constant)
+            if at is None:  # every rank reads all of it
                 self.constant_cuts[whole] = whole, None
                 continue
-            shared.names[constant] = f"{whole} cut at {cut}"
-            self.constant_cuts[shared.names[constant]] = whole, cut
+            called[constant] = f"{whole} cut at {at}"
+            self.constant_cuts[called[constant]] = whole, at
+        shared.names = called
         return shared
 
     def context_size(self, submodule: Submodule, names: Mapping[str, str]) -> int:
@@ -196,6 +204,8 @@ class ParallelEvoformer(View, Plannable):
     Raises:
         ValueError: an axis that is cut is shorter than the ranks are many.
     """
+
+    stack: Plannable
 
     def __init__(
         self, stack: Plannable, ranks: Ranks | ProcessGroup, shape: InputShape, whole: bool = True
@@ -277,7 +287,10 @@ class ParallelEvoformer(View, Plannable):
             given[name] = tensor.detach().new_empty(()).expand(shape)
         _, constants = self.stack.prepare(**given)
         if self.whole:
-            state = {name: Enter.apply(self.ranks, state[name], cut) for name, cut in self.input_cuts.items()}
+            state = {
+                name: Enter.apply(self.ranks, state[name], cut)  # type: ignore[no-untyped-call]
+                for name, cut in self.input_cuts.items()
+            }
         cuts = self._constant_cuts.items()
         return state, {
             name: constants[whole] if cut is None else self.ranks.own(constants[whole], cut)
@@ -289,7 +302,10 @@ class ParallelEvoformer(View, Plannable):
         if not self.whole:
             return super().results(state)
         cuts = ((name, self.output_cuts[name]) for name in self.outputs)
-        return tuple(Leave.apply(self.ranks, state[n], cut, self.shapes[n][cut]) for n, cut in cuts)
+        return tuple(
+            Leave.apply(self.ranks, state[n], cut, self.shapes[n][cut])  # type: ignore[no-untyped-call]
+            for n, cut in cuts
+        )
 
     def reduce_gradients(self) -> None:
         """Add the ranks' gradients of the parameters up, in place; call on every rank after backward."""

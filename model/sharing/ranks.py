@@ -130,8 +130,8 @@ class Ranks:
         if self.group is None:
             note_sent((sum(sent_sizes) - sent_sizes[self.rank]) * sent.element_size(), self.size - 1)
         else:
-            buffers = map(lend, (received, sent)) if self.backend == "gloo" else (received, sent)
-            dist.all_to_all_single(*buffers, received_sizes, sent_sizes, group=self.group)
+            into, out_of = (lend(received), lend(sent)) if self.backend == "gloo" else (received, sent)
+            dist.all_to_all_single(into, out_of, received_sizes, sent_sizes, group=self.group)
         parts = received.split(received_sizes)
         return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evoplan.cost_model.allocator import give_back_freed_memory
 from evoplan.cost_model.loss import Loss
@@ -87,7 +87,7 @@ class Trial:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Plannable | PlannedModule,
         problem: Problem,
         inputs: dict[str, Tensor],
         share: ParallelEvoformer | None = None,
@@ -110,7 +110,8 @@ class Trial:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The results, with the same dropout every time."""
-        return self.module(**self.inputs, dropout_seed=0)
+        outputs: tuple[Tensor, ...] = self.module(**self.inputs, dropout_seed=0)
+        return outputs
 
     def loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """A loss of every entry of the results; of several ranks, this one's part of their sum."""
@@ -149,15 +150,16 @@ class Trial:
             loss = self.loss(self.outputs())
         gradients = list(torch.autograd.grad(loss, leaves))
         loss = loss.detach()
-        for total in (loss, *gradients[len(self.state) :]) if self.share is not None else ():
-            self.share.ranks.sum_(total)
+        if self.share is not None:
+            for total in (loss, *gradients[len(self.state) :]):
+                self.share.ranks.sum_(total)
         return [loss], gradients
 
     def live_bytes(self) -> int:
         """Bytes of parameters, gradients and inputs."""
         tensors = [*self.module.parameters(), *self.inputs.values()]
         if self.training:
-            tensors += [parameter.grad for parameter in self.parameters]
+            tensors += [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

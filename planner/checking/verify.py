@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class Verification:
     tolerances: dict[str, float]
     ok: bool
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The same as plain types."""
         return asdict(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evoplan.planner.problems.problem import Problem
 
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 _MODES = ["training", "inference"]
 
 
@@ -39,7 +40,7 @@ JSON_HELP = "Also write the result as JSON; -: to standard output, words to stan
 json_option = click.option("--json", "json_path", type=click.Path(), help=JSON_HELP)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     name = "SIZE"
 
     def __init__(self, least: int = 1) -> None:
@@ -62,7 +63,7 @@ class Number(click.FloatRange):
         return number
 
 
-class _Dropout(click.ParamType):
+class _Dropout(click.ParamType[float]):
     name = "P|off"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -77,7 +78,7 @@ class _Dropout(click.ParamType):
         return rate
 
 
-class _Ranks(click.ParamType):
+class _Ranks(click.ParamType[int]):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -132,7 +133,7 @@ _PROBLEM_OPTIONS = [
 ]  # fmt: skip
 
 
-def problem_options(command: Callable) -> Callable:
+def problem_options(command: Command) -> Command:
     for option in reversed(_PROBLEM_OPTIONS):
         command = option(command)
     return command

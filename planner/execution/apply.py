@@ -79,7 +79,8 @@ class PlannedModule(View):
             _check_covers(fit.schedule, chain)
             check_away(fit.schedule, self.liveness)
 
-    @torch.compiler.disable  # a compiled model around it breaks its graph here, and nowhere else
+    # A compiled model around it breaks its graph here, and nowhere else.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
     ) -> tuple[Tensor, ...]:
@@ -88,7 +89,7 @@ class PlannedModule(View):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         fit = self.fits.find(self.stack, shapes)
         pads = self.fits.other_shapes == "pad" and fit.shapes not in (None, shapes)
-        if pads:
+        if pads and fit.shapes is not None:
             arguments = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
             state, constants = self.stack.prepare(**padded(self.stack, arguments, fit.shapes))
             del arguments
@@ -174,4 +175,6 @@ def _advance(tape: Tape, step: Step, action: Action, *read: Tensor) -> Tensor:
     how = action.run.strategy, action.recorded
     if not met.differentiable:
         return tape.run(step, *how, step.named(read))
-    return _StepNode.apply(tape, step, *how, *read, *met.parameters.trained.values())
+    trained = met.parameters.trained.values()
+    new: Tensor = _StepNode.apply(tape, step, *how, *read, *trained)  # type: ignore[no-untyped-call]
+    return new

@@ -139,7 +139,7 @@ def padded(model: Plannable, given: Mapping[str, Tensor], shapes: Shapes) -> dic
     Raises:
         ValueError: the model has no masks.
     """
-    masks: Mapping[str, str] = model.config.masks  # type: ignore[assignment, union-attr]
+    masks = model.config.masks
     if set(shapes) - set(masks.values()):
         raise ValueError("this model has no masks to hide padding behind; use other_shapes='clip' or 'plan'")
     tensors = {}

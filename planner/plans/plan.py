@@ -15,7 +15,7 @@ from evoplan.planner.problems.prediction import Bytes, Prediction, Seconds
 from evoplan.planner.problems.problem import Name, Problem
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, allow_depth, depth
 
-SCHEMA = 2  # 1 did not name the model's family
+SCHEMA: Literal[2] = 2  # 1 did not name the model's family
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
 
 

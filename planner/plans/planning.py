@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from evoplan.planner.problems.costing import (
 )
 from evoplan.planner.problems.digest import model_digest
 from evoplan.planner.problems.prediction import Prediction
-from evoplan.planner.problems.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Problem
+from evoplan.planner.problems.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Mode, Optimizer, Problem
 from evoplan.planner.problems.timing import Times, cost_with_times
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence, shortened
@@ -93,6 +94,7 @@ def _fitting(costed: Costed, find: Solver) -> tuple[Sequence, tuple[int, ...], b
             least = max(peaks)
             if budget is not None and least <= budget:
                 return schedule, peaks, False
+        assert budget is not None  # without one everything fits
         end = "the loss" if error.phase == "loss" else "the end"
         step = end if error.step is None else costed_step_name(costed, error.step)
         raise NoPlanError(
@@ -200,7 +202,7 @@ def predict_baselines(costed: Costed, chain_budget: int | None) -> dict[str, Pre
     return {name: costed.predict(schedule) for name, schedule in found.items()}
 
 
-def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict:
+def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict[str, Any]:
     """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
 
     Args:
@@ -217,7 +219,7 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
             "step_seconds": predicted.step_seconds,
         }
 
-    points = []
+    points: list[dict[str, float]] = []
     for budget in frontier.budgets(count):
         progress(f"budget {len(points) + 1}")
         points.append(point(budget, frontier.schedule(budget)))
@@ -272,8 +274,8 @@ def make_plan(
     budget: str | int | None = None,
     *,
     device: str = "cpu",
-    mode: str = "training",
-    optimizer: str = "adamw",
+    mode: Mode = "training",
+    optimizer: Optimizer = "adamw",
     ranks: int = 1,
     solver: str = "dp",
     times: Times = "auto",

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoplan.cost_model.costs import CostTable, Loss, build_cost_table
+from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import Device, device
 from evoplan.cost_model.local import local_cuda
+from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.roofline import reduction_seconds
 from evoplan.cost_model.static import static_bytes
 from evoplan.cost_model.times import Roofline, TimeSource

@@ -58,7 +58,7 @@ def _config_of(value: Any) -> ModelConfig:
 
 
 def _config_to_json(config: ModelConfig) -> dict[str, Any]:
-    return {"family": family_of(config).name, **asdict(config)}  # type: ignore[call-overload]
+    return {"family": family_of(config).name, **asdict(config)}
 
 
 class Given(BaseModel):
@@ -210,16 +210,17 @@ def shape_for_alignment(
         ValueError: it is no alignment, or the clusters leave nothing for a trunk's extra stack.
     """
     found = alignment_shape(msa, skip_bad, report)
+    rows = found.rows()
     if preset_shape.n_seq is None:
         return replace(preset_shape, n_res=found.n_res)
     if preset_shape.n_extra is None:
-        return replace(preset_shape, n_seq=min(n_seq or found.n_seq, found.n_seq), n_res=found.n_res)
-    clusters = min(n_seq or preset_shape.n_seq, found.n_seq)
-    left = found.n_seq - clusters
+        return replace(preset_shape, n_seq=min(n_seq or rows, rows), n_res=found.n_res)
+    clusters = min(n_seq or preset_shape.n_seq, rows)
+    left = rows - clusters
     if left == 0:
-        do = f"give --n-seq below {found.n_seq}" if found.n_seq > 1 else "plan for a model without one"
+        do = f"give --n-seq below {rows}" if rows > 1 else "plan for a model without one"
         raise ValueError(
-            f"{msa}: all {found.n_seq} sequences are cluster centres, none is left for the extra stack; {do}"
+            f"{msa}: all {rows} sequences are cluster centres, none is left for the extra stack; {do}"
         )
     return replace(
         preset_shape, n_seq=clusters, n_res=found.n_res, n_extra=min(n_extra or preset_shape.n_extra, left)

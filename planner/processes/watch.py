@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from evoplan.planner.sizes import format_seconds
 
@@ -162,7 +162,7 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """End the watch; the run has gone well."""
         self._stopped = True
-        self.store.set(f"done/{self.rank}", b"1")
+        self.store.set(f"done/{self.rank}", "1")
         self._wake()
         self.join()
         signal.set_wakeup_fd(self._previous_wakeup)
@@ -219,7 +219,7 @@ class Watch(threading.Thread):
     def _conclude(self, alarm: str) -> NoReturn:
         """Answer the alarm, find out who ended the run, say so, and end this process."""
         self.store.compare_set("alarm", "", alarm)
-        self.store.set(f"here/{self.rank}", b"1")
+        self.store.set(f"here/{self.rank}", "1")
         self.know()
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
@@ -256,7 +256,7 @@ class Watch(threading.Thread):
             sys.stdout.flush()
             if line is not None:
                 print(f"evoplan: {' '.join(line.split())}", file=sys.stderr, flush=True)
-                self.store.set("said", b"1")
+                self.store.set("said", "1")
         os._exit(code)  # the main thread may never return
 
 

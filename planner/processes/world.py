@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from evoplan.planner.errors import CommonError, RunError
@@ -51,7 +52,7 @@ class World:
         self.timeout = timeout
         self.mesh: DeviceMesh | None = None
         self.watch: Watch | None = None
-        self.store: dist.Store | None = None
+        self.store: Store | None = None
         self.holds_store = False
         self.device = torch.device("cpu")
         self.works: list[dist.Work] = []
@@ -88,8 +89,8 @@ class World:
         # A restart by torchrun meets the keys of the run before.
         prefix = f"evoplan {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         try:
-            self.store = dist.PrefixStore(prefix, _client(self.timeout, self.holds_store))
-            watched = dist.PrefixStore(prefix, _client(self.timeout))
+            self.store = PrefixStore(prefix, _client(self.timeout, self.holds_store))
+            watched = PrefixStore(prefix, _client(self.timeout))
         except dist.DistError as error:
             raise ValueError(f"{first_line(error)}; start all ranks with torchrun") from None
         self.watch = Watch(watched, self.rank, self.size, self.timeout)
@@ -108,7 +109,7 @@ class World:
         assert self.watch is not None
         for what, value in identity.items():
             self.store.set(f"identity/{self.rank}/{what}", value)
-        self.store.set(f"joined/{self.rank}", b"1")
+        self.store.set(f"joined/{self.rank}", "1")
         waiting = [f"joined/{rank}" for rank in range(self.size)]
         try:
             self.store.wait(waiting, timedelta(seconds=self.timeout))
@@ -272,12 +273,12 @@ def _number(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _client(timeout: float, holds: bool = False) -> dist.Store:
+def _client(timeout: float, holds: bool = False) -> Store:
     """A connection to the launcher's store, or the store itself."""
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", 29500)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dist.TCPStore(
+        return TCPStore(
             host, port, is_master=holds, timeout=timedelta(seconds=timeout), wait_for_workers=False
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -281,7 +281,7 @@ def print_rank_verifications(results: list[Verification], console: Console) -> N
     console.print(table)
 
 
-def print_sweep(document: dict, console: Console) -> None:
+def print_sweep(document: dict[str, Any], console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
     table = new_table("frontier", "", "peak", "step time")
     points = document["points"]
@@ -293,7 +293,7 @@ def print_sweep(document: dict, console: Console) -> None:
     console.print(table)
 
 
-def print_ranks(ranks: list[dict], plan: Plan, kind: str, console: Console) -> None:
+def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Console) -> None:
     """Predicted beside measured of each rank that ran a plan."""
     seconds = f"{format_seconds(plan.predicted.step_seconds)} ({plan.costs['time']})"
     budget = plan.problem.budget_bytes

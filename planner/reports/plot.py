@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from evoplan.planner.files import picture_format, write_atomically
 
+__all__ = ["plot_sweep", "plt", "save_figure"]
+
 GIB = 2**30
 
 

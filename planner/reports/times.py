@@ -27,16 +27,17 @@ def print_profile(measured: list[Measurement], calibration: Calibration, console
         "kept",
         "roofline",
     )
-    shown: dict[str, list[Measurement]] = {}
+    shown: dict[str, list[tuple[Measurement, Timing]]] = {}
     for row in measured:
         if row.timing is not None:
-            shown.setdefault(kind_of(row.step.name), []).append(row)
+            shown.setdefault(kind_of(row.step.name), []).append((row, row.timing))
     for name, rows in shown.items():
-        rows.sort(key=lambda row: _total(row.timing))
-        whole = [row for row in rows if str(row.strategy) == "whole"]
-        for row in dict.fromkeys([*rows[:4], *whole]):
-            timing, cost = row.timing, row.cost
-            predicted = cost and (cost.forward_seconds + cost.backward_seconds or cost.discard_seconds)
+        rows.sort(key=lambda timed: _total(timed[1]))
+        whole = [timed for timed in rows if str(timed[0].strategy) == "whole"]
+        for row, timing in dict.fromkeys([*rows[:4], *whole]):
+            predicted = None
+            if (cost := row.cost) is not None:
+                predicted = cost.forward_seconds + cost.backward_seconds or cost.discard_seconds
             table.add_row(
                 name,
                 str(row.strategy),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 from evoplan.cost_model import measure
 from evoplan.model.build import program_type
 from evoplan.model.data.alignment import Alignment
+from evoplan.model.data.batch import Batch
 from evoplan.planner.checking.trial import available_bytes, kind_here
 from evoplan.planner.checking.verify import PEAK_TOLERANCE
 from evoplan.planner.errors import CommonError, RunError
@@ -67,7 +69,7 @@ def _digest(path: str) -> str:
         return "no file"  # whoever reads it says so
 
 
-def run_plan(plan: Plan, settings: Settings, console: Console, world: World | None = None) -> dict:
+def run_plan(plan: Plan, settings: Settings, console: Console, world: World | None = None) -> dict[str, Any]:
     """Run the steps; the first rank prints each. Returns what was predicted and measured.
 
     Raises:
@@ -103,7 +105,7 @@ def _train(
     snapshots: Snapshots | None,
     alignment: Alignment,
     console: Console,
-) -> dict:
+) -> dict[str, Any]:
     """The steps, from the newest snapshot on, and what came out."""
     problem, world = plan.problem, training.world
     kind = world.device.type
@@ -124,7 +126,7 @@ def _train(
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         parts: list[float] = []
 
-        def step(batch: dict = batch, number: int = number, parts: list[float] = parts) -> None:
+        def step(batch: Batch = batch, number: int = number, parts: list[float] = parts) -> None:
             parts.append(training.step(batch, dropout_seed(settings.seed, number)))
 
         if index == measured_at:

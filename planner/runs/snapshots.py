@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from evoplan.planner.errors import CommonError, RunError
 from evoplan.planner.files import lock_folder, make_folder, write_json
@@ -75,7 +78,8 @@ class Snapshots:
     def newest(self) -> int:
         """Steps that the newest complete snapshot has seen; 0 where there is none."""
         steps = self._steps() if self.world.first else []
-        return self.world.gathered_objects(max(steps, default=0))[0]
+        newest: int = self.world.gathered_objects(max(steps, default=0))[0]
+        return newest
 
     def save(self, step: int, training: Trained, notes: Mapping[str, Any] | None = None) -> None:
         """Write a snapshot after `step` steps; RunError where they led nowhere.
@@ -86,9 +90,7 @@ class Snapshots:
         if not training.finite():
             raise RunError(f"parameters are not finite after step {step}; try a smaller --learning-rate")
         unfinished = self.folder / f"{_UNFINISHED}{step}"
-        _on_disk(
-            unfinished, lambda: dcp.save(_tensors(training), checkpoint_id=unfinished, no_dist=self._alone)
-        )
+        _on_disk(unfinished, lambda: save(_tensors(training), checkpoint_id=unfinished, no_dist=self._alone))
         if not self.world.first:
             return
         write_json(unfinished / _ABOUT, {**self.about, "step": step, "notes": notes})
@@ -119,14 +121,16 @@ class Snapshots:
                 )
         tensors = _tensors(training)
         with _whole(path):
-            found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            found = FileSystemReader(path).read_metadata().state_dict_metadata
             # A fresh optimizer has no states yet.
             for key, stored in found.items():
                 if key not in tensors:
+                    if not isinstance(stored, TensorStorageMetadata):
+                        raise TypeError(f"{key} is no tensor")
                     tensors[key] = torch.empty(
                         stored.size, dtype=stored.properties.dtype, device=self.world.device
                     )
-            _on_disk(path, lambda: dcp.load(tensors, checkpoint_id=path, no_dist=self._alone))
+            _on_disk(path, lambda: load(tensors, checkpoint_id=path, no_dist=self._alone))
         if training.optimizer is not None:
             for name, parameter in training.parameters.items():
                 prefix = f"optimizer/{name}/"

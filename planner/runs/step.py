@@ -12,6 +12,7 @@ from evoplan.cost_model.trace import Casting, casting_of, fake_copy
 from evoplan.model.build import build_model, program_type
 from evoplan.model.data.batch import Batch
 from evoplan.model.programs.program import Part
+from evoplan.model.running.chain import Plannable
 from evoplan.model.sharing.parallel import ParallelEvoformer
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.plans.plan import Plan
@@ -47,9 +48,11 @@ def run_step(
         casting: what forward runs under, and backward does not.
         scaler: of the loss, whose gradients half precision would lose.
     """
+    loss: Tensor
     if not training:
         with torch.no_grad(), casting():
-            return program(batch, *share)
+            loss = program(batch, *share)
+        return loss
     for parameter in program.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
@@ -75,13 +78,14 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
         plain = program_type(problem.config)(problem.config, build_model(problem.config))
     with simulated(where) as trace:
         model = fake_copy(plain, dtype).train(problem.training)
-        share = planned_model(problem, rank, model.stack)
-        model.stack = PlannedModule(share, plan.sequence(), host=FakeHost)
+        assert isinstance(model.stack, Plannable)  # a copy of the one that was built
+        planned = PlannedModule(planned_model(problem, rank, model.stack), plan.sequence(), host=FakeHost)
+        model.stack = planned
         batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         for parameter in model.parameters() if problem.training else ():
             parameter.grad = torch.zeros_like(parameter)
         before = trace.live_bytes
         trace.reset()
         casting = casting_of(where.kind, problem.autocast)
-        run_step(model, batch, problem.training, 0, share_of(model.stack), casting)
+        run_step(model, batch, problem.training, 0, share_of(planned), casting)
         return trace.peak_bytes - before

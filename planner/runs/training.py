@@ -102,7 +102,7 @@ class Training:
 
     def checksum(self) -> int:
         """Of the parameters' bits: equal on ranks that are in step."""
-        total = 0
+        total: int | torch.Tensor = 0
         for index, parameter in enumerate(self.parameters.values(), start=1):
             bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
             total = total + index * bits.sum(dtype=torch.int64)  # stays on the device
@@ -147,7 +147,7 @@ def dropout_seed(seed: int, number: int) -> int:
 
 
 # Not annotated: DDP reads annotations, and those of this file are texts.
-def _sum_of_ranks_mean_of_replicas(world, bucket):
+def _sum_of_ranks_mean_of_replicas(world, bucket):  # type: ignore[no-untyped-def]
     # Where no gradient came, DDP would leave none; the optimizer is to see zeros, as it does in one process.
     for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
         if parameter.grad is None:

@@ -161,8 +161,10 @@ class _Machine:
     def infer(self, schedule: Sequence, state: dict[str, Version]) -> None:
         for run, put, take in moves(schedule):
             step = None if run is None else run.step
-            for phase, names, sign in (("to host", put, -1), ("from host", take, 1)):
+            copies: list[tuple[Phase, Iterable[str], int]] = [("to host", put, -1), ("from host", take, 1)]
+            for phase, names, sign in copies:
                 if names:
+                    assert self.table.host_bandwidth is not None  # as `replay` has seen to
                     moved = sum(self.table.state_bytes[name] for name in names)
                     seconds = moved / self.table.host_bandwidth
                     self.moment(phase, step, max(0, sign * moved), seconds)

@@ -81,7 +81,8 @@ def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
     twice = np.concatenate([[0.0], np.cumsum(np.add(forward, again))])
 
     def checkpoint(start: int, stop: int, kept: float) -> Times:
-        return twice[stop] - twice[start] - again[stop - 1] + last[stop - 1] + prices * kept
+        seconds: float = twice[stop] - twice[start] - again[stop - 1] + last[stop - 1]
+        return seconds + prices * kept
 
     over_groups = SegmentCosts(costs)
     best = [np.full(len(prices), np.inf) for _ in range(len(rows) + 1)]
@@ -97,8 +98,8 @@ def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
                     found.append(best[stop] + checkpoint(step, stop, kept))
             best[step] = np.min(found, axis=0)
         if max_depth != 0:
-            kept = over_groups.kept(number, len(groups), FIRST)
-            for stop, exit_bytes in zip(ends[number + 1 :], kept[1:], strict=True):
+            exits = over_groups.kept(number, len(groups), FIRST)
+            for stop, exit_bytes in zip(ends[number + 1 :], exits[1:], strict=True):
                 np.minimum(
                     best[group.start], best[stop] + checkpoint(group.start, stop, exit_bytes),
                     out=best[group.start],

@@ -184,7 +184,8 @@ def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
     model.add_exactly_one(last)
     covered = sum(covers(item) * n for n, item in zip(counts, body, strict=True))
     model.add(covered + sum(covers(i) * x for x, i in zip(last, final, strict=True)) == len(groups))
-    held, row, spare = 0, 0, None
+    held: cp_model.LinearExpr | int = 0
+    row: cp_model.LinearExpr | int = 0
     for number, (n, item) in enumerate(zip(counts, body, strict=True)):
         row += item.kept * n
         spare = item.need - item.kept

@@ -65,7 +65,7 @@ class Choice:
         if memory < self.need:
             return np.inf
         addend = self.seconds if self.addend is None else self.addend[memory]
-        return then[memory - self.preserved] + addend
+        return float(then[memory - self.preserved] + addend)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Program:
     @property
     def times(self) -> Times:
         """Least seconds of the whole chain, by budget in grid units."""
-        return self._first.rows[0]
+        return self._first.row(0)
 
     @property
     def nbytes(self) -> int:
@@ -201,11 +201,11 @@ class Program:
 
     def first_of(self, group: int) -> Times:
         """Least times of the first pass from a group on."""
-        return self._first.rows[group]
+        return self._first.row(group)
 
     def redo_of(self, group: int, end: int, depth: Depth) -> Times:
         """Least times of a redo of whole groups."""
-        return self._redo[depth].rows[self._numbers[group, end]]
+        return self._redo[depth].row(int(self._numbers[group, end]))
 
     def _solve_redo(self, depth: Depth) -> None:
         done: set[int] = set()
@@ -239,7 +239,7 @@ class Program:
         done[self.costs.units(self.table.loss_bytes) :] = 0.0
         self._first.fill(len(groups), done)
         for group in reversed(range(len(groups))):
-            after, size = self._first.rows[group + 1], len(groups[group])
+            after, size = self._first.row(group + 1), len(groups[group])
             best = self.through(group, size, after, FIRST, False, self.max_depth)[0]
             segments = self.first_segments(group)
             if segments is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
 from evoplan.model.running.strategy import Strategy
 
+Made = TypeVar("Made")
 Times = NDArray[np.float64]  # seconds by memory left, in grid units; inf where it does not fit
 
 
@@ -61,7 +62,7 @@ class GridCosts:
         self.kinds = group_kinds(table)
         self._state_units = {name: self.units(size) for name, size in table.state_bytes.items()}
         self._outputs = set(self.liveness.outputs)
-        self._cache: dict[tuple, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def units(self, size_bytes: int) -> int:
         """Grid units for so many bytes."""
@@ -85,11 +86,12 @@ class GridCosts:
             ("redo", position), lambda: Pass(True, self.state_units(self.liveness.alive(position)))
         )
 
-    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """The value made once for this key."""
         if key not in self._cache:
             self._cache[key] = make()
-        return self._cache[key]
+        value: Made = self._cache[key]
+        return value
 
     def recorded(self, step: int, which: Pass, ends_redo: bool) -> list[Recorded]:
         """The undominated strategies of a recorded step; `ends_redo` where nobody reads its target."""
@@ -196,7 +198,7 @@ def unit_bytes(span: int, units: int, table: CostTable) -> int:
 def group_kinds(table: CostTable) -> list[int]:
     """A number for each group, equal where groups cost the same on a redo."""
     alive = [tuple(v.tensor for v in table.liveness.alive(i)) for i in range(len(table.options) + 1)]
-    numbers: dict[tuple, int] = {}
+    numbers: dict[Hashable, int] = {}
     return [
         numbers.setdefault(
             (

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
 from evoplan.planner.solvers.segments import SegmentCosts
@@ -44,10 +45,9 @@ class ItemMaker:
     def recorded(self, step: int) -> list[Item]:
         """A step on its own, recorded on the first pass."""
         return [
-            Item(step, step + 1, row.need, row.preserved, row.seconds,
-                 lambda at, strategy=row.strategy: (Run(at, strategy),))
+            Item(step, step + 1, row.need, row.preserved, row.seconds, partial(_alone, row.strategy))
             for row in self.costs.recorded(step, FIRST, False)
-        ]  # fmt: skip
+        ]
 
     def redo(self, start: int, stop: int) -> list[Times]:
         """Least seconds to run the rest of start..stop again, recorded step by step, from each step on."""
@@ -103,10 +103,16 @@ class ItemMaker:
         if self.costs.optimistic:  # of the needs that were left out, the time of the largest
             seconds = times[np.concatenate([needs[1:] - 1, [len(times) - 1]])] if len(needs) else seconds
         return [
-            Item(start, stop, int(need), kept, float(took),
-                 lambda at, need=int(need): (self.body(at, at + length, need),))
+            Item(start, stop, int(need), kept, float(took), partial(self._only_body, length, int(need)))
             for need, took in zip(needs, seconds, strict=True)
-        ]  # fmt: skip
+        ]
+
+    def _only_body(self, length: int, memory: int, at: int) -> Parts:
+        return (self.body(at, at + length, memory),)
+
+
+def _alone(strategy: Strategy, at: int) -> Parts:
+    return (Run(at, strategy),)
 
 
 class GroupTable:
@@ -141,7 +147,7 @@ class GroupTable:
                 choices.append((stop, kept, kept, self._arrays[at, stop]))
         return choices
 
-    def _relax(self, best: NDArray, then: NDArray, need: int, kept: int, seconds: Times | float) -> None:
+    def _relax(self, best: Times, then: Times, need: int, kept: int, seconds: Times | float) -> None:
         size = len(best)
         if need >= size:
             return
@@ -156,7 +162,7 @@ class GroupTable:
         faster &= table < np.pad(table[:, :-1], ((0, 0), (1, 0)), constant_values=np.inf)
         return [
             Item(self.steps.start, self.steps.stop, int(need), int(kept), float(table[need, kept]),
-                 lambda at, need=int(need), kept=int(kept): self.parts(at, need, kept))
+                 partial(self.parts, memory=int(need), kept=int(kept)))
             for need, kept in zip(*np.nonzero(faster), strict=True)
         ]  # fmt: skip
 

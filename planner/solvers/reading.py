@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
@@ -19,18 +20,20 @@ class Reader:
     """Schedules of one program whose costs are not rounded down."""
 
     program: Program
-    _ways: dict[tuple, list[Times]] = field(default_factory=dict, repr=False)
+    _ways: dict[Hashable, list[Times]] = field(default_factory=dict, repr=False)
 
     def schedule(self, memory: int) -> Sequence:
         """The fastest schedule within `memory` grid units, where the program's `times` are finite."""
-        program, parts, group = self.program, [], 0
+        parts: Parts = []
+        program, group = self.program, 0
         while group < len(program.table.groups):
             segments, after = program.first_segments(group), program.first_of(group + 1)
             group, memory = self._take(parts, group, memory, after, segments, FIRST, program.max_depth)
         return Sequence(tuple(parts))
 
     def _redo_body(self, group: int, end: int, memory: int, depth: Depth) -> Sequence:
-        program, parts = self.program, []
+        parts: Parts = []
+        program = self.program
         while group < end - 1:
             segments, after = program.redo_segments(group, end, depth), program.redo_of(group + 1, end, depth)
             which = program.redo_pass(end - 1, len(program.table.groups[end - 1]))

@@ -49,7 +49,7 @@ class SeedProgram:
     @cached_property
     def options(self) -> list[tuple[Option, ...]]:
         """Of each step; equal steps share one tuple."""
-        made: dict[tuple, tuple[Option, ...]] = {}
+        made: dict[tuple[int, int, int], tuple[Option, ...]] = {}
         chosen = []
         for step, costs in enumerate(self.table.options):
             new = self.table.state_bytes[self.table.targets[step]]

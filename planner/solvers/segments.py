@@ -32,6 +32,11 @@ class TimesTable:
         self.samples[row] = times[self.points]
         self.shifted[row] = self.at(row, self.points - self.shift)
 
+    def row(self, number: int) -> Times:
+        """A row, which may be written into."""
+        times: Times = self.rows[number]
+        return times
+
     def at(self, row: int, memory: Integers) -> Times:
         """Times with so much memory left; infinite where it is negative."""
         return np.where(memory < 0, np.inf, self.rows[row, np.maximum(memory, 0)])
@@ -61,8 +66,9 @@ class Segments:
     def at(self, memory: int) -> Times:
         """The time of each with so much memory left."""
         left = memory - self.kept
-        times = np.where(left < 0, np.inf, self.after.rows[self.after_rows, np.maximum(left, 0)])
-        return times + self.twice.rows[self.twice_rows, memory]
+        times: Times = np.where(left < 0, np.inf, self.after.rows[self.after_rows, np.maximum(left, 0)])
+        times += self.twice.rows[self.twice_rows, memory]
+        return times
 
     def relax(self, best: Times) -> None:
         """Lower `best` wherever one of them is faster."""
@@ -102,7 +108,7 @@ class SegmentCosts:
     def __init__(self, costs: GridCosts) -> None:
         self.costs, table = costs, costs.table
         self._writes = [frozenset(table.targets[step] for step in group) for group in table.groups]
-        self._passes: dict[tuple, Times] = {}
+        self._passes: dict[tuple[int, frozenset[str], Pass], Times] = {}
         # For each boundary between groups and each state tensor that is alive there: who made it.
         positions = [0, *(group.stop for group in table.groups)]
         names = list(table.state_bytes)
@@ -121,7 +127,8 @@ class SegmentCosts:
         held = self._makers[ends] >= self.costs.table.groups[group].start
         if not which.redo:
             held = held & ~self._is_output[ends]
-        return held @ self._units
+        units: Integers = held @ self._units
+        return units
 
     def discard_pass(self, group: int, end: int, which: Pass) -> Times:
         """Least time of a discarding pass over whole groups."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Chunk(InPieces):
 
 def chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place: bool) -> Tensor:
     """The new target, chunk by chunk; call without autograd."""
-    axis = submodule.axis(strategy.axis)
+    axis = submodule.axis_of(IndependentAxis, strategy.axis)
     target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
     new = buffer(tensors[target], in_place)
@@ -63,7 +64,7 @@ def chunked_vjp(
     submodule: Submodule, strategy: Strategy, tensors: Tensors, grad: Tensor, gradients: Gradients
 ) -> None:
     """Recompute and differentiate chunk by chunk; the gradients are added up in `gradients`."""
-    axis = submodule.axis(strategy.axis)
+    axis = submodule.axis_of(IndependentAxis, strategy.axis)
     target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
     inputs = pick(tensors, (*submodule.piece_inputs, *submodule.finish_inputs, "dropout"))
@@ -81,6 +82,9 @@ def chunked_vjp(
         gradients.add_slices(grads, cuts, span)
         return grads.get("context")
 
+    def part_of_context(piece: Tensors, leaves: Tensors) -> Tensor:
+        return submodule.sliced_context({**piece, **leaves})
+
     context_grad: Tensor | None = None
     for span in _clipped_spans(grad.shape[cuts[target]], strategy.n):
         context_grad = add(context_grad, one_piece(span))
@@ -93,7 +97,7 @@ def chunked_vjp(
     for span in _context_spans(submodule, strategy.n, tensors):
         piece = cut(inputs, submodule.context_cuts, span)
         grads = gradients.differentiate(
-            lambda x, piece=piece: submodule.sliced_context({**piece, **x}),
+            partial(part_of_context, piece),
             gradients.wanted(piece),
             view(context_grad, submodule.context_dim, span).contiguous(),
         )

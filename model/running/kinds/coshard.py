@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_pla
     Raises:
         AlteredLayerError: one of its layers has been replaced or has hooks.
     """
-    axis = submodule.axis(strategy.axis)
+    axis = submodule.axis_of(ReductionAxis, strategy.axis)
     cuts = cuts_of(submodule, submodule.rows)
     target, dim = tensors[submodule.target], cuts[submodule.target]
     update = _reduced(submodule, axis, strategy.n, _normalised_inputs(submodule, tensors))
@@ -92,7 +93,7 @@ def cosharded_vjp(
     submodule: Submodule, strategy: Strategy, tensors: Tensors, grad: Tensor, gradients: Gradients
 ) -> None:
     """Recompute and differentiate share by share; the gradients are added up in `gradients`."""
-    axis = submodule.axis(strategy.axis)
+    axis = submodule.axis_of(ReductionAxis, strategy.axis)
     cuts = cuts_of(submodule, submodule.rows)
     dim = cuts[submodule.target]
     x = _normalised_inputs(submodule, tensors)
@@ -110,7 +111,15 @@ def cosharded_vjp(
             grad_rows,
         )
         gradients.add_slices(grads, cuts, span)
-        return grads["update"]
+        of_update = grads["update"]
+        assert of_update is not None  # every finish reads it
+        return of_update
+
+    def share(part: slice, leaves: Tensors) -> Tensor:
+        return _partial(submodule, {**x, **leaves}, part)
+
+    def normalised(name: str, leaves: Tensors) -> Tensor:
+        return submodule.normalised(leaves, (name,))[name]
 
     update_grad: Tensor | None = None
     for span in _row_spans(grad, dim, strategy.n):
@@ -120,12 +129,13 @@ def cosharded_vjp(
         view(update_grad, dim, span).copy_(rows)
         del rows
     update = None
+    assert update_grad is not None  # there are rows
 
     state = [name for name in x if name in submodule.reads and gradients.reach(name)]
     x_grads: dict[str, Tensor] = {}
     for part in spans(axis.size, strategy.n):
         grads = gradients.differentiate(
-            lambda leaves, part=part: _partial(submodule, {**x, **leaves}, part),
+            partial(share, part),
             pick(x, state),
             update_grad[..., part].contiguous() if axis.concatenate else update_grad,
         )
@@ -139,7 +149,7 @@ def cosharded_vjp(
         dim = cuts[name]
         for span in _row_spans(tensors[name], dim, strategy.n):
             grads = gradients.differentiate(
-                lambda leaves, name=name: submodule.normalised(leaves, (name,))[name],
+                partial(normalised, name),
                 {name: view(tensors[name], dim, span).contiguous()},
                 view(x_grads[name], dim, span),
             )
@@ -169,14 +179,14 @@ def _reduced(submodule: Submodule, axis: ReductionAxis, n: int, x: Tensors) -> T
     """The sum (or concatenation) of all partial updates."""
     total: Tensor | None = None
     for part in spans(axis.size, n):
-        partial = _partial(submodule, x, part)
+        share = _partial(submodule, x, part)
         if axis.concatenate:
             if total is None:
-                total = partial.new_empty((*partial.shape[:-1], axis.size))
-            total[..., part] = partial
+                total = share.new_empty((*share.shape[:-1], axis.size))
+            total[..., part] = share
         else:
-            total = add(total, partial)
-        del partial
+            total = add(total, share)
+        del share
     assert total is not None
     return total
 
