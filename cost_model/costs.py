@@ -11,8 +11,9 @@ from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies
-from evoplan.cost_model.times import MissingTimesError, Roofline, TimeSource
-from evoplan.cost_model.tracing import Given, Here, Tracer, prepared
+from evoplan.cost_model.times import Roofline, TimeSource
+from evoplan.cost_model.times_cache import MissingTimesError
+from evoplan.cost_model.tracing import Given, Here, Specs, Tracer, prepared
 from evoplan.model.running.chain import Chain, Plannable, Step
 from evoplan.model.running.kernels import kernels_for
 from evoplan.model.running.kinds import WHOLE
@@ -87,7 +88,6 @@ def build_cost_table(
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
-
     Args:
         model: its parameters may be on the meta device. One rank's share of a model costs what that rank's
             part does: no shard is longer than the first rank's.
@@ -104,36 +104,21 @@ def build_cost_table(
         MissingTimesError: some step has no time under any strategy.
         ValueError: the loss cannot be traced; says why.
     """
-    times = times or Roofline(device, dtype)
-    tracer = Tracer(device, dtype, training, autocast)
+    tracer, chain = Tracer(device, dtype, training, autocast), Chain.of(model)
     state, constants, input_bytes = prepared(model, shapes, dtype, device, given or {})
-    largest = {name: spec.nbytes for name, spec in state.items()}
-    chain = Chain.of(model)
-    step_reads = tuple(step.reads for step in chain.steps)
-    liveness = Liveness(step_reads, chain.outputs)
-    known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
+    sizes = {name: [spec.nbytes] for name, spec in state.items()}  # ranks' shards may change theirs
+
+    def timed(step: Step, offered: Sequence[Strategy], here: Here) -> tuple[StepCost, ...]:
+        progress(step.name)
+        source = times or Roofline(device, dtype)
+        return tuple(_timed(tracer.step(step), offered, here, tracer, source, strategies is None))
+
+    offer = strategies or partial(_offered, device, training)
     options = []
-    for step in chain.steps:
-        # What is live is so in the layout of the moment: ranks may share the state one way or another.
-        here = Here(
-            dict(state),
-            {name: constants[name] for name in map(step.name_of, step.submodule.constants)},
-            tuple(version.tensor for version in liveness.alive(step.index + 1)),
-            not training and liveness.owns_target(step.index),
-        )
-        target = state[step.target]
-        offered = tuple((strategies or partial(_offered, device, training))(step, target.shape))
-        key = step.submodule.signature(), step.reads, offered, repr(here)
-        if key not in known:
-            progress(step.name)
-            step = tracer.step(step)
-            known[key] = tuple(_timed(step, offered, here, tracer, times, strategies is None))
-        options.append(known[key])
-        new_shape = step.submodule.new_shape(target.shape)
-        if new_shape != target.shape:
-            state[step.target] = new = TensorSpec.dense(new_shape, target.dtype)
-            largest[step.target] = max(largest[step.target], new.nbytes)
-    state_bytes = {name: device.in_blocks(size) for name, size in largest.items()}
+    for costs, target, changed in _walked(chain, state, constants, training, offer, timed):
+        options.append(costs)
+        sizes[target].append(changed.nbytes)
+    state_bytes = {name: device.in_blocks(max(found)) for name, found in sizes.items()}
     # mean_square makes the gradients and nothing else.
     loss_bytes = sum(state_bytes[name] for name in chain.outputs)
     loss_bytes += LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES)
@@ -141,7 +126,7 @@ def build_cost_table(
         loss_bytes = max(loss_bytes, tracer.loss_bytes(loss, model, state))
     return CostTable(
         options=tuple(options),
-        step_reads=step_reads,
+        step_reads=tuple(step.reads for step in chain.steps),
         groups=chain.groups,
         state_bytes=state_bytes,
         loss_bytes=loss_bytes,
@@ -151,6 +136,40 @@ def build_cost_table(
         input_bytes=input_bytes,
         host_bandwidth=device.host_bandwidth,
     )
+
+
+def _walked(
+    chain: Chain,
+    state: Specs,
+    constants: Specs,
+    training: bool,
+    offer: Callable[[Step, Sequence[int]], Sequence[Strategy]],
+    timed: Callable[[Step, Sequence[Strategy], Here], tuple[StepCost, ...]],
+) -> Iterator[tuple[tuple[StepCost, ...], str, TensorSpec]]:
+    """Each step's costs, its target and what that is after it; equal steps are costed once.
+
+    Args:
+        state: that the chain starts from; the one that it ends with, afterwards.
+    """
+    liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
+    known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
+    for step in chain.steps:
+        # What is live is so in the layout of the moment: ranks may share the state one way or another.
+        here = Here(
+            dict(state),
+            {name: constants[name] for name in map(step.name_of, step.submodule.constants)},
+            tuple(version.tensor for version in liveness.alive(step.index + 1)),
+            not training and liveness.owns_target(step.index),
+        )
+        target = state[step.target]
+        offered = tuple(offer(step, target.shape))
+        key = step.submodule.signature(), step.reads, offered, repr(here)
+        if key not in known:
+            known[key] = timed(step, offered, here)
+        new_shape = step.submodule.new_shape(target.shape)
+        if new_shape != target.shape:
+            state[step.target] = TensorSpec.dense(new_shape, target.dtype)
+        yield known[key], step.target, state[step.target]
 
 
 def _offered(device: Device, training: bool, step: Step, shape: Sequence[int]) -> list[Strategy]:

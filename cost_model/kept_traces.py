@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from evoplan.cost_model.machine import caches_folder, local_name
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.times import caches_folder, local_name
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.strategy import Strategy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model import measure
-from evoplan.cost_model.times import MeasuredBytes, Timing
+from evoplan.cost_model.times_cache import MeasuredBytes, Timing
 from evoplan.cost_model.trace import Casting
 from evoplan.model.running.chain import Step
 from evoplan.model.running.execution import record, run_discarded

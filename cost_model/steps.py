@@ -130,10 +130,7 @@ def trace_step(
         forward_bytes, forward_work = discard_bytes, discard_work
     preserved_bytes = trace.live_bytes - base - loss_bytes + kept_bytes
 
-    gradients = {name: torch.empty_like(state[name]) for name in (state if live is None else live)}
-    target = state[step.target]
-    gradients[step.target] = target.new_empty(step.submodule.new_shape(target.shape))
-    del target
+    gradients = _gradients(step, state, state if live is None else live)
     trace.reset()
     result = run.vjp(gradients[step.target])
     backward_bytes, backward_work = trace.peak_bytes - base + kept_bytes, trace.work()
@@ -149,3 +146,10 @@ def trace_step(
         forward_work,
         backward_work,
     )
+
+
+def _gradients(step: Step, state: Mapping[str, Tensor], live: Iterable[str]) -> dict[str, Tensor]:
+    """Gradients that are there when a step's backward begins: that of its new target, whatever its shape."""
+    target = state[step.target]
+    gradients = {name: torch.empty_like(state[name]) for name in live}
+    return gradients | {step.target: target.new_empty(step.submodule.new_shape(target.shape))}

@@ -1,85 +1,17 @@
-"""Where times come from: the roofline, a calibrated roofline, or measurements kept in a cache.
-
-The cache is one SQLite file, so a crash leaves what was there before. What a time depends on is its key:
-the device and its threads, torch's version, the submodule with its widths, the shapes it reads, the dtype,
-the mode and the strategy.
-"""
+"""Where times come from: the roofline, a calibrated roofline, or measurements kept in a cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import platform
-import sqlite3
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import torch
+from typing import Protocol
 
 from evoplan.cost_model.devices import Device, Link
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.times_cache import Shapes, TimesCache, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.chain import Step
 from evoplan.model.running.strategy import Strategy
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-SCHEMA = 2  # of the file, and of what its times mean
-_TABLES = """
-create table if not exists times (
-    device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
-    discard real not null, forward real not null, backward real not null, spread real not null,
-    work text not null, bytes text,
-    primary key (device, torch, dtype, step, shapes, strategy, mode)
-);
-create table if not exists calibrations (
-    device text, torch text, dtype text, constants text not null, primary key (device, torch, dtype)
-);
-"""
-
-
-class MissingTimesError(ValueError):
-    """Times were asked for that nobody has measured here."""
-
-
-class Timing(NamedTuple):
-    """Median seconds of a step's discarding run, recorded forward and backward.
-
-    Attributes:
-        spread: interquartile range of the sum, over its median.
-    """
-
-    discard: float
-    forward: float
-    backward: float
-    spread: float
-
-
-class MeasuredBytes(NamedTuple):
-    """Bytes of a step, as in `StepCost`, but of backward what it adds to what is live before it."""
-
-    discard: int
-    forward: int
-    preserved: int
-    vjp: int
-
-
-class Key(NamedTuple):
-    """What a time depends on, besides the device and torch."""
-
-    dtype: str
-    step: str
-    shapes: str
-    strategy: str
-    mode: str
 
 
 class TimeSource(Protocol):
@@ -134,143 +66,6 @@ class Roofline:
         return []
 
 
-class TimesCache:
-    """Measured times and calibrations of one device under this torch.
-
-    Args:
-        path: made when it is written to first.
-        device: cpu or cuda: this machine's.
-
-    Raises:
-        ValueError: the file is no cache.
-    """
-
-    def __init__(self, path: str | Path, device: str) -> None:
-        self.path, self.here = Path(path), (local_name(device), torch.__version__)
-
-    def _damaged(self, what: object) -> ValueError:
-        return ValueError(
-            f"{self.path}: is no cache of times ({what}); delete it or name another with --cache"
-        )
-
-    @contextmanager
-    def _open(self, write: bool = False) -> Iterator[sqlite3.Connection | None]:
-        """The file; None where there is nothing to be read."""
-        if not write and not self.path.exists():
-            yield None
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=30)
-        except (OSError, sqlite3.Error) as error:
-            raise ValueError(
-                f"{self.path}: cannot be opened ({error}); name another file with --cache"
-            ) from None
-        try:
-            with connection:
-                (schema,) = connection.execute("pragma user_version").fetchone()
-                if schema not in (0, SCHEMA):
-                    raise sqlite3.DatabaseError(f"of version {schema}, this is {SCHEMA}")
-                if schema == 0 and connection.execute("select 1 from sqlite_master").fetchone():
-                    raise sqlite3.DatabaseError("it is another program's")
-                if write and schema == 0:
-                    connection.executescript(f"{_TABLES} pragma user_version = {SCHEMA};")
-                yield connection if write or schema else None
-        except sqlite3.DatabaseError as error:
-            lacks = any(text in str(error) for text in ("no such", "no column"))  # of tables
-            if isinstance(error, sqlite3.OperationalError) and not lacks:  # locked, read-only, a full disk
-                raise ValueError(
-                    f"{self.path}: {error}; try again, or name another file with --cache"
-                ) from None
-            raise self._damaged(error) from None
-        finally:
-            connection.close()
-
-    def get(self, key: Key) -> Timing | None:
-        """What was measured."""
-        with self._open() as connection:
-            if connection is None:
-                return None
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
-            row = connection.execute(
-                f"select {', '.join(Timing._fields)} from times where {where}", (*self.here, *key)
-            ).fetchone()
-        if row is not None and not all(_is_amount(value) for value in row):
-            raise self._damaged(f"a time of {key.step} is none")
-        return None if row is None else Timing(*row)
-
-    def get_bytes(self, key: Key) -> MeasuredBytes | None:
-        """What was measured of an opaque strategy."""
-        with self._open() as connection:
-            if connection is None:
-                return None
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
-            row = connection.execute(f"select bytes from times where {where}", (*self.here, *key)).fetchone()
-        if not (row and row[0]):
-            return None
-        try:
-            taken = MeasuredBytes(*json.loads(row[0]))
-            if min(taken) >= 0:
-                return taken
-        except (ValueError, TypeError):
-            pass
-        raise self._damaged(f"bytes of {key.step} are none")
-
-    def put(
-        self, key: Key, found: Timing, cost: StepCost | None = None, taken: MeasuredBytes | None = None
-    ) -> None:
-        """Keep a measurement, in place of an older one.
-
-        Args:
-            cost: with the work that was done; None where that is not known.
-            taken: bytes of a strategy that cannot be traced.
-        """
-        works = [] if cost is None else [cost.discard_work, cost.forward_work, cost.backward_work]
-        work = json.dumps([[[*kernel, n] for kernel, n in each.kernels.items()] for each in works])
-        with self._open(write=True) as connection:
-            assert connection is not None
-            row = (*self.here, *key, *found, work, taken and json.dumps(taken))
-            connection.execute(f"insert or replace into times values ({', '.join('?' * len(row))})", row)
-
-    def measured(self, dtype: str) -> list[tuple[Work, float]]:
-        """Everything that was measured in a dtype: work and seconds of each run."""
-        with self._open() as connection:
-            if connection is None:
-                return []
-            rows = connection.execute(
-                "select discard, forward, backward, work from times "
-                "where device = ? and torch = ? and dtype = ?",
-                (*self.here, dtype),
-            ).fetchall()
-        try:
-            return [
-                (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
-                for *times, works in rows
-                for seconds, kernels in zip(times, json.loads(works), strict=False)
-                if seconds > 0 and kernels
-            ]
-        except (ValueError, TypeError) as error:
-            raise self._damaged(error) from None
-
-    def calibration(self, dtype: str) -> dict[str, Any] | None:
-        """Fitted constants of a device; None where there are none."""
-        with self._open() as connection:
-            if connection is None:
-                return None
-            row = connection.execute(
-                "select constants from calibrations where device = ? and torch = ? and dtype = ?",
-                (*self.here, dtype),
-            ).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def put_calibration(self, dtype: str, constants: Mapping[str, Any]) -> None:
-        """Keep fitted constants, in place of older ones."""
-        with self._open(write=True) as connection:
-            assert connection is not None
-            row = (*self.here, dtype, json.dumps(constants))
-            connection.execute("insert or replace into calibrations values (?, ?, ?, ?)", row)
-
-
 @dataclass(frozen=True)
 class Measured:
     """Times that were measured on this device.
@@ -317,51 +112,3 @@ class Measured:
                 )
                 found.append(self.timed(step, shapes, cost))
         return found
-
-
-def _is_amount(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and value >= 0
-
-
-def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:
-    """What a step's time depends on, besides the device and torch."""
-    kind, *described, parameters, altered = step.submodule.signature()
-    described.append([(name, shape) for name, shape, *_ in parameters])  # the dtype is a field of its own
-    described += altered
-    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
-    read = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in step.reads)
-    mode = "training" if step.submodule.training else "inference"
-    return Key(dtype, f"{kind} {digest}", read, str(strategy), mode)
-
-
-def local_name(device: str) -> str:
-    """What to call this machine's device, such that times carry over to whatever is called the same."""
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("no CUDA device here; use --device cpu, or a machine that has one")
-        return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def default_cache() -> Path:
-    """EVOPLAN_CACHE, or evoplan/times.sqlite where the user's caches are."""
-    if "EVOPLAN_CACHE" in os.environ:
-        return Path(os.environ["EVOPLAN_CACHE"])
-    return caches_folder() / "times.sqlite"
-
-
-def caches_folder() -> Path:
-    """Where this user's caches of evoplan are."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        caches = Path(tempfile.gettempdir()) / f"caches-{os.getuid()}"
-    return caches / "evoplan"

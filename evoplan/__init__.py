@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
-    "make_plan": "evoplan.planner.plans.planning",
+    "make_plan": "evoplan.planner.plans.making",
     "NoPlanError": "evoplan.planner.plans.planning",
     "apply_plan": "evoplan.planner.execution.applying",
     "verify_plan": "evoplan.planner.checking.verify",

@@ -29,7 +29,8 @@ from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.processes.world import World, joined
-from evoplan.planner.reports.plans import describe_problem, print_rank_verifications, print_verification
+from evoplan.planner.reports.checks import print_rank_verifications, print_verification
+from evoplan.planner.reports.tables import describe_problem
 from evoplan.planner.sizes import format_seconds, format_size
 
 MB = 2**20  # the original tables' unit

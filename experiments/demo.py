@@ -19,10 +19,12 @@ from evoplan.model.data.alignment import read_alignment
 from evoplan.model.families import preset
 from evoplan.planner.checking.verify import verify_plan
 from evoplan.planner.files import write_json
-from evoplan.planner.plans.planning import solve, sweep
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.plans.sweeping import sweep
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.reports.plans import print_plan, print_verification
+from evoplan.planner.reports.checks import print_verification
+from evoplan.planner.reports.plans import print_plan
 from evoplan.planner.reports.plot import plot_sweep
 from evoplan.planner.runs.run import Settings, run_plan
 

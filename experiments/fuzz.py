@@ -37,8 +37,9 @@ from evoplan.experiments.fuzz_steps import FuzzStep, difference
 from evoplan.planner.commands.terminal import CHECK_FAILED, progress, run_command
 from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
+from evoplan.planner.plans.making import make_plan
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.plans.planning import NoPlanError, make_plan, solve
+from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import Costed
 from evoplan.planner.problems.timing import cost_with_times
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.steps import offered_strategies
+from evoplan.experiments.fuzz_tensors import laid, mask
 from evoplan.model.build import build_model
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.families import (
@@ -159,32 +160,6 @@ class Case:
             f"({self.share:.3f}), {'own loss' if self.family.own_loss else 'mean square'}, "
             f"{'a few' if self.family.offer else 'all'} strategies"
         )
-
-
-def laid(tensor: Tensor, layout: str) -> Tensor:
-    """The tensor's values in another layout; an expanded batch repeats its first entry."""
-    if layout == "transposed":
-        dims = (0, 1) if tensor.ndim == 2 else (1, 2)
-        return tensor.transpose(*dims).contiguous().transpose(*dims)
-    if layout == "channels first":
-        return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
-    if layout == "slice":
-        larger = tensor.new_ones([size + 2 for size in tensor.shape])
-        part = larger[tuple(slice(1, size + 1) for size in tensor.shape)]
-        return part.copy_(tensor)
-    return tensor[:1].expand(tensor.shape) if layout == "expanded" else tensor
-
-
-def mask(shape: tuple[int, ...], missing: str) -> Tensor:
-    """A mask [b, rows, columns] or [b, columns] in which something is missing."""
-    there = torch.rand(shape) > 0.25
-    if missing == "rows":
-        there &= torch.rand(shape[:-1]).unsqueeze(-1) > 0.4
-    elif missing == "columns":
-        there &= torch.rand(shape[0], *[1] * (len(shape) - 2), shape[-1]) > 0.4
-    elif missing in ("all of it", "none of it"):
-        there.fill_(missing == "none of it")
-    return there
 
 
 @lru_cache(maxsize=4)

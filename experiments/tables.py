@@ -191,6 +191,11 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
                 for row in far
             )
             yield f"Peaks of the same schedule that differ by more than 25 % ({worst}): {REASONS[policy]}.\n"
+    yield from _budgets(document)
+    yield from _real_runs(document)
+
+
+def _budgets(document: dict[str, Any]) -> Iterable[str]:
     yield "## Plans within a budget\n"
     yield "| policy | s, r | devices | budget of each | peak (simulated) | step (roofline) |"
     yield "|---|---|---|---|---|---|"
@@ -200,6 +205,9 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
             f"| {format_size(row['budget_bytes'])} | {format_size(row['peak_bytes'])} "
             f"| {format_seconds(row['step_seconds'])} |"
         )
+
+
+def _real_runs(document: dict[str, Any]) -> Iterable[str]:
     yield "\n## Real runs at reduced sizes\n"
     yield (
         f"Measured on a processor (float32, torch {document['torch']}, processes over gloo), by the "

@@ -20,8 +20,10 @@ import torch
 from scipy.stats import spearmanr
 
 from evoplan.cost_model.calibrate import fit
+from evoplan.cost_model.machine import local_name
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.times import Measured, Roofline, Shapes, local_name
+from evoplan.cost_model.times import Measured, Roofline
+from evoplan.cost_model.times_cache import Shapes
 from evoplan.experiments.interleaved import interleaved
 from evoplan.model.config import InputShape
 from evoplan.model.families import EvoformerConfig
@@ -37,7 +39,7 @@ from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import time_source
-from evoplan.planner.reports.plans import new_table
+from evoplan.planner.reports.tables import new_table
 from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import Frontier
 

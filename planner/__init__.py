@@ -9,7 +9,7 @@ from typing import Any
 _LAZY = {
     "Plan": "evoplan.planner.plans.plan",
     "load_plan": "evoplan.planner.plans.plan",
-    "make_plan": "evoplan.planner.plans.planning",
+    "make_plan": "evoplan.planner.plans.making",
     "NoPlanError": "evoplan.planner.plans.planning",
     "apply_plan": "evoplan.planner.execution.applying",
     "verify_plan": "evoplan.planner.checking.verify",

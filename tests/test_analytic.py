@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evoplan.cost_model.analytic import (
+from evoplan.cost_model.analytic import main
+from evoplan.cost_model.flops import block_flops, submodule_flops
+from evoplan.cost_model.formulas import (
     BLOCK_OUTPUT,
     FORMULAS,
     NOTES_SUBMODULE_OUTPUTS,
@@ -18,11 +20,9 @@ from evoplan.cost_model.analytic import (
     analytic_table,
     block_formulas,
     block_saved_elements,
-    main,
     parameter_count,
     submodule_parameters,
 )
-from evoplan.cost_model.flops import block_flops, submodule_flops
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape

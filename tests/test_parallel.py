@@ -20,8 +20,9 @@ from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape, Tr
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.kinds import WHOLE
-from evoplan.model.sharing.parallel import ParallelEvoformer, Reshard
+from evoplan.model.sharing.parallel import ParallelEvoformer
 from evoplan.model.sharing.ranks import Ranks, lend
+from evoplan.model.sharing.reshard import Reshard
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence

@@ -16,7 +16,7 @@ from evoplan.cost_model.calibrate import REACH, Calibration, fit
 from evoplan.cost_model.devices import DEVICES, DTYPES, Device, Link, device
 from evoplan.cost_model.local import named
 from evoplan.cost_model.roofline import bounds, seconds
-from evoplan.cost_model.times import MissingTimesError, TimesCache, Timing, key_of
+from evoplan.cost_model.times_cache import MissingTimesError, TimesCache, Timing, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model import EvoformerConfig
 from evoplan.model.config import InputShape

@@ -21,6 +21,36 @@ MB = 1e6
 DTYPE = "float32"
 
 
+def _components(
+    formula: Mapping[str, Flops], counted: Mapping[str, Flops], works: Mapping[str, Work]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "component": name,
+            "forward_flops": formula[name].forward,
+            "backward_flops": formula[name].backward,
+            "counted_forward_flops": counted[name].forward,
+            "counted_backward_flops": counted[name].backward,
+            "bytes_moved": works[name].bytes,
+            "kernels": works[name].launches,
+        }
+        for name in formula
+    ]
+
+
+def _efficiency(achieved: float, device: Device) -> dict[str, Any]:
+    peak = device.peak_flops[DTYPE]
+    return {
+        "mfu_percent": 100 * achieved / peak,
+        "achieved_flops_per_sec": achieved,
+        "device_peak_flops": peak,
+        "device_peak_source": device.source,
+        "efficiency_ratio": achieved / peak,
+        "achieved_tflops": achieved / 1e12,
+        "peak_tflops": peak / 1e12,
+    }
+
+
 def flops_document(
     recipe: Recipe,
     device: Device,
@@ -44,7 +74,7 @@ def flops_document(
     """
     total = sum(flops.total for flops in formula.values())
     seconds = mean(step.seconds for step in steps)
-    achieved, peak = total / seconds, device.peak_flops[DTYPE]
+    achieved = total / seconds
     return {
         "model_info": {
             "total_params": parameters[0],
@@ -71,18 +101,7 @@ def flops_document(
                 "deepspeed_forward_elementwise": None if deepspeed is None else deepspeed.elementwise,
                 "analytic_forward": sum(flops.forward for flops in formula.values()),
             },
-            "detailed_profile": [
-                {
-                    "component": name,
-                    "forward_flops": formula[name].forward,
-                    "backward_flops": formula[name].backward,
-                    "counted_forward_flops": counted[name].forward,
-                    "counted_backward_flops": counted[name].backward,
-                    "bytes_moved": works[name].bytes,
-                    "kernels": works[name].launches,
-                }
-                for name in formula
-            ],
+            "detailed_profile": _components(formula, counted, works),
         },
         "performance_metrics": {
             "avg_time_per_step": seconds,
@@ -90,15 +109,7 @@ def flops_document(
             "avg_loss": mean(step.loss for step in steps),
             "flops_per_sec": achieved,
         },
-        "efficiency_metrics": {
-            "mfu_percent": 100 * achieved / peak,
-            "achieved_flops_per_sec": achieved,
-            "device_peak_flops": peak,
-            "device_peak_source": device.source,
-            "efficiency_ratio": achieved / peak,
-            "achieved_tflops": achieved / 1e12,
-            "peak_tflops": peak / 1e12,
-        },
+        "efficiency_metrics": _efficiency(achieved, device),
         "step_by_step_results": [
             {"step": index, "loss": step.loss, "flops": total, "time": step.seconds,
              "flops_per_sec": total / step.seconds}

@@ -30,7 +30,7 @@ from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.execution.applying import apply_plan, check_model
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
-from evoplan.planner.problems.problem import MEAN_SQUARE
+from evoplan.planner.problems.problem import MEAN_SQUARE, Problem
 from evoplan.planner.processes.world import World, check_world
 from evoplan.planner.schedules.schedule import opaque_kernels
 from evoplan.planner.schedules.waiting import FakeHost
@@ -150,18 +150,10 @@ def verify_plan(
             f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "
             f"`torchrun --nproc_per_node={problem.ranks} -m evoplan.planner verify`"
         )
-    kind, dtype = kind_here(problem), getattr(torch, problem.dtype)
-    available = available_bytes(kind)
-    if ranks is not None:  # all decide alike; processes share a machine's memory, and have a GPU each
-        sharing = ranks.size if kind == "cpu" else 1
-        available = ranks.agree(available // sharing, torch.device(kind))
+    kind = kind_here(problem)
+    if ranks is not None:
         plan = _for_rank(plan, ranks.rank)
-    if plan.predicted.peak_bytes > available:
-        raise ValueError(
-            f"the plan needs {exact_size(plan.predicted.peak_bytes)}, this machine has "
-            f"{exact_size(available)} free; "
-            "use --simulate, or --blocks to shorten the stack"
-        )
+    available = _room_for(plan, kind, ranks)
     if stack is None:
         progress("making the model")
         stack = random_stack(problem, kind)
@@ -177,38 +169,63 @@ def verify_plan(
     progress("measuring its memory")
     peak = live_before + measure.peak_bytes(step.run, kind)
 
-    plain, plain_peak, loss_error, gradient_error, excess = None, None, None, None, None
+    plain, plain_peak = None, None
+    wrong: tuple[float | None, float | None, float | None] = None, None, None
     if unplanned and plan.baselines["none"].peak_bytes * problem.ranks <= available:
         progress("running without the plan")
         plain = Trial(stack, problem, inputs, loss=loss)
-        loss_error, gradient_error = errors(plain, step)
-        off = gradient_error is not None and gradient_error > TOLERANCES[problem.precision]
         alone = share is None and 3 * plan.baselines["none"].peak_bytes <= available
-        if off and alone and (problem.mixed or dtype.itemsize == 2):
-            progress("comparing both with single precision")
-            excess = beyond_rounding(plain, step, problem)
+        wrong = _errors(plain, step, problem, alone, progress)
         progress("measuring its memory")
-        plain_peak = (
-            plain.live_bytes() + live_before - step.live_bytes() + measure.peak_bytes(plain.run, kind)
+        beside = plain.live_bytes() + live_before - step.live_bytes()
+        plain_peak = beside + measure.peak_bytes(plain.run, kind)
+    planned_time, plain_time = _times(step, plain, repeats, kind, progress)
+    static, backend = sum(plan.static.values()), f"{kind}-allocator"
+    return _judged(plan, backend, peak, static, planned_time, plain_peak, plain_time, *wrong)
+
+
+def _room_for(plan: Plan, kind: str, ranks: Ranks | None) -> int:
+    """What this process may take; ValueError where the plan needs more."""
+    available = available_bytes(kind)
+    if ranks is not None:  # all decide alike; processes share a machine's memory, and have a GPU each
+        sharing = ranks.size if kind == "cpu" else 1
+        available = ranks.agree(available // sharing, torch.device(kind))
+    if plan.predicted.peak_bytes > available:
+        raise ValueError(
+            f"the plan needs {exact_size(plan.predicted.peak_bytes)}, this machine has "
+            f"{exact_size(available)} free; "
+            "use --simulate, or --blocks to shorten the stack"
         )
+    return available
+
+
+def _errors(
+    plain: Trial, planned: Trial, problem: Problem, alone: bool, progress: Callable[[str], None]
+) -> tuple[float, float | None, float | None]:
+    """Of the loss, of the gradients, and how far these are beyond rounding, where that is asked.
+
+    Args:
+        alone: there is one rank, and room for a third model.
+    """
+    loss_error, gradient_error = errors(plain, planned)
+    off = gradient_error is not None and gradient_error > TOLERANCES[problem.precision]
+    if not (off and alone and (problem.mixed or getattr(torch, problem.dtype).itemsize == 2)):
+        return loss_error, gradient_error, None
+    progress("comparing both with single precision")
+    return loss_error, gradient_error, beyond_rounding(plain, planned, problem)
+
+
+def _times(
+    planned: Trial, plain: Trial | None, repeats: int, kind: str, progress: Callable[[str], None]
+) -> tuple[float, float | None]:
+    """Median seconds of both, interleaved: the machine's speed drifts."""
     times: dict[str, list[float]] = {"planned": [], "plain": []}
-    for index in range(repeats):  # interleaved: the machine's speed drifts
+    for index in range(repeats):
         progress(f"timing {index + 1}/{repeats}")
-        times["planned"].append(measure.seconds(step.run, kind))
+        times["planned"].append(measure.seconds(planned.run, kind))
         if plain is not None:
             times["plain"].append(measure.seconds(plain.run, kind))
-    return _judged(
-        plan,
-        f"{kind}-allocator",
-        peak,
-        sum(plan.static.values()),
-        median(times["planned"]),
-        plain_peak,
-        median(times["plain"]) if plain is not None else None,
-        loss_error,
-        gradient_error,
-        excess,
-    )
+    return median(times["planned"]), median(times["plain"]) if plain is not None else None
 
 
 def verify_on(

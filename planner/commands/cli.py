@@ -100,12 +100,14 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
     Times are of the kind that the plan was made with, as far as this machine has them.
     """
     check_writable(json_path=json_path, reads=(plan_file, cache))
-    from evoplan.cost_model.times import MissingTimesError
+    from evoplan.cost_model.times_cache import MissingTimesError
     from evoplan.planner.checking.consistency import load_consistent
     from evoplan.planner.plans.alternatives import alternatives
     from evoplan.planner.plans.recosting import cost_of_plan
     from evoplan.planner.reports.alternatives import alternatives_to_json, print_alternatives
-    from evoplan.planner.reports.plans import print_plan, print_schedule, print_timeline, step_names
+    from evoplan.planner.reports.plans import print_plan
+    from evoplan.planner.reports.schedules import print_schedule, print_timeline
+    from evoplan.planner.reports.tables import step_names
     from evoplan.planner.schedules.replay import replay
 
     found, console = load_consistent(plan_file), console_for_output(json_path=json_path)
@@ -159,11 +161,8 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
         from evoplan.planner.checking.consistency import load_consistent
         from evoplan.planner.checking.verify import simulate_plan, verify_on, verify_plan
         from evoplan.planner.plans.planning import shorten_plan
-        from evoplan.planner.reports.plans import (
-            describe_problem,
-            print_rank_verifications,
-            print_verification,
-        )
+        from evoplan.planner.reports.checks import print_rank_verifications, print_verification
+        from evoplan.planner.reports.tables import describe_problem
 
         found = load_consistent(plan_file)
         with progress("preparing") as update:
@@ -211,7 +210,7 @@ def sweep(
     if plot is not None:
         picture_format(plot)
     problem = problem_of(**flags)
-    from evoplan.planner.plans.planning import sweep as sweep_frontier
+    from evoplan.planner.plans.sweeping import sweep as sweep_frontier
     from evoplan.planner.reports.plans import print_sweep
     from evoplan.planner.reports.plot import plot_sweep
 

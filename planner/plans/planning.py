@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from evoplan.cost_model.loss import Loss
-from evoplan.model.running.chain import Plannable
 from evoplan.planner.plans.plan import Plan, SolverReport, schedule_to_json
 from evoplan.planner.plans.recosting import cost_of_plan
 from evoplan.planner.problems.costing import (
@@ -24,15 +15,12 @@ from evoplan.planner.problems.costing import (
 )
 from evoplan.planner.problems.digest import model_digest
 from evoplan.planner.problems.prediction import Prediction
-from evoplan.planner.problems.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Mode, Optimizer, Problem
+from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import Times, cost_with_times
-from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence, shortened
-from evoplan.planner.sizes import exact_size, parse_size
-from evoplan.planner.solvers import BASELINES, Frontier, InfeasibleError, Solver, solver
+from evoplan.planner.sizes import exact_size
+from evoplan.planner.solvers import BASELINES, InfeasibleError, Solver, solver
 from evoplan.planner.solvers.seed_dp import SeedProgram
-
-FLAT_POINTS = 12  # of seed-dp in a sweep
 
 
 class NoPlanError(ValueError):
@@ -202,51 +190,6 @@ def predict_baselines(costed: Costed, chain_budget: int | None) -> dict[str, Pre
     return {name: costed.predict(schedule) for name, schedule in found.items()}
 
 
-def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
-
-    Args:
-        count: how many budgets, evenly spaced on a logarithmic scale.
-        progress: called before each.
-    """
-    frontier = Frontier(costed.table)
-
-    def point(budget: int, schedule: Sequence) -> dict[str, float]:
-        predicted = costed.predict(schedule)
-        return {
-            "budget_bytes": costed.fixed_bytes + budget,
-            "peak_bytes": predicted.peak_bytes,
-            "step_seconds": predicted.step_seconds,
-        }
-
-    points: list[dict[str, float]] = []
-    for budget in frontier.budgets(count):
-        progress(f"budget {len(points) + 1}")
-        points.append(point(budget, frontier.schedule(budget)))
-    progress("seed-dp")
-    flat = SeedProgram(costed.table)
-    reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
-    found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
-    large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
-    return {
-        "title": _title(costed.problem),
-        "problem": costed.problem.model_dump(mode="json"),
-        "costs": costed.sources,
-        "static_bytes": sum(costed.static.values()),
-        "points": points,
-        "seed_dp_points": [point(budget, schedule) for budget, schedule in found if schedule is not None],
-        # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
-        "baselines": {
-            name: baseline.model_dump()
-            for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
-        },
-    }
-
-
-def _title(problem: Problem) -> str:
-    return f"{problem.config.n_block} blocks, {problem.shape}, {problem.precision}, {problem.device}"
-
-
 def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -> Plan:
     """The plan for the first blocks of its stack, cut off, costed anew; it answers to no budget."""
     config = plan.problem.config.with_blocks(blocks)
@@ -266,96 +209,3 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
             "schedule": schedule_to_json(schedule),
         }
     )
-
-
-def make_plan(
-    stack: Plannable,
-    inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None],
-    budget: str | int | None = None,
-    *,
-    device: str = "cpu",
-    mode: Mode = "training",
-    optimizer: Optimizer = "adamw",
-    ranks: int = 1,
-    solver: str = "dp",
-    times: Times = "auto",
-    autocast: torch.dtype | None = None,
-    loss: Loss | None = None,
-    reserve: str | int = 0,
-) -> Plan:
-    """Plan a model for inputs like these.
-
-    Args:
-        stack: an EvoformerStack, EvoformerTrunk, PairformerStack, MSAModuleStack or TinyOpenFoldStack.
-        inputs: what forward takes, by name or in its order: the state, such as m [b, s, r, c_m] and
-            z [b, r, r, c_z], and masks if they will be given; only shapes, dtypes and strides count.
-        budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
-        ranks: devices that share each input; the plan is for one of them.
-        times: where step times come from; auto is the best there is (see `cost_with_times`).
-        autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
-        loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
-            Without it the peak holds for `model.programs.loss.mean_square`, which makes but its gradient.
-        reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
-
-    Raises:
-        NoPlanError: nothing fits.
-        ValueError: inputs, budget or a name that make no sense.
-    """
-    tensors = _by_name(stack, inputs)
-    state = {name: tensors[name] for name in stack.config.state}
-    dtype = _name_of(next(iter(state.values())).dtype)
-    problem = Problem(
-        model="custom",
-        config=stack.config,
-        shape=stack.config.input_shape({name: tuple(tensor.shape) for name, tensor in state.items()}),
-        dtype=dtype,
-        mode=mode,
-        optimizer=optimizer,
-        device=device,
-        ranks=ranks,
-        budget_bytes=None if budget is None else parse_size(budget),
-        reserve_bytes=parse_size(reserve, least=0),
-        mixed=_mixed(autocast),
-        loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
-        given=tuple(_given(tensors, dtype)),
-    )
-    return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
-
-
-def _mixed(autocast: torch.dtype | None) -> Mixed | None:
-    if autocast is None:
-        return None
-    for mixed, name in AUTOCAST.items():
-        if autocast == getattr(torch, name):
-            return mixed
-    raise ValueError(f"autocast to {autocast}: choose torch.bfloat16 or torch.float16")
-
-
-def _by_name(
-    stack: Plannable, inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None]
-) -> dict[str, Tensor]:
-    """Those of forward's arguments that are given.
-
-    Raises:
-        ValueError: they are none of this model's; says what it takes.
-    """
-    signature = inspect.signature(stack.prepare)
-    try:
-        bound = signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
-    except TypeError as error:
-        takes = ", ".join(signature.parameters)
-        raise ValueError(f"inputs: {error}; the model takes {takes}") from None
-    return {name: tensor for name, tensor in bound.arguments.items() if tensor is not None}
-
-
-def _given(tensors: Mapping[str, Tensor], dtype: str) -> Iterator[Given]:
-    """Inputs that the model will have to copy, and how they are given."""
-    for name, tensor in tensors.items():
-        own = _name_of(tensor.dtype)
-        if own != dtype or not tensor.is_contiguous():
-            stride = None if tensor.is_contiguous() else tensor.stride()
-            yield Given(name=name, dtype=None if own == dtype else own, stride=stride)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

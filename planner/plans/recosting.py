@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evoplan.cost_model.times import MissingTimesError
+from evoplan.cost_model.times_cache import MissingTimesError
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import Costed, Progress, cost_problem
 from evoplan.planner.problems.timing import cost_with_times

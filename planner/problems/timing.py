@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from evoplan.cost_model.calibrate import Calibration
-from evoplan.cost_model.times import (
-    Measured,
-    MissingTimesError,
-    Roofline,
-    TimesCache,
-    TimeSource,
-    default_cache,
-)
+from evoplan.cost_model.machine import default_cache
+from evoplan.cost_model.times import Measured, Roofline, TimeSource
+from evoplan.cost_model.times_cache import MissingTimesError, TimesCache
 from evoplan.planner.problems.costing import Costed, cost_problem, device_of
 from evoplan.planner.problems.problem import Problem
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from evoplan.cost_model.roofline import balance
 from evoplan.planner.plans.roofline import Row
 from evoplan.planner.problems.costing import Costed
-from evoplan.planner.reports.plans import describe_problem, new_table
+from evoplan.planner.reports.tables import describe_problem, new_table
 
 
 def print_roofline(rows: list[Row], costed: Costed, console: Console) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from evoplan.cost_model.calibrate import Calibration
-from evoplan.cost_model.times import Timing
+from evoplan.cost_model.times_cache import Timing
 from evoplan.planner.checking.profiling import Measurement
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.reports.plans import describe_problem, new_table
+from evoplan.planner.reports.tables import describe_problem, new_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 

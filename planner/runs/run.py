@@ -22,7 +22,8 @@ from evoplan.planner.checking.verify import PEAK_TOLERANCE
 from evoplan.planner.errors import CommonError, RunError
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.processes.world import World, odd_ones
-from evoplan.planner.reports.plans import describe_problem, print_ranks
+from evoplan.planner.reports.checks import print_ranks
+from evoplan.planner.reports.tables import describe_problem
 from evoplan.planner.runs.data import alignment_for, batch_for
 from evoplan.planner.runs.snapshots import Snapshots
 from evoplan.planner.runs.step import simulated_peak_bytes
@@ -146,7 +147,23 @@ def _train(
         "measured_peak_bytes": peak,
         "step_seconds": median(times) if times else None,
     }
-    budget = problem.budget_bytes
+    of_steps = {"losses": losses, "first_step": first + 1}
+    return of_steps | _told(plan, mine, around, world, console)
+
+
+def _told(plan: Plan, mine: dict[str, Any], around: int, world: World, console: Console) -> dict[str, Any]:
+    """Every rank's figures, printed and judged.
+
+    Args:
+        mine: this rank's.
+        around: bytes that the program takes besides the model that the plan answers for.
+    """
+    budget, predicted, peak = (
+        plan.problem.budget_bytes,
+        mine["predicted_peak_bytes"],
+        mine["measured_peak_bytes"],
+    )
+    kind = world.device.type
     # The simulation has a stand-in for kernels that cannot be traced; the plan knows their memory.
     as_predicted = (
         bool(opaque_kernels(plan.sequence())) or abs(peak - predicted) <= PEAK_TOLERANCE * predicted
@@ -155,8 +172,6 @@ def _train(
     ranks, oks = zip(*world.gathered_objects((mine, ok)), strict=True)
     print_ranks(list(ranks), plan, kind, console)
     return {
-        "losses": losses,
-        "first_step": first + 1,
         "backend": f"{kind}-allocator",
         "predicted_peak_bytes": predicted,
         "measured_peak_bytes": peak,

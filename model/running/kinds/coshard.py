@@ -145,16 +145,24 @@ def cosharded_vjp(
         del grads
     del update_grad
     x.clear()
+    _through_norms(submodule, strategy.n, tensors, x_grads, gradients)
+
+
+def _through_norms(
+    submodule: Submodule, n: int, tensors: Tensors, x_grads: dict[str, Tensor], gradients: Gradients
+) -> None:
+    """From gradients of what was normalised to those of the state; they are used up."""
     for name in list(x_grads):
-        dim = cuts[name]
-        for span in _row_spans(tensors[name], dim, strategy.n):
-            grads = gradients.differentiate(
-                partial(normalised, name),
-                {name: view(tensors[name], dim, span).contiguous()},
-                view(x_grads[name], dim, span),
-            )
-            gradients.add_slices(grads, cuts, span)
-            del grads
+        dim = submodule.rows[name]
+
+        def normalised(leaves: Tensors, name: str = name) -> Tensor:
+            return submodule.normalised(leaves, (name,))[name]
+
+        for span in _row_spans(tensors[name], dim, n):
+            rows = {name: view(tensors[name], dim, span).contiguous()}
+            grads = gradients.differentiate(normalised, rows, view(x_grads[name], dim, span))
+            gradients.add_slices(grads, submodule.rows, span)
+            del rows, grads
         del x_grads[name]
 
 

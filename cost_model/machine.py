@@ -1,0 +1,43 @@
+"""What this machine calls itself, and where it keeps what was measured and traced."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def local_name(device: str) -> str:
+    """What to call this machine's device, such that times carry over to whatever is called the same."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA device here; use --device cpu, or a machine that has one")
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def default_cache() -> Path:
+    """EVOPLAN_CACHE, or evoplan/times.sqlite where the user's caches are."""
+    if "EVOPLAN_CACHE" in os.environ:
+        return Path(os.environ["EVOPLAN_CACHE"])
+    return caches_folder() / "times.sqlite"
+
+
+def caches_folder() -> Path:
+    """Where this user's caches of evoplan are."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        caches = Path(tempfile.gettempdir()) / f"caches-{os.getuid()}"
+    return caches / "evoplan"

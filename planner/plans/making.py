@@ -1,0 +1,110 @@
+"""A plan for a model in hand and inputs like those it will be given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from evoplan.cost_model.loss import Loss
+from evoplan.model.running.chain import Plannable
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Mode, Optimizer, Problem
+from evoplan.planner.problems.timing import Times, cost_with_times
+from evoplan.planner.sizes import parse_size
+
+
+def make_plan(
+    stack: Plannable,
+    inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None],
+    budget: str | int | None = None,
+    *,
+    device: str = "cpu",
+    mode: Mode = "training",
+    optimizer: Optimizer = "adamw",
+    ranks: int = 1,
+    solver: str = "dp",
+    times: Times = "auto",
+    autocast: torch.dtype | None = None,
+    loss: Loss | None = None,
+    reserve: str | int = 0,
+) -> Plan:
+    """Plan a model for inputs like these.
+
+    Args:
+        stack: an EvoformerStack, EvoformerTrunk, PairformerStack, MSAModuleStack or TinyOpenFoldStack.
+        inputs: what forward takes, by name or in its order: the state, such as m [b, s, r, c_m] and
+            z [b, r, r, c_z], and masks if they will be given; only shapes, dtypes and strides count.
+        budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
+        ranks: devices that share each input; the plan is for one of them.
+        times: where step times come from; auto is the best there is (see `cost_with_times`).
+        autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
+        loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
+            Without it the peak holds for `model.programs.loss.mean_square`, which makes but its gradient.
+        reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
+
+    Raises:
+        NoPlanError: nothing fits.
+        ValueError: inputs, budget or a name that make no sense.
+    """
+    tensors = _by_name(stack, inputs)
+    state = {name: tensors[name] for name in stack.config.state}
+    dtype = _name_of(next(iter(state.values())).dtype)
+    problem = Problem(
+        model="custom",
+        config=stack.config,
+        shape=stack.config.input_shape({name: tuple(tensor.shape) for name, tensor in state.items()}),
+        dtype=dtype,
+        mode=mode,
+        optimizer=optimizer,
+        device=device,
+        ranks=ranks,
+        budget_bytes=None if budget is None else parse_size(budget),
+        reserve_bytes=parse_size(reserve, least=0),
+        mixed=_mixed(autocast),
+        loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        given=tuple(_given(tensors, dtype)),
+    )
+    return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
+
+
+def _mixed(autocast: torch.dtype | None) -> Mixed | None:
+    if autocast is None:
+        return None
+    for mixed, name in AUTOCAST.items():
+        if autocast == getattr(torch, name):
+            return mixed
+    raise ValueError(f"autocast to {autocast}: choose torch.bfloat16 or torch.float16")
+
+
+def _by_name(
+    stack: Plannable, inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None]
+) -> dict[str, Tensor]:
+    """Those of forward's arguments that are given.
+
+    Raises:
+        ValueError: they are none of this model's; says what it takes.
+    """
+    signature = inspect.signature(stack.prepare)
+    try:
+        bound = signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        raise ValueError(f"inputs: {error}; the model takes {takes}") from None
+    return {name: tensor for name, tensor in bound.arguments.items() if tensor is not None}
+
+
+def _given(tensors: Mapping[str, Tensor], dtype: str) -> Iterator[Given]:
+    """Inputs that the model will have to copy, and how they are given."""
+    for name, tensor in tensors.items():
+        own = _name_of(tensor.dtype)
+        if own != dtype or not tensor.is_contiguous():
+            stride = None if tensor.is_contiguous() else tensor.stride()
+            yield Given(name=name, dtype=None if own == dtype else own, stride=stride)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

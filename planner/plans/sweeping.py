@@ -1,0 +1,65 @@
+"""The frontier of memory and time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from evoplan.planner.plans.planning import predict_baselines
+from evoplan.planner.problems.costing import (
+    Costed,
+    Progress,
+)
+from evoplan.planner.problems.problem import Problem
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Sequence
+from evoplan.planner.solvers import BASELINES, Frontier
+from evoplan.planner.solvers.seed_dp import SeedProgram
+
+FLAT_POINTS = 12  # of seed-dp in a sweep
+
+
+def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
+
+    Args:
+        count: how many budgets, evenly spaced on a logarithmic scale.
+        progress: called before each.
+    """
+    frontier = Frontier(costed.table)
+
+    def point(budget: int, schedule: Sequence) -> dict[str, float]:
+        predicted = costed.predict(schedule)
+        return {
+            "budget_bytes": costed.fixed_bytes + budget,
+            "peak_bytes": predicted.peak_bytes,
+            "step_seconds": predicted.step_seconds,
+        }
+
+    points: list[dict[str, float]] = []
+    for budget in frontier.budgets(count):
+        progress(f"budget {len(points) + 1}")
+        points.append(point(budget, frontier.schedule(budget)))
+    progress("seed-dp")
+    flat = SeedProgram(costed.table)
+    reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
+    found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
+    large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
+    return {
+        "title": _title(costed.problem),
+        "problem": costed.problem.model_dump(mode="json"),
+        "costs": costed.sources,
+        "static_bytes": sum(costed.static.values()),
+        "points": points,
+        "seed_dp_points": [point(budget, schedule) for budget, schedule in found if schedule is not None],
+        # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
+        "baselines": {
+            name: baseline.model_dump()
+            for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
+        },
+    }
+
+
+def _title(problem: Problem) -> str:
+    return f"{problem.config.n_block} blocks, {problem.shape}, {problem.precision}, {problem.device}"
