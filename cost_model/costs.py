@@ -120,16 +120,14 @@ def build_cost_table(
         sizes[target].append(changed.nbytes)
     state_bytes = {name: device.in_blocks(max(found)) for name, found in sizes.items()}
     # mean_square makes the gradients and nothing else.
-    loss_bytes = sum(state_bytes[name] for name in chain.outputs)
-    loss_bytes += LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES)
-    if loss is not None and training:
-        loss_bytes = max(loss_bytes, tracer.loss_bytes(loss, model, state))
+    gradients = sum(state_bytes[name] for name in chain.outputs)
+    own = 0 if loss is None or not training else tracer.loss_bytes(loss, model, state)
     return CostTable(
         options=tuple(options),
         step_reads=tuple(step.reads for step in chain.steps),
         groups=chain.groups,
         state_bytes=state_bytes,
-        loss_bytes=loss_bytes,
+        loss_bytes=max(gradients + LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES), own),
         training=training,
         outputs=chain.outputs,
         units=chain.units,

@@ -5,7 +5,6 @@ submodule h heads, c its inner width (of one head, of the outer product's factor
 operands), t how many times a transition widens. The formulas are leading terms: statistics of
 normalisations, masks, pair biases and weights are left out, below 1 % together at the sizes of
 AlphaFold 2's main stack, 1.1 % at those of its extra stack, where m is 64 wide.
-
 `python -m evoplan.cost_model.analytic` prints them beside what the traced code holds.
 
 Source: Jumper et al. (2021), Suppl. Alg. 6-15, 18, 19; what is saved follows from the code in `model`.

@@ -136,16 +136,8 @@ def trace_step(
     backward_bytes, backward_work = trace.peak_bytes - base + kept_bytes, trace.work()
     del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
-    return StepCost(
-        strategy,
-        forward_bytes,
-        preserved_bytes,
-        backward_bytes,
-        discard_bytes,
-        discard_work,
-        forward_work,
-        backward_work,
-    )
+    of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
+    return StepCost(strategy, *of_bytes, discard_work, forward_work, backward_work)
 
 
 def _gradients(step: Step, state: Mapping[str, Tensor], live: Iterable[str]) -> dict[str, Tensor]:

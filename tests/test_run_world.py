@@ -19,8 +19,9 @@ from evoplan.planner.plans.plan import Plan, load_plan
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
+from evoplan.planner.processes.identity import odd_ones
 from evoplan.planner.processes.watch import Failure, Member, verdict
-from evoplan.planner.processes.world import World, odd_ones
+from evoplan.planner.processes.world import World
 from evoplan.planner.runs.data import alignment_for, batch_for
 from evoplan.planner.runs.run import Settings, run_plan
 from evoplan.planner.runs.training import Training, dropout_seed

@@ -21,6 +21,14 @@ MB = 1e6
 DTYPE = "float32"
 
 
+def _sizes(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "batch_size": recipe.shape.batch,
+        "sequence_length": recipe.shape.n_res,
+        "msa_sequences": recipe.shape.n_seq,
+    }
+
+
 def _components(
     formula: Mapping[str, Flops], counted: Mapping[str, Flops], works: Mapping[str, Work]
 ) -> list[dict[str, Any]]:
@@ -35,6 +43,24 @@ def _components(
             "kernels": works[name].launches,
         }
         for name in formula
+    ]
+
+
+def _deepspeed(found: DeepSpeedCount | None) -> dict[str, int | None]:
+    products, elementwise = (None, None) if found is None else found
+    return {"deepspeed_forward": products, "deepspeed_forward_elementwise": elementwise}
+
+
+def _steps(steps: list[StepResult], flops: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": index,
+            "loss": step.loss,
+            "flops": flops,
+            "time": step.seconds,
+            "flops_per_sec": flops / step.seconds,
+        }
+        for index, step in enumerate(steps)
     ]
 
 
@@ -82,13 +108,7 @@ def flops_document(
             "config": model_config(recipe),
             "architecture": "Evoformer",
         },
-        "profiling_config": {
-            "batch_size": recipe.shape.batch,
-            "sequence_length": recipe.shape.n_res,
-            "msa_sequences": recipe.shape.n_seq,
-            "num_steps": len(steps),
-            "device": where,
-        },
+        "profiling_config": {**_sizes(recipe), "num_steps": len(steps), "device": where},
         "flops_analysis": {
             "total_flops": total,
             "avg_flops_per_step": total,
@@ -97,8 +117,7 @@ def flops_document(
             "counters": {
                 "analytic": total,
                 "flop_counter_mode": whole_step,
-                "deepspeed_forward": None if deepspeed is None else deepspeed.products,
-                "deepspeed_forward_elementwise": None if deepspeed is None else deepspeed.elementwise,
+                **_deepspeed(deepspeed),
                 "analytic_forward": sum(flops.forward for flops in formula.values()),
             },
             "detailed_profile": _components(formula, counted, works),
@@ -110,11 +129,7 @@ def flops_document(
             "flops_per_sec": achieved,
         },
         "efficiency_metrics": _efficiency(achieved, device),
-        "step_by_step_results": [
-            {"step": index, "loss": step.loss, "flops": total, "time": step.seconds,
-             "flops_per_sec": total / step.seconds}
-            for index, step in enumerate(steps)
-        ],
+        "step_by_step_results": _steps(steps, total),
         "timestamp": datetime.now().isoformat(),
     }  # fmt: skip
 

@@ -6,18 +6,13 @@ all of them within the timeout and a few seconds, in one line that names it (`pl
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from evoplan.planner.errors import CommonError, RunError
+from evoplan.planner.processes.identity import _code, odd_ones
 from evoplan.planner.processes.watch import Kind, Watch, first_line
 
 NCCL_SECONDS = 8  # more than the watch waits: NCCL ends a process without a word when a collective is late
@@ -281,24 +277,3 @@ def _client(timeout: float, holds: bool = False) -> Store:
         return TCPStore(
             host, port, is_master=holds, timeout=timedelta(seconds=timeout), wait_for_workers=False
         )
-
-
-def odd_ones(values: Mapping[int, Any]) -> list[int]:
-    """The ranks whose value is not the usual one; between equally many, rank 0's is."""
-    counts = Counter(values.values())
-    usual = max(counts, key=lambda value: (counts[value], value == values[0]))
-    return [rank for rank, value in values.items() if value != usual]
-
-
-@cache
-def _code() -> str:
-    """The version of evoplan and a digest of its source."""
-    try:
-        number = version("evoplan")
-    except PackageNotFoundError:
-        number = "?"
-    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for package in ("model", "cost_model", "planner"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return f"{number} ({digest.hexdigest()[:12]})"

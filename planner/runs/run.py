@@ -21,7 +21,8 @@ from evoplan.planner.checking.trial import available_bytes, kind_here
 from evoplan.planner.checking.verify import PEAK_TOLERANCE
 from evoplan.planner.errors import CommonError, RunError
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.processes.world import World, odd_ones
+from evoplan.planner.processes.identity import odd_ones
+from evoplan.planner.processes.world import World
 from evoplan.planner.reports.checks import print_ranks
 from evoplan.planner.reports.tables import describe_problem
 from evoplan.planner.runs.data import alignment_for, batch_for
