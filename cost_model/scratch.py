@@ -197,10 +197,11 @@ def _norm_bytes(call: Call, threads: int) -> int:
     copied = sum(tensor.nbytes for tensor in call.tensors if not tensor.is_contiguous)
     if call.operator is _aten.native_layer_norm.default:
         return copied
+    normalized: tuple[int, ...]
+    grad: TensorSpec
+    weight: TensorSpec | None
     grad, _, normalized, _, _, weight, *_ = call.args
-    numbers: TensorSpec = weight or grad
-    rows: int = prod(normalized)
-    return copied + 2 * threads * rows * numbers.dtype.itemsize
+    return copied + 2 * threads * prod(normalized) * (weight or grad).dtype.itemsize
 
 
 def _gapped_matrix_bytes(call: Call) -> int:
