@@ -345,7 +345,10 @@ def test_rows_come_back(tmp_path: Path, rows: tuple[str, list[list[tuple[str, st
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, evoplan.model.data.alignment as a; a.read_alignment(sys.argv[1]); print('torch' in sys.modules)"
+    code = (
+        "import sys, evoplan.model.data.alignment as a\n"
+        "a.read_alignment(sys.argv[1]); print('torch' in sys.modules)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code, UBIQUITIN], cwd=ROOT, capture_output=True, text=True, check=True
     )
