@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar, overload
 
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.trace import Trace, fake_tensors
 from evoplan.model.running.pieces import sampled_pieces
+
+_CALLS = MetaCalls()  # of all traces of this process
 
 SomeTrace = TypeVar("SomeTrace", bound=Trace)
 
@@ -43,7 +46,7 @@ def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iter
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (
         fake_tensors() if where == "cpu" else nullcontext(),
-        kind(blocks, scratch) as trace,
+        kind(blocks, scratch) if where == "cpu" else kind(blocks, scratch, _CALLS) as trace,
         sampled_pieces(trace),
     ):
         yield trace

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from evoplan.cost_model.meta_calls import tensors_in
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from evoplan.model.running.context import autocast
 from evoplan.model.running.pieces import PieceSample
@@ -66,22 +67,33 @@ class Work:
         return Work(self.kernels + other.kernels, self.collectives + other.collectives)
 
 
+Operator = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class Trace(TorchDispatchMode, PieceSample):
     """Counts live bytes of the storages made inside it, their peak, and the work done.
 
     Args:
         block_bytes: each storage counts as a multiple of this (512 for CUDA's allocator).
         scratch: tells what operators allocate besides their outputs; None: nothing.
+        call: runs an operator on its arguments.
     """
 
-    def __init__(self, block_bytes: int = 1, scratch: CpuScratch | None = None) -> None:
+    def __init__(
+        self, block_bytes: int = 1, scratch: CpuScratch | None = None, call: Operator = _run
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.block_bytes, self.scratch = block_bytes, scratch
+        self.block_bytes, self.scratch, self._call = block_bytes, scratch, call
         self.live_bytes = self._peak_of_storages = 0
         self.kept_number_bytes = 0  # since the last reset, not in `live_bytes`; see `_keeps_number`
         self.kernels: Counter[tuple[int, int]] = Counter()
         self.collectives: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         # For operators with scratch: most bytes live when one of them returns.
         self._live_after: dict[Call, int] = {}
 
@@ -119,12 +131,12 @@ class Trace(TorchDispatchMode, PieceSample):
         if func is _DEVICE:  # asked about as often as all else together
             return args[0].fake_device
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         if func is _LAYER_NORM:
             out = _with_statistics(out, args[0], args[2], on_cpu=self.scratch is not None)
         if func is _VIEW and 1 in out.shape:
             out = _strided_as_viewed(out)
-        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        outputs = tensors_in(out)
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
         self.kept_number_bytes += KEPT_NUMBER_BYTES * (self.scratch is not None and _keeps_number(func, args))
         if made or func._schema.is_mutable:
@@ -140,13 +152,15 @@ class Trace(TorchDispatchMode, PieceSample):
             return False
         size = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
         self._known.add(key)
-        weakref.finalize(storage, self._freed, key, size)
+        # A bare reference: weakref.finalize also answers for the end of the process, at ten times the time.
+        self._storages[key] = weakref.ref(storage, lambda _: self._freed(key, size))
         self.live_bytes += size
         self._peak_of_storages = max(self._peak_of_storages, self.live_bytes)
         return True
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
+        del self._storages[key]
         self.live_bytes -= size
 
     def _count_work(
@@ -154,7 +168,7 @@ class Trace(TorchDispatchMode, PieceSample):
     ) -> None:
         if func in _FREE:
             return
-        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        inputs = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         count = flop_registry.get(func._overloadpacket)
         flops = int(count(*args, **kwargs, out_val=out)) if count else 0
         self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat

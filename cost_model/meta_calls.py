@@ -1,0 +1,112 @@
+"""Operators on tensors without data, each worked out once for the same layouts.
+
+torch works out in Python what an operator makes on the meta device, a tenth of a millisecond a call, and most
+of a trace's calls are repeated: for other strategies, in a redo, in backward. What one makes anew depends
+on the layouts of what it is given alone, so that it can be made again by its own layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_META = torch.device("meta")
+_MOST = 100_000  # calls that are remembered
+
+
+class _Layout(NamedTuple):
+    """Of a tensor that fills its storage."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=_META)
+
+
+class _Results(NamedTuple):
+    """What an operator has made: one tensor, or several of which some may be left out."""
+
+    layouts: tuple[_Layout | None, ...]
+    single: bool
+
+    def made(self) -> Any:
+        tensors = [None if layout is None else layout.made() for layout in self.layouts]
+        return tensors[0] if self.single else tuple(tensors)
+
+
+class MetaCalls:
+    """Calls operators, or repeats what they made before."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], _Results | None] = {}
+        self._fresh: dict[Any, bool] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operator makes; of views and what is written in place, the operator's own."""
+        if func not in self._fresh:
+            self._fresh[func] = _makes_anew(func)
+        if not self._fresh[func]:
+            return func(*args, **kwargs)
+        key = func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items())
+        try:
+            known = self._known.get(key, key)
+        except TypeError:  # an argument that has no hash
+            return func(*args, **kwargs)
+        if isinstance(known, _Results):
+            return known.made()
+        out = func(*args, **kwargs)
+        if known is key:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[key] = _results(out, args)
+        return out
+
+
+def _makes_anew(func: Any) -> bool:
+    schema = func._schema
+    return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
+
+
+def _key(value: Any) -> object:
+    """Equal for arguments of which an operator makes the same."""
+    if isinstance(value, Tensor):
+        if value.device != _META:  # a number, in the disguise of a tensor
+            return object()
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value  # 1, 1.0 and True are equal, and make different dtypes
+
+
+def _results(out: Any, args: tuple[Any, ...]) -> _Results | None:
+    """What can be made again of an operator's results; None where that cannot be said of all."""
+    single = isinstance(out, Tensor)
+    results = (out,) if single else out
+    if not isinstance(results, tuple) or not all(r is None or isinstance(r, Tensor) for r in results):
+        return None
+    taken = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
+    layouts: list[_Layout | None] = []
+    for tensor in results:
+        if tensor is None:
+            layouts.append(None)
+            continue
+        storage, layout = tensor.untyped_storage(), _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+        whole = tensor.device == _META and layout.made().untyped_storage().nbytes() == storage.nbytes()
+        if storage._cdata in taken or not whole:  # a view after all, whatever its schema says
+            return None
+        taken.add(storage._cdata)
+        layouts.append(layout)
+    return _Results(tuple(layouts), single)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Those among an operator's arguments or results, of which some are in lists."""
+    if isinstance(values, Tensor):
+        return [values]
+    if not isinstance(values, tuple | list):
+        return []
+    return [tensor for value in values for tensor in tensors_in(value)]
