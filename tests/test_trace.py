@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from evoplan.cost_model import simulation
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.liveness import Liveness
+from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import trace_step
 from evoplan.cost_model.trace import Trace
@@ -19,24 +21,28 @@ from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.pieces import sampled_pieces
-from tests.conftest import TINY, TINY_EXTRA, randomise
+from tests.conftest import TINY, TINY_EXTRA, TINY_MSA_MODULE, TINY_PAIRFORMER, randomise
 
 CONFIGS = {
     "main": replace(TINY, n_block=1),
     "extra": replace(TINY_EXTRA, n_block=1),
     "tiny": TinyOpenFoldConfig(n_block=1, c_m=8, c_z=12, c_opm=3),
+    "pairformer": replace(TINY_PAIRFORMER, n_block=1),
+    "msa module": replace(TINY_MSA_MODULE, n_block=1, last_m=True),
 }
 
 
-SHAPES = [InputShape(3, 4), pytest.param(InputShape(5, 9), marks=pytest.mark.slow)]
+SHAPES = [(3, 4), pytest.param((5, 9), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["small", "more pieces"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape: InputShape) -> None:
+def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape: tuple[int, int]) -> None:
     """Also where pieces have one row: there strides decide what is copied, and which kernel runs."""
-    shapes = config.state_shapes(shape)
+    rows, residues = shape
+    reads_rows = any("seq" in dims for dims in config.state.values())
+    shapes = config.state_shapes(InputShape(rows if reads_rows else None, residues))
     table = build_cost_table(model_without_data(config), shapes, dtype, device("cpu"))
     with Trace(1, CpuScratch()) as trace, sampled_pieces(trace):
         model = randomise(build_model(config)).to(getattr(torch, dtype)).train()
@@ -54,3 +60,33 @@ def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape
                     if value != vars(cost)[name] and not name.endswith("seconds")
                 }
                 assert not unlike, (step.name, str(cost.strategy))
+
+
+def test_what_is_made_again_is_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs with operators' results remembered, in a cache that others have filled, and with none."""
+    config = CONFIGS["main"]
+    shapes = config.state_shapes(InputShape(5, 9))
+
+    def costs(dtype: str, where: str) -> tuple:
+        monkeypatch.setenv("EVOPLAN_TRACES", "")
+        return build_cost_table(model_without_data(config), shapes, dtype, device(where)).options
+
+    for dtype, where in (("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "a100-40gb")):
+        remembered = costs(dtype, where)
+        with monkeypatch.context() as patched:
+            patched.setattr(simulation, "_CALLS", lambda func, args, kwargs: func(*args, **kwargs))
+            assert costs(dtype, where) == remembered
+
+
+def test_what_shares_its_input_is_not_made_again() -> None:
+    """Whatever a schema says: `_unsafe_view` has none of a view, and is one."""
+    calls, x = MetaCalls(), torch.empty(4, 6, device="meta")
+    product, view = torch.ops.aten.mm.default, torch.ops.aten._unsafe_view.default
+    for _ in range(3):
+        made = calls(product, (x, x.t()), {})
+        assert made.shape == (4, 4)
+        assert calls(view, (made, (2, 8)), {}).untyped_storage()._cdata == made.untyped_storage()._cdata
+        assert calls(torch.ops.aten.add.Tensor, (x, 1), {}).dtype == torch.float32
+    whole = torch.empty(3, dtype=torch.int64, device="meta")
+    dtypes = [calls(torch.ops.aten.mul.Tensor, (whole, by), {}).dtype for by in (1, 1.0, True, 1.0, 1)]
+    assert dtypes == [torch.int64, torch.float32, torch.int64, torch.float32, torch.int64]

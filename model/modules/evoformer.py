@@ -108,7 +108,9 @@ def mask_constants(
 ) -> dict[str, Tensor]:
     """What submodules read besides the state, by name: both masks and the outer product's counts."""
     msa_mask, pair_mask = mask_for("m", m, msa_mask), mask_for("z", z, pair_mask)
-    kind = "cpu" if m.is_meta else m.device.type  # autocast knows no meta device
-    with torch.autocast(kind, enabled=False):  # half precision cannot count to 257, or to 2,049
-        count = pair_count(msa_mask)
+    if m.is_meta:  # nothing to count, and a product without data has torch load sympy
+        count = msa_mask.new_empty((*m.shape[:-3], *z.shape[-3:-1]))
+    else:
+        with torch.autocast(m.device.type, enabled=False):  # half precision cannot count to 257, or to 2,049
+            count = pair_count(msa_mask)
     return {"msa_mask": msa_mask, "pair_mask": pair_mask, "pair_count": count}
