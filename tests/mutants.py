@@ -227,10 +227,26 @@ MUTANTS = [
     ),
     # --- cost model --------------------------------------------------------------------------
     Mutant(
+        "calls-numbers",
+        "cost_model/meta_calls.py",
+        "    return type(value), value  #",
+        "    return value  #",
+        "1 and 1.0 make different dtypes",
+        ("trace.py",),
+    ),
+    Mutant(
+        "families-layout",
+        "model/modules/triangle_attention.py",
+        "self.transposes = transposed_bias and not self.starting",
+        "self.transposes = not self.starting",
+        "AlphaFold 3's ending node has the bias of AlphaFold 2's",
+        ("oracle_3.py",),
+    ),
+    Mutant(
         "trace-freed",
         "cost_model/trace.py",
-        "        self._known.discard(key)\n        self.live_bytes -= size\n",
-        "        self.live_bytes -= size\n",
+        "        self._known.discard(key)\n        del self._storages[key]\n",
+        "        del self._storages[key]\n",
         "a new storage at the address of one that is gone does not count",
         ("trace.py", "scratch.py"),
     ),
