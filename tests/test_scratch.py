@@ -18,6 +18,7 @@ from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
 from evoplan.model.modules.evoformer import mask_constants
+from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.execution import record, run_discarded
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.pieces import sampled_pieces
@@ -186,3 +187,15 @@ def test_numbers_that_autograd_keeps() -> None:
         assert trace.kept_number_bytes == 0
         found = scaled(fake)
         assert trace.live_bytes - fake.nbytes - found.nbytes + trace.kept_number_bytes == left == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_makes_its_gradient_and_numbers(dtype: torch.dtype) -> None:
+    """In bfloat16 a product of vectors would take 64 KiB for each thread."""
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    numbers = LOSS_NUMBERS * NUMBER_BYTES
+    assert peak_bytes(lambda: mean_square(x)) <= numbers
+    expected = x.detach().double().square().sum() / 5000**0.5
+    assert float(mean_square(x).double() / expected) == pytest.approx(1, rel=8 * torch.finfo(dtype).eps)
+    loss = mean_square(x)
+    assert peak_bytes(lambda: torch.autograd.grad(loss, x)) <= x.nbytes + numbers
