@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.strategy import Strategy
@@ -324,7 +325,9 @@ def test_compiled_blocks_and_models_around(mode: str) -> None:
     plain(inputs()).backward()
     torch._dynamo.reset()
     model = planned(new_stack(), mode)
+    counters["graph_break"].clear()
     compiled = torch.compile(Around(model), backend="aot_eager")
     compiled(inputs()).backward()
+    assert sum(counters["graph_break"].values()) == 1, counters["graph_break"]
     assert_same(gradients(plain.stack), gradients(model))
     assert plan(mode).problem.loss == "mean_square"

@@ -196,6 +196,8 @@ def test_the_loss_makes_its_gradient_and_numbers(dtype: torch.dtype) -> None:
     numbers = LOSS_NUMBERS * NUMBER_BYTES
     assert peak_bytes(lambda: mean_square(x)) <= numbers
     expected = x.detach().double().square().sum() / 5000**0.5
-    assert float(mean_square(x).double() / expected) == pytest.approx(1, rel=8 * torch.finfo(dtype).eps)
+    assert float(mean_square(x).detach().double() / expected) == pytest.approx(
+        1, rel=8 * torch.finfo(dtype).eps
+    )
     loss = mean_square(x)
     assert peak_bytes(lambda: torch.autograd.grad(loss, x)) <= x.nbytes + numbers
