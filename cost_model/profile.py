@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model import measure
+from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.times_cache import MeasuredBytes, Timing
-from evoplan.cost_model.trace import Casting
 from evoplan.model.running.chain import Step
 from evoplan.model.running.execution import record, run_discarded
 from evoplan.model.running.kinds import WHOLE

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from evoplan.cost_model.trace import Casting, Trace, Work
+from evoplan.cost_model.casting import Casting
+from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.running.chain import Step
 from evoplan.model.running.execution import kept_input, record, run_discarded
 from evoplan.model.running.kernels import kernels_for

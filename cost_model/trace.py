@@ -10,22 +10,18 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from evoplan.cost_model.meta_calls import tensors_in
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
-from evoplan.model.running.context import autocast
 from evoplan.model.running.pieces import PieceSample
 
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
@@ -226,49 +222,6 @@ def _strided_as_viewed(tensor: Tensor) -> Tensor:
 def _moved_bytes(tensor: Tensor) -> int:
     # A broadcast operand is read once, whatever its shape says.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-# What a forward is run under, and its backward is not.
-Casting = Callable[[], AbstractContextManager[object]]
-
-
-def casting_of(kind: str, dtype: str | None) -> Casting:
-    """torch.autocast of a kind of device to a dtype by name, for tensors without data; None: nothing.
-
-    They claim to be on the CPU, where autocast leaves some operators in half precision that it runs in single
-    precision on a GPU.
-    """
-
-    @contextmanager
-    def casting() -> Iterator[None]:
-        with (
-            autocast("cpu", dtype, keep_casts=False),
-            _SinglePrecision() if kind == "cuda" else nullcontext(),
-        ):
-            yield
-
-    return casting if dtype else nullcontext
-
-
-class _SinglePrecision(TorchFunctionMode):
-    """Softmax, norms and sums in float32, as autocast on CUDA runs them.
-
-    Source: torch's documentation of torch.amp, CUDA ops that autocast to float32.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _IN_SINGLE:
-            args, kwargs = tree_map_only(Tensor, _single, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-_IN_SINGLE = {Tensor.softmax, torch.softmax, F.softmax, F.layer_norm, Tensor.sum, torch.sum}
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @contextmanager

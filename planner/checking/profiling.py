@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.calibrate import Calibration, fit
+from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.profile import bytes_taken, largest_error, time_step, with_data
 from evoplan.cost_model.steps import StepCost, opaque_strategies
 from evoplan.cost_model.times_cache import Key, MeasuredBytes, TimesCache, Timing, key_of
-from evoplan.cost_model.trace import Casting, Work
+from evoplan.cost_model.trace import Work
 from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.context import autocast
 from evoplan.model.running.kernels import KERNELS

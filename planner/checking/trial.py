@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.allocator import give_back_freed_memory
+from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.loss import Loss
-from evoplan.cost_model.trace import Casting
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.chain import Plannable

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.static import OPTIMIZER_STATES
-from evoplan.cost_model.trace import Casting
 from evoplan.model.build import build_model, program_type
 from evoplan.model.data.batch import Batch
 from evoplan.model.running.context import autocast
