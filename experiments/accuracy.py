@@ -79,7 +79,7 @@ def rows(case: Case) -> list[dict[str, Any]]:
             {
                 "blocks": blocks, "c_m": c_m, "s": shape.n_seq, "r": shape.n_res, "extra_s": shape.n_extra,
                 "dtype": dtype, "dropout": dropout,
-                "depth": depth(plan.sequence()),
+                "depth": depth(plan.schedule),
                 "predicted_bytes": predicted,
                 "measured_bytes": measured,
                 "ratio": measured / predicted,

@@ -110,7 +110,7 @@ def figures(costed: Costed, plan: Plan, simulate: bool = True) -> dict[str, Any]
     """What a plan needs; its peak by running the first rank on tensors without data, or as predicted."""
     held = None  # by the end of forward
     if costed.table.training:
-        moments = replay(plan.sequence(), costed.table).moments
+        moments = replay(plan.schedule, costed.table).moments
         held = costed.fixed_bytes + next(m.held_bytes for m in moments if m.phase == "loss")
     return {
         "schedule": plan.solver.name,

@@ -88,7 +88,7 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
     for plan, runs in zip(plans, times.values(), strict=True):
         measured = float(np.median(runs))
         predicted = {"measured": plan.predicted.step_seconds} | {
-            name: other.predict(plan.sequence()).step_seconds for name, other in others.items()
+            name: other.predict(plan.schedule).step_seconds for name, other in others.items()
         }
         rows.append(
             {

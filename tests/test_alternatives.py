@@ -85,7 +85,7 @@ def test_show_prints_them_with_the_plans_own_times(
         for cost in options
         if is_opaque(cost.strategy)
     )
-    fused = with_strategy(none.sequence(), frozenset({step}), opaque)
+    fused = with_strategy(none.schedule, frozenset({step}), opaque)
     plan_of(costed, fused, SolverReport(name="none", seconds=0.0)).save(out)
     code, printed = run(
         ["show", str(out), "--cache", str(tmp_path / "none.sqlite"), "--json", str(result)], capsys

@@ -175,7 +175,7 @@ def least(costed: Costed, host: bool) -> int:
 @pytest.mark.parametrize("more", [1.0, 1.2, 3.0])
 def test_peaks_are_as_predicted(costed: Costed, host: bool, more: float) -> None:
     plan = solve(asked(costed, int(more * least(costed, host)), host))
-    waits = any(run.away for run in all_runs(plan.sequence()))
+    waits = any(run.away for run in all_runs(plan.schedule))
     assert waits if host and more == 1.0 else more == 1.2 or not waits
     predicted = plan.predicted.peak_bytes
     assert simulate_plan(plan).measured_peak_bytes == predicted
@@ -338,7 +338,7 @@ def test_plan_files(costed: Costed, tmp_path) -> None:
     path = tmp_path / "plan.json"
     plan.save(path)
     assert load_plan(path) == plan
-    schedule = plan.sequence()
+    schedule = plan.schedule
     written = json.loads(json.dumps(schedule_to_json(schedule)))
     assert schedule_from_json(written) == schedule
     assert {len(part) for part in written} == {2, 3}  # as before where nothing is away

@@ -291,10 +291,10 @@ def test_a_plan_is_its_problems(plan, tmp_path: Path, place: tuple, value: Any, 
 )
 def test_strategies_are_the_steps(plan, strategy: str, says: str) -> None:
     whole = [[step, "whole"] for step in range(1, 18)]
-    odd = plan.model_copy(update={"schedule": [[0, strategy], *whole]})
+    odd = plan.model_copy(update={"schedule": schedule_from_json([[0, strategy], *whole])})
     with pytest.raises(
         ValueError, match=r"^schedule: blocks\.0\.row_attention: .*; make it again$"
     ) as caught:
         check_consistent(odd)
     assert says in str(caught.value)
-    check_consistent(plan.model_copy(update={"schedule": [[0, "chunk(seq, 5)"], *whole]}))
+    check_consistent(plan.model_copy(update={"schedule": schedule_from_json([[0, "chunk(seq, 5)"], *whole])}))

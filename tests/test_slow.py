@@ -66,7 +66,7 @@ def test_full_size(tmp_path, budget: str, least_depth: int) -> None:
         "plan", "--model", "alphafold2-finetune", "--dtype", "float16", "--device", "a100-40gb",
         "--memory", budget, "--out", str(plan),
     )  # fmt: skip
-    assert depth(load_plan(plan).sequence()) >= least_depth
+    assert depth(load_plan(plan).schedule) >= least_depth
     solved = json.loads(plan.read_text())["solver"]["seconds"]
     print(f"\nplanned in {seconds:.1f} s, {memory / 2**20:.0f} MiB; the dynamic program {solved:.2f} s")
     assert memory < 2 * 2**30

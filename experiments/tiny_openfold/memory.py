@@ -72,7 +72,7 @@ def predict(recipe: Recipe, where: Device, plan: Plan | None = None, shares: int
         model = fake_copy(plain, torch.float32).train()
         if plan is not None:
             assert isinstance(model.stack, Plannable)  # a copy of its own
-            model.stack = PlannedModule(model.stack, plan.sequence())
+            model.stack = PlannedModule(model.stack, plan.schedule)
         parameters = list(model.parameters())
         batch = empty_batch(recipe, recipe.shape.batch // shares)
         for parameter in parameters if shares > 1 else ():

@@ -40,11 +40,11 @@ def check_consistent(plan: Plan) -> None:
     device = device_of(problem)
     model = planned_model(problem)
     steps = Chain.of(model).steps
-    covered = len(plan.sequence().span)
+    covered = len(plan.schedule.span)
     if covered != len(steps):
         raise ValueError(f"schedule: it has {covered} steps, the model {len(steps)}; make it again")
     state = problem.state_shapes()
-    for index, strategies in strategies_used(plan.sequence()).items():
+    for index, strategies in strategies_used(plan.schedule).items():
         for strategy in strategies:
             try:
                 _check_strategy(steps[index], strategy, state)

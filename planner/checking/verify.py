@@ -84,7 +84,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     _check_loss(plan, None)
     with torch.device("meta"):
         check_model(build_model(problem.config).to(getattr(torch, problem.dtype)), plan)
-    opaque = opaque_kernels(plan.sequence())
+    opaque = opaque_kernels(plan.schedule)
     if opaque:
         raise ValueError(
             f"the plan runs {', '.join(opaque)}, which cannot be simulated; leave --simulate out"
@@ -94,7 +94,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     with simulated(where) as trace:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        planned = PlannedModule(model, plan.sequence(), host=FakeHost)
+        planned = PlannedModule(model, plan.schedule, host=FakeHost)
         step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
         step.casting = casting_of(where.kind, problem.autocast)
         # What is there before the step: as live as in a real run, except the optimizer's states.

@@ -125,7 +125,7 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
         if json_path:
             write_json(json_path, {"plan": found.to_json()})
         return
-    result = replay(found.sequence(), costed.table)
+    result = replay(found.schedule, costed.table)
     print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
     console.print()
     if times_lost:

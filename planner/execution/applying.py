@@ -54,7 +54,7 @@ def apply_plan(
     shared = ParallelEvoformer(stack, ranks, first.shape, whole=False)
     if shared.ranks.size != first.ranks:
         raise ValueError(f"the plan is for {first.ranks} ranks, not {shared.ranks.size}; plan for those")
-    return PlannedModule(shared, Fits([Fit(plans[0].sequence(), shared.input_shapes)]))
+    return PlannedModule(shared, Fits([Fit(plans[0].schedule, shared.input_shapes)]))
 
 
 def check_model(stack: Plannable, plan: Plan) -> None:
@@ -90,7 +90,7 @@ def _fit(plan: Plan) -> Fit:
     problem = plan.problem
     budget, reserve = problem.budget_bytes, plan.static.get("reserve", 0)
     slack = None if budget is None else budget - plan.predicted.peak_bytes + reserve
-    return Fit(plan.sequence(), problem.state_shapes(), plan.static["inputs"], slack)
+    return Fit(plan.schedule, problem.state_shapes(), plan.static["inputs"], slack)
 
 
 def _planned_for(plan: Plan, model: Plannable, shapes: Shapes) -> Fit:

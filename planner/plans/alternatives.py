@@ -32,7 +32,7 @@ class Alternative:
 
 def alternatives(plan: Plan, costed: Costed) -> list[Alternative]:
     """Of each kind of submodule, every strategy that it offers; the fastest plans first."""
-    schedule, budget = plan.sequence(), plan.problem.budget_bytes
+    schedule, budget = plan.schedule, plan.problem.budget_bytes
     now = costed.predict(schedule)
     kinds: dict[str, list[int]] = {}
     for step in Chain.of(costed.model).steps:

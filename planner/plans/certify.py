@@ -41,7 +41,7 @@ def certify(costed: Costed, plan: Plan, progress: Callable[[str], None] = lambda
         start = time.perf_counter()
         bound = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds + after
         best = Frontier(table, max_depth=1).seconds(budget) + after
-        if depth(plan.sequence()) <= 1:
+        if depth(plan.schedule) <= 1:
             best = min(best, planned)
         found.append(_certificate(CP_SAT, 1, bound, best, start))
     report = plan.solver.model_copy(update={"gap": found[0].gap, "certificates": tuple(found)})

@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.files import write_json
@@ -22,6 +30,59 @@ STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspac
 TIMES = ("measured", "calibrated", "roofline")
 LONGEST_STRATEGY = 100  # characters
 MOST_CHARACTERS = 64 * 2**20  # of a plan file; a thousand blocks take one
+
+
+def schedule_to_json(schedule: Sequence) -> list[Any]:
+    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}.
+
+    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]].
+    """
+    return [
+        [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
+        if isinstance(part, Run)
+        else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
+        for part in schedule.parts
+    ]
+
+
+def schedule_from_json(parts: list[Any]) -> Sequence:
+    """The inverse of `schedule_to_json`; ValueError says what is wrong."""
+    built: list[Run | Checkpoint] = []
+    for part in parts:
+        match part:
+            case [bool(), *_]:
+                raise ValueError(f"{_short(part)} is no part of a schedule")
+            case [int(step), str(strategy)]:
+                built.append(Run(step, _strategy(strategy)))
+            case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
+                built.append(Run(step, _strategy(strategy), tuple(away)))
+            case {"checkpoint": list(body), "discard": list(discard)}:
+                strategies = tuple(map(_strategy, discard))
+                built.append(Checkpoint(schedule_from_json(body), strategies))
+            case _:
+                raise ValueError(f"{_short(part)} is no part of a schedule")
+    return Sequence(tuple(built))
+
+
+def _strategy(text: Any) -> Strategy:
+    if not isinstance(text, str) or len(text) > LONGEST_STRATEGY:
+        raise ValueError(f"{_short(text)} is no strategy")
+    return Strategy.parse(text)
+
+
+def _schedule_of(value: Any) -> Sequence:
+    """A schedule, or what a file has of one."""
+    if isinstance(value, Sequence):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"{_short(value)} is no list of parts")
+    return schedule_from_json(value)
+
+
+def _short(value: Any) -> str:
+    """A value as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class PlanFileError(ValueError):
@@ -79,7 +140,7 @@ class Plan(BaseModel):
         costs: where memory and time figures came from.
         predicted: of the rank that needs the most memory, where there are several; times are the first one's.
         rank_peak_bytes: predicted peak of each rank.
-        schedule: nested parts; see `schedule_to_json`.
+        schedule: in the file, nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
         model_digest: of the model that was costed (`planner.problems.digest`).
         baselines: the same prediction for what people do by hand.
@@ -100,7 +161,7 @@ class Plan(BaseModel):
     least_feasible_bytes: Bytes | None
     only_whole: tuple[Name, ...] = ()
     model_digest: Name | None = None
-    schedule: list[Any]
+    schedule: Annotated[Sequence, PlainValidator(_schedule_of), PlainSerializer(schedule_to_json)]
 
     @model_validator(mode="after")
     def _complete(self) -> Plan:
@@ -122,13 +183,11 @@ class Plan(BaseModel):
             raise ValueError(f"costs.time is {self.costs['time']!r}; there are: {', '.join(TIMES)}")
         return self
 
-    def sequence(self) -> Sequence:
-        """The schedule as an expression; ValueError where it is none."""
-        return schedule_from_json(self.schedule)
-
     def to_json(self) -> dict[str, Any]:
         """The document, sealed with a digest of its content."""
-        document = self.model_dump(mode="json")
+        # The schedule by itself: it may be nested deeper than pydantic goes.
+        document = self.model_dump(mode="json", exclude={"schedule"})
+        document["schedule"] = schedule_to_json(self.schedule)
         return {**document, "digest": _digest(document)}
 
     @property
@@ -201,9 +260,9 @@ def _checked(document: dict[str, Any]) -> Plan:
         raise ValueError(f"{_short(parts)} is no list of parts")
     # By JSON's own types: a number in quotes is none. The schedule is checked by itself: it may be nested
     # deeper than the validation's own parser goes.
-    plan = Plan.model_validate_json(json.dumps(document | {"schedule": []}), strict=True)
-    plan = plan.model_copy(update={"schedule": parts})
-    schedule = plan.sequence()
+    plan = Plan.model_validate_json(json.dumps(document | {"schedule": [[0, "whole"]]}), strict=True)
+    schedule = schedule_from_json(parts)
+    plan = plan.model_copy(update={"schedule": schedule})
     if schedule.span.start != 0:
         raise ValueError("it does not start at the first step")
     if depth(schedule) > len(schedule.span):
@@ -214,50 +273,6 @@ def _checked(document: dict[str, Any]) -> Plan:
     return plan
 
 
-def _short(value: Any) -> str:
-    """A value as an error quotes it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _digest(document: dict[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def schedule_to_json(schedule: Sequence) -> list[Any]:
-    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}.
-
-    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]].
-    """
-    return [
-        [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
-        if isinstance(part, Run)
-        else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
-        for part in schedule.parts
-    ]
-
-
-def schedule_from_json(parts: list[Any]) -> Sequence:
-    """The inverse of `schedule_to_json`; ValueError says what is wrong."""
-    built: list[Run | Checkpoint] = []
-    for part in parts:
-        match part:
-            case [bool(), *_]:
-                raise ValueError(f"{_short(part)} is no part of a schedule")
-            case [int(step), str(strategy)]:
-                built.append(Run(step, _strategy(strategy)))
-            case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
-                built.append(Run(step, _strategy(strategy), tuple(away)))
-            case {"checkpoint": list(body), "discard": list(discard)}:
-                strategies = tuple(map(_strategy, discard))
-                built.append(Checkpoint(schedule_from_json(body), strategies))
-            case _:
-                raise ValueError(f"{_short(part)} is no part of a schedule")
-    return Sequence(tuple(built))
-
-
-def _strategy(text: Any) -> Strategy:
-    if not isinstance(text, str) or len(text) > LONGEST_STRATEGY:
-        raise ValueError(f"{_short(text)} is no strategy")
-    return Strategy.parse(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from evoplan.planner.plans.plan import Plan, SolverReport, schedule_to_json
+from evoplan.planner.plans.plan import Plan, SolverReport
 from evoplan.planner.plans.recosting import cost_of_plan
 from evoplan.planner.problems.costing import (
     Costed,
@@ -109,7 +109,7 @@ def plan_of(
         least_feasible_bytes=None,
         only_whole=only_whole(costed),
         model_digest=model_digest(getattr(costed.model, "stack", costed.model)),
-        schedule=schedule_to_json(schedule),
+        schedule=schedule,
     )
 
 
@@ -195,7 +195,7 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
     config = plan.problem.config.with_blocks(blocks)
     problem = plan.problem.model_copy(update={"config": config, "budget_bytes": None})
     costed, _ = cost_of_plan(plan.model_copy(update={"problem": problem}), progress=progress)
-    schedule = shortened(plan.sequence(), len(costed.table.options))
+    schedule = shortened(plan.schedule, len(costed.table.options))
     peaks = peaks_of_ranks(costed, schedule)
     return plan.model_copy(
         update={
@@ -206,6 +206,6 @@ def shorten_plan(plan: Plan, blocks: int, progress: Progress = lambda _: None) -
             "static": costed.static,
             "model_digest": model_digest(getattr(costed.model, "stack", costed.model)),
             "baselines": predict_baselines(costed, None),
-            "schedule": schedule_to_json(schedule),
+            "schedule": schedule,
         }
     )

@@ -21,7 +21,7 @@ def cost_of_plan(
         MissingTimesError: the plan runs kernels whose memory is only known where they were profiled.
     """
     kind = plan.costs["time"]
-    strategies = strategies_used(plan.sequence())
+    strategies = strategies_used(plan.schedule)
     try:
         costed = cost_with_times(plan.problem, kind, path, progress=progress)  # type: ignore[arg-type]
         offered = ({cost.strategy for cost in options} for options in costed.table.options)
@@ -30,7 +30,7 @@ def cost_of_plan(
         lost = f"some {kind} times are missing here"
     except MissingTimesError:
         lost = f"no {kind} times here"
-    opaque = opaque_kernels(plan.sequence())
+    opaque = opaque_kernels(plan.schedule)
     if opaque:
         raise MissingTimesError(
             f"the plan runs {', '.join(opaque)}, of which nothing is known here; "

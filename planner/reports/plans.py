@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def print_plan(plan: Plan, console: Console) -> None:
     """The decision per submodule, the prediction, and the saving against the baselines."""
     console.print(describe_problem(plan.problem), highlight=False)
-    schedule = plan.sequence()
+    schedule = plan.schedule
     console.print(_decisions(schedule, plan.problem))
     console.print(_comparison(plan))
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.static.items() if size)

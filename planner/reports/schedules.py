@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def print_schedule(plan: Plan, console: Console) -> None:
     """The schedule as nested lines; equal neighbouring blocks are folded."""
     names = step_names(plan.problem)
-    for line in fold(list(schedule_lines(plan.sequence(), names))):
+    for line in fold(list(schedule_lines(plan.schedule, names))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -166,9 +166,7 @@ def _told(plan: Plan, mine: dict[str, Any], around: int, world: World, console: 
     )
     kind = world.device.type
     # The simulation has a stand-in for kernels that cannot be traced; the plan knows their memory.
-    as_predicted = (
-        bool(opaque_kernels(plan.sequence())) or abs(peak - predicted) <= PEAK_TOLERANCE * predicted
-    )
+    as_predicted = bool(opaque_kernels(plan.schedule)) or abs(peak - predicted) <= PEAK_TOLERANCE * predicted
     ok = as_predicted and (budget is None or peak <= budget + around)
     ranks, oks = zip(*world.gathered_objects((mine, ok)), strict=True)
     print_ranks(list(ranks), plan, kind, console)
