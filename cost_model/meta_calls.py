@@ -51,10 +51,11 @@ class MetaCalls:
             self._fresh[func] = _makes_anew(func)
         if not self._fresh[func]:
             return func(*args, **kwargs)
-        key = func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items())
         try:
+            named = ((name, _key(value)) for name, value in kwargs.items())
+            key = func, torch.get_default_dtype(), *map(_key, args), *named
             known = self._known.get(key, key)
-        except TypeError:  # an argument that has no hash
+        except TypeError:  # an argument that has no hash, or a number in the disguise of a tensor
             return func(*args, **kwargs)
         if isinstance(known, _Results):
             return known.made()
@@ -72,10 +73,10 @@ def _makes_anew(func: Any) -> bool:
 
 
 def _key(value: Any) -> object:
-    """Equal for arguments of which an operator makes the same."""
+    """Equal for arguments of which an operator makes the same; TypeError for what cannot be told so."""
     if isinstance(value, Tensor):
-        if value.device != _META:  # a number, in the disguise of a tensor
-            return object()
+        if value.device != _META:
+            raise TypeError("a tensor that is elsewhere")
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))

@@ -166,7 +166,7 @@ class ModelConfig:
             ValueError: it has none of that name.
         """
         given = {name: size for name, size in sizes.items() if size is not None}
-        own = [name for name, _ in self._own()]
+        own = [name for name, size in self._own() if type(size) is int]
         for name in given:
             if name not in own:
                 raise ValueError(f"this model has no {name}; its sizes are {', '.join(own)}")

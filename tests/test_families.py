@@ -172,6 +172,8 @@ def test_inputs_by_name_or_in_order_make_one_plan() -> None:
     assert by_name.schedule == in_order.schedule
     with pytest.raises(ValueError, match="the model takes s, z, single_mask, pair_mask"):
         make_plan(stack, {**inputs, "m": inputs["s"]})
+    with pytest.raises(ValueError, match="inputs: z is None; give a tensor"):
+        make_plan(stack, {**inputs, "z": None})
 
 
 # --- a family that is registered here ---------------------------------------------------------
@@ -231,9 +233,6 @@ class Mixer(Plannable):
     def prepare(self, x: Tensor, x_mask: Tensor | None = None):
         mask = x.new_ones(x.shape[:-1]) if x_mask is None else x_mask.to(x.dtype)
         return laid_out(x=x), {"x_mask": mask}
-
-    def stacks(self):
-        yield "blocks", self.blocks, {}
 
 
 @pytest.fixture

@@ -90,3 +90,11 @@ def test_what_shares_its_input_is_not_made_again() -> None:
     whole = torch.empty(3, dtype=torch.int64, device="meta")
     dtypes = [calls(torch.ops.aten.mul.Tensor, (whole, by), {}).dtype for by in (1, 1.0, True, 1.0, 1)]
     assert dtypes == [torch.int64, torch.float32, torch.int64, torch.float32, torch.int64]
+    remembered = len(calls._known)
+    assert calls(torch.ops.aten.mul.Tensor, (whole, torch.tensor(2)), {}).dtype == torch.int64
+    assert len(calls._known) == remembered  # not by a number that is a tensor
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert calls(torch.ops.aten.mul.Tensor, (whole, 1.0), {}).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -63,10 +61,6 @@ class EvoformerStack(Plannable):
     ) -> tuple[State, dict[str, Tensor]]:
         """The state and the constants of its chain."""
         return laid_out(m=m, z=z), mask_constants(m, z, msa_mask, pair_mask)
-
-    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
-        """Its blocks."""
-        yield "blocks", self.blocks, {}
 
 
 @torch.no_grad()

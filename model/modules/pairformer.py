@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -206,10 +204,6 @@ class PairformerStack(Plannable):
         masks = {"single_mask": mask_for("s", s, single_mask), "pair_mask": mask_for("z", z, pair_mask)}
         return laid_out(s=s, z=z), masks
 
-    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
-        """Its blocks."""
-        yield "blocks", self.blocks, {}
-
 
 class MSAModuleStack(Plannable):
     """Blocks in sequence over the state (m, z); sampling and embedding of the alignment lie before it.
@@ -237,7 +231,3 @@ class MSAModuleStack(Plannable):
     ) -> tuple[State, dict[str, Tensor]]:
         """The state and the constants of its chain."""
         return laid_out(m=m, z=z), mask_constants(m, z, msa_mask, pair_mask)
-
-    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
-        """Its blocks."""
-        yield "blocks", self.blocks, {}

@@ -6,7 +6,6 @@ product has one projection for both factors, and each block has a normalisation 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -228,10 +227,6 @@ class TinyOpenFoldStack(Plannable):
     def prepare(self, m: Tensor, z: Tensor) -> tuple[State, dict[str, Tensor]]:
         """The state of its chain; there are no constants."""
         return laid_out(m=m, z=z), {}
-
-    def stacks(self) -> Iterator[tuple[str, nn.ModuleList, dict[str, str]]]:
-        """Its blocks."""
-        yield "blocks", self.blocks, {}
 
 
 @torch.no_grad()

@@ -48,9 +48,11 @@ class Plannable(nn.Module):
     Attributes:
         config: what it was made from.
         outputs: the state tensors that forward returns, in that order.
+        blocks: of a model with one stack.
     """
 
     outputs: tuple[str, ...]
+    blocks: nn.ModuleList
 
     if TYPE_CHECKING:  # an attribute of most, which a property here would keep from being set
 
@@ -60,9 +62,9 @@ class Plannable(nn.Module):
 
     def stacks(self) -> Iterable[tuple[str, Iterable[Any], Mapping[str, str]]]:
         """In the order in which they run: a stack's name, its blocks, and what its submodules' tensors are
-        called here where that differs. Each block lists its `submodules()`.
+        called here where that differs. Each block lists its `submodules()`. Here: the one stack `blocks`.
         """
-        raise NotImplementedError
+        yield "blocks", self.blocks, {}
 
     def prepare(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
         """From forward's arguments, the state that the chain starts from and its constants (masks)."""

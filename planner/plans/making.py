@@ -43,7 +43,7 @@ def make_plan(
         times: where step times come from; auto is the best there is (see `cost_with_times`).
         autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
         loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
-            Without it the peak holds for `model.programs.loss.mean_square`, which makes but its gradient.
+            Without it the peak holds for `model.programs.loss.mean_square`: it makes its gradient alone.
         reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
 
     Raises:
@@ -51,6 +51,9 @@ def make_plan(
         ValueError: inputs, budget or a name that make no sense.
     """
     tensors = _by_name(stack, inputs)
+    missing = [name for name in stack.config.state if name not in tensors]
+    if missing:
+        raise ValueError(f"inputs: {missing[0]} is None; give a tensor, of which only the shape counts")
     state = {name: tensors[name] for name in stack.config.state}
     dtype = _name_of(next(iter(state.values())).dtype)
     problem = Problem(

@@ -118,9 +118,6 @@ def cosharded_vjp(
     def share(part: slice, leaves: Tensors) -> Tensor:
         return _partial(submodule, {**x, **leaves}, part)
 
-    def normalised(name: str, leaves: Tensors) -> Tensor:
-        return submodule.normalised(leaves, (name,))[name]
-
     update_grad: Tensor | None = None
     for span in _row_spans(grad, dim, strategy.n):
         rows = finish_rows(span)
