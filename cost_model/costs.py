@@ -26,7 +26,8 @@ class CostTable:
 
     Attributes:
         options: for each step, its strategies' costs; equal steps share one tuple.
-        step_reads: for each step, the state tensors it reads; the first is the one it rewrites.
+        step_reads: for each step, the state tensors it reads.
+        step_makes: for each step, the state tensors it makes or rewrites; None: the first that it reads.
         groups: steps of each block.
         state_bytes: size of each state tensor; a gradient has the size of its tensor.
         loss_bytes: peak that computing the loss and its gradient adds to what is live then.
@@ -48,16 +49,21 @@ class CostTable:
     units: tuple[range, ...] = ()
     input_bytes: int = 0
     host_bandwidth: float | None = None
+    step_makes: tuple[tuple[str, ...], ...] | None = None
 
     @cached_property
-    def targets(self) -> tuple[str, ...]:
-        """For each step, the state tensor it rewrites."""
-        return tuple(names[0] for names in self.step_reads)
+    def makes(self) -> tuple[tuple[str, ...], ...]:
+        """For each step, the state tensors it makes or rewrites."""
+        return tuple(names[:1] for names in self.step_reads) if self.step_makes is None else self.step_makes
 
     @cached_property
     def liveness(self) -> Liveness:
         """Who holds which version of the state."""
-        return Liveness(self.step_reads, self.outputs)
+        return Liveness(self.step_reads, self.outputs, self.makes)
+
+    def made_bytes(self, step: int) -> int:
+        """Size of all that a step makes."""
+        return sum(self.state_bytes[name] for name in self.makes[step])
 
     def bytes_of(self, versions: Iterable[Version]) -> int:
         """Size of some versions of the state; the chain's inputs are not its own and count nothing."""

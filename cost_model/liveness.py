@@ -1,6 +1,6 @@
 """Who holds what: versions of the state's tensors, and the steps that make and read them.
 
-Every step makes a new version of one tensor and reads the current versions of some. A version is
+Every step makes new versions of some tensors and reads the current versions of some. A version is
 alive from its making to its last reader; the outputs are read at the end. What a checkpoint must keep
 on entry, what it leaves behind, and which gradients are live in backward all follow, and are asked here.
 """
@@ -27,24 +27,32 @@ class Liveness:
     """The versions of a chain's state.
 
     Args:
-        step_reads: for each step, the tensors it reads; it makes a new version of the first.
+        step_reads: for each step, the tensors it reads.
         outputs: the tensors whose last versions are wanted at the end; None for all.
+        step_makes: for each step, the tensors that it makes anew; the first it reads if not given.
 
     Attributes:
         graph: edges from each version to the steps that read it, and from each step to what it makes.
             Steps are numbers; the step after the last is whoever reads the outputs.
     """
 
-    def __init__(self, step_reads: Iterable[tuple[str, ...]], outputs: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        step_reads: Iterable[tuple[str, ...]],
+        outputs: Iterable[str] | None = None,
+        step_makes: Iterable[tuple[str, ...]] | None = None,
+    ) -> None:
         step_reads = list(step_reads)
+        makes_of = [reads[:1] for reads in step_reads] if step_makes is None else step_makes
         self.end = len(step_reads)
         names = dict.fromkeys(name for reads in step_reads for name in reads)
         current = {name: Version(name, INPUT) for name in names}
         self.graph = nx.DiGraph()
-        for step, reads in enumerate(step_reads):
+        for step, (reads, makes) in enumerate(zip(step_reads, makes_of, strict=True)):
+            self.graph.add_node(step)
             self.graph.add_edges_from((current[name], step) for name in reads)
-            current[reads[0]] = Version(reads[0], step)
-            self.graph.add_edge(step, current[reads[0]])
+            current |= {name: Version(name, step) for name in makes}
+            self.graph.add_edges_from((step, current[name]) for name in makes)
         wanted = names if outputs is None else outputs
         self.graph.add_node(self.end)
         self.graph.add_edges_from((current.get(name, Version(name, INPUT)), self.end) for name in wanted)
@@ -89,6 +97,14 @@ class Liveness:
         """Versions alive at a position that the steps from `start` on made."""
         return tuple(version for version in self._alive[position] if version.maker >= start)
 
+    @cached_property
+    def _made_by(self) -> list[tuple[Version, ...]]:
+        return [tuple(self.graph.successors(step)) for step in range(self.end)]
+
+    def made_by(self, step: int) -> tuple[Version, ...]:
+        """The versions that a step makes."""
+        return self._made_by[step]
+
     def owns_target(self, step: int) -> bool:
         """Whether the version that the step replaces is the chain's own, not the caller's input."""
         return self._reads[step][0].maker != INPUT
@@ -97,12 +113,9 @@ class Liveness:
     def _last_reads(self) -> list[tuple[str, ...]]:
         gone: list[tuple[str, ...]] = []
         for step in range(self.end):
-            (made,) = self.graph.successors(step)
-            after = self._alive[step + 1]
-            held = (*self._alive[step], made)
-            gone.append(
-                tuple(v.tensor for v in held if v not in after and (v == made or v.tensor != made.tensor))
-            )
+            made, after = self._made_by[step], self._alive[step + 1]
+            held = (*(v for v in self._alive[step] if v.tensor not in {m.tensor for m in made}), *made)
+            gone.append(tuple(v.tensor for v in held if v not in after))
         return gone
 
     def last_reads(self, step: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ each at least as high, under which the least time is a function of the memory le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -91,41 +91,44 @@ def by_replay(schedule: Sequence, table: CostTable) -> Judged:
 def by_charges(schedule: Sequence, table: CostTable) -> Judged:
     """What the simpler charges say; see above."""
     costs = [{cost.strategy: cost for cost in options} for options in table.options]
-    outputs = {max(i for i, name in enumerate(table.targets) if name == target) for target in table.targets}
+    last = {name: step for step, names in enumerate(table.makes) for name in names}
     peaks, discards, seconds = [0], [], 0.0
     gradient_bytes = sum(table.state_bytes.values())  # every tensor of these chains is an output
 
-    def size(step: int) -> int:
-        return table.state_bytes[table.targets[step]]
+    def size(names: Iterable[str]) -> int:
+        return sum(table.state_bytes[name] for name in names)
+
+    def outputs(step: int) -> list[str]:
+        return [name for name in table.makes[step] if last[name] == step]
 
     def made(span: range) -> dict[str, int]:
-        return {table.targets[step]: step for step in span}
+        return {name: step for step in span for name in table.makes[step]}
 
     def first_pass(span: range, held: int) -> None:
         for step in span:
-            discards.append((step, held + sum(map(size, made(range(span.start, step)).values()))))
+            discards.append((step, held + size(made(range(span.start, step)))))
 
     def body(parts: Body, held: int, redo: bool) -> int:
         """Charge a sequence that starts with `held`; returns what is held after its forward."""
         nonlocal seconds
         gradients = gradient_bytes if redo else 0
         for number, part in enumerate(parts):
-            last = redo and number == len(parts) - 1
+            ends = redo and number == len(parts) - 1
             if isinstance(part, Checkpoint):
-                if not last:
+                if not ends:
                     first_pass(part.span, held + gradients)
                 body(part.body.parts, held, True)
-                exits = made(part.span).values() if not last else ()
-                held += sum(size(step) for step in exits if redo or step not in outputs)
+                exits = made(part.span) if not ends else {}
+                held += size(name for name, step in exits.items() if redo or last[name] != step)
                 continue
             cost = costs[part.step][part.strategy]
-            output = size(part.step) if not redo and part.step in outputs else 0
+            output = 0 if redo else size(outputs(part.step))
             peaks.append(held + cost.backward_bytes)
             seconds += cost.backward_seconds
-            if not last or cost.strategy.kind == "whole":
+            if not ends or cost.strategy.kind == "whole":
                 peaks.append(held + gradients + cost.forward_bytes - output)
                 seconds += cost.forward_seconds
-                held += cost.preserved_bytes + size(part.step) - output
+                held += cost.preserved_bytes + size(table.makes[part.step]) - output
         return held
 
     peaks.append(body(schedule.parts, 0, False) + table.loss_bytes)

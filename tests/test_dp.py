@@ -68,6 +68,7 @@ def tables(
     read_all: bool = False,
     backward_from: int = 0,
     whole: bool = False,
+    several: bool = False,
 ) -> CostTable:
     """Random chains of one or two groups over the tensors that their steps write.
 
@@ -77,6 +78,7 @@ def tables(
         read_all: whether each step reads the whole state.
         backward_from: least workspace of a backward.
         whole: whether each step can run whole.
+        several: whether some steps rewrite several tensors at once.
     """
     count = draw(st.integers(*steps))
     cut = draw(st.integers(0, count - 1))  # the first step of the second group, 0 for one group
@@ -93,9 +95,10 @@ def tables(
         (target, *(name for name in names if name != target and (read_all or rng.random() < 0.5)))
         for target in targets
     ]
+    makes = [read[: rng.randint(1, len(read))] if several else read[:1] for read in reads]
     options = [
-        step_options(rng, state[target], sum(state.values()), strategies, backward_from)
-        for target, strategies in zip(targets, offered, strict=True)
+        step_options(rng, sum(state[name] for name in made), sum(state.values()), strategies, backward_from)
+        for made, strategies in zip(makes, offered, strict=True)
     ]
     times = count // period
     return CostTable(
@@ -105,12 +108,16 @@ def tables(
         state_bytes=state,
         loss_bytes=rng.randint(0, 8),
         training=True,
+        step_makes=tuple(makes * times) if several else None,
     )
 
 
 def writes_all(table: CostTable) -> bool:
     """Whether every group rewrites the whole state, as blocks of a model do."""
-    return all({table.targets[step] for step in group} == set(table.state_bytes) for group in table.groups)
+    return all(
+        {name for step in group for name in table.makes[step]} == set(table.state_bytes)
+        for group in table.groups
+    )
 
 
 def check_schedules(program: Program, table: CostTable) -> None:
@@ -158,6 +165,14 @@ def test_it_finds_the_optimum_of_longer_chains(table: CostTable) -> None:
 @given(tables(steps=(2, 4)))
 def test_it_finds_the_optimum_at_two_levels(table: CostTable) -> None:
     check_optimum(table, 2)
+
+
+@cases(200)
+@given(tables(steps=(1, 4), most=1, several=True, streams="mze"), st.sampled_from([None, 1]))
+def test_it_finds_the_optimum_where_steps_make_several_tensors(
+    table: CostTable, max_depth: int | None
+) -> None:
+    check_optimum(table, max_depth)
 
 
 @cases(300)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from evoplan.experiments import fuzz
 from evoplan.experiments.fuzz_cases import draw_case
+from evoplan.planner.execution.submodules import SubmoduleRuns
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.problems.costing import Costed
 
@@ -51,13 +52,14 @@ def test_a_case_is_drawn_from_its_number_alone() -> None:
 @pytest.mark.parametrize("factor", [1.001, None])
 def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch, factor: float | None) -> None:
     """Of the parameters: a little too large, or none."""
-    backward = Tape.backward
+    vjp = SubmoduleRuns.vjp
 
-    def wrong(tape, step, grad):
-        state, parameters = backward(tape, step, grad)
-        return state, {} if factor is None else {name: g * factor for name, g in parameters.items()}
+    def wrong(runs, step, kept, grads, keep):
+        found = vjp(runs, step, kept, grads, keep)
+        of_state = len(step.reads)
+        return *found[:of_state], *(None if factor is None else g * factor for g in found[of_state:])
 
-    monkeypatch.setattr(Tape, "backward", wrong)
+    monkeypatch.setattr(SubmoduleRuns, "vjp", wrong)
     assert "wrong: gradient of " in faults("--case", CASE)
 
 
@@ -78,7 +80,7 @@ def test_a_redo_outside_of_forwards_context_is_found(monkeypatch: pytest.MonkeyP
     again = Tape._run_again
 
     def without_context(tape, kept):
-        tape.context = nullcontext()
+        tape.runs.context = nullcontext()
         again(tape, kept)
 
     monkeypatch.setattr(Tape, "_run_again", without_context)

@@ -39,6 +39,19 @@ def test_a_small_chain_by_hand() -> None:
     assert set(liveness.made(0, 4)) == {Version("m", 2), Version("z", 3)}
 
 
+def test_a_step_that_makes_several_tensors() -> None:
+    """m and z from both; then z alone, beside something new; then an output from what is new."""
+    reads, makes = [("m", "z"), ("z",), ("e", "m")], [("m", "z"), ("z", "e"), ("m",)]
+    liveness = Liveness(reads, ("m",), makes)
+    assert liveness.made_by(1) == (Version("z", 1), Version("e", 1))
+    assert set(liveness.alive(1)) == {Version("m", 0), Version("z", 0)}  # e is made anew
+    assert set(liveness.alive(2)) == {Version("m", 0), Version("e", 1)}
+    assert liveness.last_reads(1) == ("z",)  # made, and read by nobody
+    assert liveness.last_reads(2) == ("e",)
+    assert liveness.entry(range(1, 3)) == (Version("z", 0), Version("m", 0))
+    assert set(liveness.made(0, 1)) == {Version("m", 0), Version("z", 0)}
+
+
 def test_a_version_that_nobody_reads() -> None:
     liveness = Liveness([("z",), ("e", "z")], outputs=("z",))
     assert liveness.last_reads(1) == ("e",)

@@ -133,6 +133,11 @@ class Step:
         """The state tensor that the step rewrites."""
         return self.name_of(self.submodule.target)
 
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """The state tensors that the step rewrites: its target."""
+        return (self.target,)
+
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """The state tensors that the step reads, its target first."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import Chain, Plannable, State, Step
@@ -22,34 +20,12 @@ from evoplan.model.running.context import Context
 from evoplan.model.running.execution import run_discarded
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.regions import region
-from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.view import View
 from evoplan.planner.execution.shapes import Fit, Fits, cropped, padded
+from evoplan.planner.execution.submodules import SubmoduleRuns
 from evoplan.planner.execution.tape import Tape
-from evoplan.planner.schedules.schedule import Action, Sequence, actions, all_runs
+from evoplan.planner.schedules.schedule import Sequence, actions, all_runs
 from evoplan.planner.schedules.waiting import Host, check_away, moves
-
-
-class _StepNode(torch.autograd.Function):
-    """One step in autograd's graph: inputs are the state tensors it reads and its parameters."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tape: Tape, step: Step, strategy: Strategy, recorded: bool, *inputs: Tensor
-    ) -> Tensor:
-        ctx.tape, ctx.step = tape, step
-        return tape.run(step, strategy, recorded, step.named(inputs[: len(step.reads)]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # A sum's gradient is one number in every place: it is laid out here, where the plan counts it.
-        state, parameters = ctx.tape.backward(ctx.step, grad.contiguous())
-        return (
-            *(None,) * 4,
-            *(state.get(name) for name in ctx.step.submodule.reads),
-            *(parameters.get(name) for name in ctx.tape.met[ctx.step.index].parameters.trained),
-        )
 
 
 class PlannedModule(View):
@@ -111,7 +87,7 @@ class PlannedModule(View):
         if torch.is_grad_enabled():
             if any(run.away for run in all_runs(schedule)):
                 raise ValueError("the plan is for inference: call the model under torch.no_grad()")
-            self._record(Tape(chain, self.liveness, constants, seed), schedule, state)
+            self._record(SubmoduleRuns(chain, constants, seed), schedule, state)
         else:
             with Context.of_steps():
                 self._infer(chain, schedule, state, partial(Step.tensors, constants=constants, seed=seed))
@@ -142,21 +118,26 @@ class PlannedModule(View):
         chain.walk(chain.steps, state, perform)
         host.move(state, (), last)
 
-    def _record(self, tape: Tape, schedule: Sequence, state: State) -> None:
+    def _record(self, runs: SubmoduleRuns, schedule: Sequence, state: State) -> None:
         """A forward for a backward."""
+        tape = Tape(runs.chain.steps, self.liveness, runs)
         todo = tuple(actions(schedule))
 
         def perform(step: Step, state: State) -> None:
             action = todo[step.index]
-            for part in action.enters:
-                tape.keep_entry(part, state)
-            state[step.target] = step.called(state, partial(_advance, tape, step, action))
-            self._forget(step, state)
-            if action.leaves is not None:
-                tape.drop_entry(action.leaves)
+            tape.enter(action, state)
 
-        with tape.context:
-            tape.chain.walk(tape.chain.steps, state, perform)
+            def new_target(*read: Tensor) -> Tensor:
+                inputs = runs.meet(step, read)
+                (new,) = tape.advance(step, action, step.named(read), inputs)
+                return new
+
+            state[step.target] = step.called(state, new_target)
+            self._forget(step, state)
+            tape.leave(action)
+
+        with runs.context:
+            runs.chain.walk(runs.chain.steps, state, perform)
 
     def _forget(self, step: Step, state: State) -> None:
         for name in self.liveness.last_reads(step.index):
@@ -166,15 +147,3 @@ class PlannedModule(View):
 def _check_covers(schedule: Sequence, chain: Chain) -> None:
     if schedule.span != range(len(chain.steps)):
         raise ValueError(f"the plan covers {len(schedule.span)} steps, the model has {len(chain.steps)}")
-
-
-def _advance(tape: Tape, step: Step, action: Action, *read: Tensor) -> Tensor:
-    """A step's new target, as a node of autograd's graph if there is a gradient to find."""
-    assert action.run is not None
-    met = tape.meet(step, read)
-    how = action.run.strategy, action.recorded
-    if not met.differentiable:
-        return tape.run(step, *how, step.named(read))
-    trained = met.parameters.trained.values()
-    new: Tensor = _StepNode.apply(tape, step, *how, *read, *trained)  # type: ignore[no-untyped-call]
-    return new

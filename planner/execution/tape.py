@@ -3,59 +3,95 @@
 A step's backward pops the tape until its own record is on top; a checkpoint that is popped on the way is run
 again from the state it kept, and leaves the records of its parts instead. What autograd guarantees holds for
 what runs again: it does so under forward's context, with the parameters of that forward, and on tensors that
-nobody has written into since.
+nobody has written into since. How a step runs is its `Runs`' affair; the tape knows when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from evoplan.cost_model.liveness import Liveness
-from evoplan.model.running.chain import Chain, State, Step
-from evoplan.model.running.context import Context
-from evoplan.model.running.execution import kept_input, record, run_discarded
-from evoplan.model.running.gradients import OfParameters, OfState
-from evoplan.model.running.internals import backward_pass, has_hooks
-from evoplan.model.running.layers import altered_layers
-from evoplan.model.running.parameters import Parameters
-from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.chain import State
+from evoplan.model.running.internals import backward_pass
 from evoplan.model.running.regions import region
 from evoplan.model.running.strategy import Record, Strategy
-from evoplan.model.running.unchanged import Mark, check, mark, marks
-from evoplan.planner.schedules.schedule import Action, Checkpoint, actions
+from evoplan.model.running.unchanged import Mark, check, marks
+from evoplan.planner.schedules.schedule import Action, Checkpoint, actions, shortened
+
+Outputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Met:
-    """A step as forward met it.
+class Placed(Protocol):
+    """A step at its place in a chain: it reads tensors of the state, and makes or rewrites some."""
 
-    Attributes:
-        wanted: state tensors, by the submodule's names, that a gradient is wanted of.
-        random: where the generators stood, if the step may draw from them.
-        buffers: marks of the buffers, which such a step may change.
-    """
+    @property
+    def index(self) -> int:
+        """Position in the chain."""
 
-    parameters: Parameters
-    wanted: tuple[str, ...]
-    random: RandomState | None
-    buffers: Mapping[str, Mark]
+    @property
+    def name(self) -> str:
+        """By which reports and errors call it."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The state tensors that it reads."""
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """The state tensors that it makes or rewrites."""
+
+
+class Met(Protocol):
+    """A step as forward met it."""
 
     @property
     def differentiable(self) -> bool:
         """Whether there is a gradient to find at all."""
-        return bool(self.wanted or self.parameters.trained)
+
+
+SomeStep = TypeVar("SomeStep", bound=Placed)
+
+
+class Runs(Protocol[SomeStep]):
+    """How the steps of a chain run, in one forward and its backward."""
+
+    @property
+    def met(self) -> Mapping[int, Met]:
+        """The steps that forward has come by, by index."""
+
+    def run(
+        self, step: SomeStep, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
+    ) -> tuple[Record | None, Outputs]:
+        """Run a step: its record, if it is to be kept and there is a gradient to find, and what it makes."""
+
+    def again(
+        self, step: SomeStep, action: Action, state: Mapping[str, Tensor]
+    ) -> tuple[Record | None, Outputs | None]:
+        """Run it once more as forward met it; None made where nobody reads it and its input is its record."""
+
+    def vjp(self, step: SomeStep, kept: Record, grads: Any, keep: bool) -> tuple[Tensor | None, ...]:
+        """Gradients of the step's inputs from those of what it made."""
+
+    def check(self, step: SomeStep) -> None:
+        """See that nobody has written into what a step needs besides the state."""
+
+    def walk(
+        self, steps: Iterable[SomeStep], state: State, perform: Callable[[SomeStep, State], None]
+    ) -> None:
+        """Perform steps one after the other in a redo, under forward's context."""
 
 
 @dataclass(frozen=True)
 class _RecordedStep:
-    """A step and what its strategy kept of it; `first`: of forward itself, not of a redo."""
+    """A step and what its strategy kept of it; `forward`: of forward itself, not of a redo."""
 
-    step: Step
+    step: Placed
     kept: Record
     forward: bool
 
@@ -78,95 +114,70 @@ class _KeptEntry:
 
 
 class Tape:
-    """Records of one forward pass, for its backward: for several, if all but the last keep the graph.
+    """Records of one forward pass, for its backward: for several, if all but the last keep the graph."""
 
-    Args:
-        constants: masks and the like.
-        seed: of dropout.
-    """
-
-    def __init__(
-        self, chain: Chain, liveness: Liveness, constants: Mapping[str, Tensor], seed: int | None
-    ) -> None:
-        self.chain, self.liveness, self.constants, self.seed = chain, liveness, constants, seed
-        self.context = Context.of_steps()
-        self.met: dict[int, Met] = {}
-        self._constant_marks = marks(constants)
+    def __init__(self, steps: tuple[Any, ...], liveness: Liveness, runs: Runs[Any]) -> None:
+        self.steps, self.liveness, self.runs = steps, liveness, runs
         self._records: list[_RecordedStep | _KeptEntry] = []
         self._kept: list[_RecordedStep | _KeptEntry] | None = None
         self._pass: int | None = None
 
     # --- forward ---------------------------------------------------------------------------
 
-    def meet(self, step: Step, read: tuple[Tensor, ...]) -> Met:
-        """Look a step up as it is at this forward, about to run on these tensors."""
-        of_state = zip(step.submodule.reads, read, strict=True)
-        wanted = tuple(name for name, tensor in of_state if tensor.requires_grad)
-        # Our own layers draw nothing and change nothing.
-        altered = any(altered_layers(step.submodule))
-        random, buffers = (RandomState(), step.submodule.named_buffers()) if altered else (None, ())
-        met = Met(Parameters(step.submodule), wanted, random, marks(dict(buffers)))
-        self.met[step.index] = met
-        return met
+    def advance(self, step: Placed, action: Action, state: State, inputs: Iterable[Tensor]) -> Outputs:
+        """A step of forward: what it makes, as a node of autograd's graph if there is a gradient to find.
 
-    def keep_entry(self, part: Checkpoint, state: Mapping[str, Tensor]) -> None:
-        """Keep what the steps of a checkpoint read from outside."""
-        entry = {name: state[name].detach() for name, _ in self.liveness.entry(part.span)}
-        self._records.append(_KeptEntry(part, entry, marks(entry)))
+        Args:
+            inputs: what backward may find gradients of, in the order of `Runs.vjp`.
+        """
+        assert action.run is not None
+        how = step, action.run.strategy, action.recorded
+        if not self.runs.met[step.index].differentiable:
+            return self.run(*how, state)
+        made: Outputs = _StepNode.apply(self, state, *how, *inputs)  # type: ignore[no-untyped-call]
+        return made
 
-    def drop_entry(self, part: Checkpoint) -> None:
+    def enter(self, action: Action, state: Mapping[str, Tensor]) -> None:
+        """Keep what the steps of the checkpoints that begin here read from outside."""
+        for part in action.enters:
+            entry = {name: state[name].detach() for name, _ in self.liveness.entry(part.span)}
+            self._records.append(_KeptEntry(part, entry, marks(entry)))
+
+    def leave(self, action: Action) -> None:
         """Forget a checkpoint of which nothing is to be differentiated, as its first pass has shown."""
-        if not any(self.met[step].differentiable for step in part.span):
+        part = action.leaves
+        if part is not None and not any(self.runs.met[step].differentiable for step in part.span):
             self._records.pop()
 
-    def run(self, step: Step, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]) -> Tensor:
-        """Run one step's forward; its new target belongs to the caller.
+    def stop_before(self, step: int) -> None:
+        """The forward goes on without the plan: an open checkpoint ends here."""
+        top = self._records[-1] if self._records else None
+        if isinstance(top, _KeptEntry) and top.part.span.stop > step > top.part.span.start:
+            body = shortened(top.part.body, step)
+            part = Checkpoint(body, top.part.discard[: len(body.span)])
+            self._records[-1] = _KeptEntry(part, top.entry, top.marks)
 
-        Raises:
-            ValueError: a layer draws random numbers, and the strategy runs the step in pieces.
-        """
-        met = self.met[step.index]
-        tensors = step.tensors(state, self.constants, self.seed)
+    def run(self, step: Placed, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]) -> Outputs:
+        """Run one step's forward; what it makes belongs to the caller."""
         with region(step.name):
-            if recorded and met.differentiable:
-                kept, output = record(step.submodule, strategy, tensors, met.wanted, step.name)
-                self._records.append(_RecordedStep(step, kept, self._pass is None))
-            else:
-                with torch.no_grad():
-                    output = run_discarded(step.submodule, strategy, tensors)
-        if met.random is not None:
-            self._check_repeatable(step, strategy, recorded, met.random)
-        return output
-
-    def _check_repeatable(self, step: Step, strategy: Strategy, recorded: bool, random: RandomState) -> None:
-        """Refuse a step that would not do the same again, where it is to run again."""
-        if strategy.in_pieces and random.moved():
-            raise ValueError(
-                f"a layer of {step.name} draws random numbers, which come out otherwise in pieces "
-                f"({strategy}); use a plan that runs it whole"
-            )
-        if recorded and not strategy.in_pieces:
-            return
-        for name, before in self.met[step.index].buffers.items():
-            if mark(name, step.submodule.get_buffer(name)) != before:
-                raise ValueError(
-                    f"{name} of {step.name} changes with every forward, which the plan runs more than once "
-                    f"({strategy}); use a plan that keeps this step, or put it in eval mode"
-                )
+            kept, made = self.runs.run(step, strategy, recorded, state)
+        if kept is not None:
+            self._records.append(_RecordedStep(step, kept, self._pass is None))
+        return made
 
     # --- backward --------------------------------------------------------------------------
 
-    def backward(self, step: Step, grad: Tensor) -> tuple[OfState, OfParameters]:
-        """Gradients of a step's inputs from that of its new target; steps come last to first."""
+    def backward(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of a step's inputs from those of what it made; steps come last to first."""
         keep = self._begin()
         while self._records:
             top = self._records.pop()
             if isinstance(top, _KeptEntry) and step.index in top.part.span:
                 self._run_again(top)
             elif isinstance(top, _RecordedStep) and top.step is step:
-                self._check_constants(step)
+                self.runs.check(step)
                 with region(f"{step.name} backward"):
-                    return top.kept.vjp(grad, keep and top.forward)
+                    return self.runs.vjp(step, top.kept, grads, keep and top.forward)
             elif top.first < step.index:
                 break
             # Else no gradient reached the steps of this record: nothing depends on them.
@@ -185,43 +196,48 @@ class Tape:
             self._kept = list(self._records) if keep else None
         return keep
 
-    def _check_constants(self, step: Step) -> None:
-        named = {name: self.constants[name] for name in map(step.name_of, step.submodule.constants)}
-        check({name: self._constant_marks[name] for name in named}, named, step.name)
-
     def _run_again(self, kept: _KeptEntry) -> None:
-        body, steps = kept.part.body, self.chain.steps
-        check(kept.marks, kept.entry, steps[body.span.start].name)
-        todo = {steps[action.step]: action for action in actions(body, redo=True)}
-        state = dict(kept.entry)
+        body = kept.part.body
+        check(kept.marks, kept.entry, self.steps[body.span.start].name)
+        todo = {self.steps[action.step]: action for action in actions(body, redo=True)}
 
-        def perform(step: Step, state: State) -> None:
+        def perform(step: Placed, state: State) -> None:
             action = todo[step]
-            for part in action.enters:
-                self.keep_entry(part, state)
+            self.enter(action, state)
             if action.run is not None:
-                self._check_constants(step)
-                self.met[step.index].parameters.check(step.name)
+                self.runs.check(step)
                 self._step_again(step, action, state)
 
-        with self.context:
-            self.chain.walk(todo, state, perform)
+        self.runs.walk(todo, dict(kept.entry), perform)
 
-    def _step_again(self, step: Step, action: Action, state: State) -> None:
-        run, met = action.run, self.met[step.index]
-        assert run is not None
-        if not action.forward and not has_hooks(step.submodule):
-            # Nobody reads what it makes: its record is its input.
-            with met.parameters.installed():
-                tensors = step.tensors(state, self.constants, self.seed)
-                kept = kept_input(step.submodule, run.strategy, tensors, met.wanted, step.name)
+    def _step_again(self, step: Placed, action: Action, state: State) -> None:
+        with region(step.name):
+            kept, made = self.runs.again(step, action, state)
+        if kept is not None:
             self._records.append(_RecordedStep(step, kept, False))
-            return
+        if made is not None:
+            state.update(zip(step.makes, made, strict=True))
+            for name in self.liveness.last_reads(step.index):
+                del state[name]
 
-        def again(*read: Tensor) -> Tensor:
-            with met.parameters.installed(), met.random or nullcontext():
-                return self.run(step, run.strategy, action.recorded, step.named(read))
 
-        state[step.target] = step.called(state, again)
-        for name in self.liveness.last_reads(step.index):
-            del state[name]
+class _StepNode(torch.autograd.Function):
+    """One step in autograd's graph: its inputs are what gradients are found of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tape: Tape, state: State, step: Placed, strategy: Strategy, recorded: bool, *inputs: Tensor
+    ) -> Outputs:
+        ctx.tape, ctx.step = tape, step
+        ctx.set_materialize_grads(False)
+        made = tape.run(step, strategy, recorded, state)
+        ctx.mark_non_differentiable(*(t for t in made if not (t.is_floating_point() or t.is_complex())))
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A sum's gradient is one number in every place: it is laid out here, where the plan counts it.
+        laid_out = tuple(None if grad is None else grad.contiguous() for grad in grads)
+        del grads
+        return (*(None,) * 5, *ctx.tape.backward(ctx.step, laid_out))

@@ -150,12 +150,11 @@ class _Machine:
                 self.held_bytes -= self.table.state_bytes[version.tensor]
 
     def advance(self, state: dict[str, Version], step: int) -> None:
-        """The step's new target takes the place of the old one; what nobody reads any longer goes."""
-        target = self.table.targets[step]
-        fresh = Version(target, len(self.moments))
-        self.keep([fresh])
-        self.release([state[target]])
-        state[target] = fresh
+        """What the step makes takes the place of what was there; what nobody reads any longer goes."""
+        fresh = {name: Version(name, len(self.moments)) for name in self.table.makes[step]}
+        self.keep(fresh.values())
+        self.release(state[name] for name in fresh if name in state)
+        state |= fresh
         self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
 
     def infer(self, schedule: Sequence, state: dict[str, Version]) -> None:

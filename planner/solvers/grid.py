@@ -96,18 +96,17 @@ class GridCosts:
     def recorded(self, step: int, which: Pass, ends_redo: bool) -> list[Recorded]:
         """The undominated strategies of a recorded step; `ends_redo` where nobody reads its target."""
         table = self.table
-        (made,) = self.liveness.graph.successors(step)
-        output = not which.redo and made in self._outputs
-        needed = made in self.liveness.alive(step + 1)
+        made, alive = self.liveness.made_by(step), self.liveness.alive(step + 1)
+        needed = tuple(version.tensor for version in made if version in alive)
+        # Held in any case, and counted with the inputs.
+        outputs = () if which.redo else tuple(v.tensor for v in made if v in self._outputs)
 
         def make() -> list[Recorded]:
-            new = table.state_bytes[made.tensor]
+            new, counted = (sum(map(table.state_bytes.__getitem__, names)) for names in (needed, outputs))
             rows = []
             for cost in table.options[step]:
-                forward, preserved = cost.forward_bytes, cost.preserved_bytes + new * needed
+                forward, preserved = cost.forward_bytes - counted, cost.preserved_bytes + new - counted
                 seconds = cost.forward_seconds + cost.backward_seconds
-                if output:  # held in any case, and counted with the inputs
-                    forward, preserved = forward - new, preserved - new
                 if ends_redo and cost.strategy.in_pieces:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds
                 need = self.units(forward) + (which.gradients if forward else 0)
@@ -117,7 +116,7 @@ class GridCosts:
                 )
             return _undominated(rows)
 
-        key = ("recorded", id(table.options[step]), made.tensor, which, ends_redo, output, needed)
+        key = ("recorded", id(table.options[step]), needed, which, ends_redo, outputs)
         return self.cached(key, make)
 
     def discarded(self, step: int) -> list[Discarded]:
@@ -202,7 +201,7 @@ def group_kinds(table: CostTable) -> list[int]:
     return [
         numbers.setdefault(
             (
-                tuple((id(table.options[step]), table.step_reads[step]) for step in group),
+                tuple((id(table.options[step]), table.step_reads[step], table.makes[step]) for step in group),
                 tuple(alive[group.start : group.stop + 1]),
             ),
             len(numbers),

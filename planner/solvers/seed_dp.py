@@ -52,7 +52,7 @@ class SeedProgram:
         made: dict[tuple[int, int, int], tuple[Option, ...]] = {}
         chosen = []
         for step, costs in enumerate(self.table.options):
-            new = self.table.state_bytes[self.table.targets[step]]
+            new = self.table.made_bytes(step)
             gradients = self.table.gradient_bytes(step + 1)
             key = id(costs), new, gradients
             if key not in made:

@@ -107,7 +107,9 @@ class SegmentCosts:
 
     def __init__(self, costs: GridCosts) -> None:
         self.costs, table = costs, costs.table
-        self._writes = [frozenset(table.targets[step] for step in group) for group in table.groups]
+        self._writes = [
+            frozenset[str]().union(*map(table.makes.__getitem__, group)) for group in table.groups
+        ]
         self._passes: dict[tuple[int, frozenset[str], Pass], Times] = {}
         # For each boundary between groups and each state tensor that is alive there: who made it.
         positions = [0, *(group.stop for group in table.groups)]
