@@ -8,6 +8,7 @@ A trace on fake tensors does not see them. On the CPU these operators have some:
 - Products in half precision, where oneDNN runs them: it packs blocks of the operands and of the
   result in buffers whose size follows from shapes, strides and threads in no simple way. Such a
   product is run once, on zeros, and its allocations are read from the profiler.
+- Convolutions, and torch's attention: run once as well.
 - Elementwise operators on tensors of unlike dtypes (mixed precision): a copy of each operand that is not of
   the common dtype, and where they write into one that is not, a buffer for the result.
 - Any operator with a Python number: it becomes a tensor of one element.
@@ -38,6 +39,13 @@ NUMBER_BYTES = 16
 _aten = torch.ops.aten
 _BATCHED = {_aten.bmm.default, _aten.baddbmm.default}
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default} | _BATCHED
+# Kernels that are run once, whatever they are given.
+_KERNELS = {
+    _aten.convolution.default,
+    _aten.convolution_backward.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
 _NORMS = {_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default}
 
 
@@ -126,14 +134,14 @@ class CpuScratch:
         if _is_pointwise(operator):
             dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
             return None if len(dtypes) < 2 else Call(operator, tuple(map(_hashable, args)))
-        if operator not in _PRODUCTS and operator not in _NORMS:
+        if operator not in _PRODUCTS and operator not in _NORMS and operator not in _KERNELS:
             return None
         return Call(operator, tuple(map(_hashable, args)))
 
     def bound_bytes(self, call: Call) -> int:
         """Not less than `bytes`, without running anything."""
         if not self._is_onednn(call):
-            return self.bytes(call)
+            return self.bytes(call)  # of convolutions, too: nobody knows before they have run
         # All of both factors and of a float32 result, in whole blocks, for each thread.
         left, right = call.tensors[-2:]
         rows, inner, columns = (-(-n // 64) * 64 for n in (*left.shape[-2:], right.shape[-1]))
@@ -146,9 +154,9 @@ class CpuScratch:
             return _cast_bytes(call) + NUMBER_BYTES
         if call.operator in _NORMS:
             return _norm_bytes(call, self.threads) + NUMBER_BYTES
-        if not self._is_onednn(call):
+        if call.operator not in _KERNELS and not self._is_onednn(call):
             return _gapped_matrix_bytes(call) + NUMBER_BYTES
-        stand_in = _within_limits(call)
+        stand_in = call if call.operator in _KERNELS else _within_limits(call)
         key = self.threads, stand_in
         if key not in _measured:
             _measured[key] = _run(stand_in)

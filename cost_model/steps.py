@@ -36,6 +36,8 @@ class StepCost:
             (of all state that later steps read) and the workspace.
         discard_bytes: peak of a forward that keeps nothing, its new target included where that is a new
             tensor: in inference pieces write over a target that the chain made itself.
+        keeps_made: which of the tensors that it makes are held to its backward as well, beside what is
+            preserved: something later in the step reads them.
         discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
     """
 
@@ -50,6 +52,7 @@ class StepCost:
     discard_seconds: float = 0.0
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
+    keeps_made: tuple[int, ...] = ()
 
     @property
     def inter_mem(self) -> int:

@@ -113,6 +113,18 @@ class Trace(TorchDispatchMode, PieceSample):
                 peak = max(peak, live + self.scratch.bytes(call))
         return peak
 
+    def in_blocks(self, size: int) -> int:
+        """What a storage of so many bytes counts."""
+        return -(-size // self.block_bytes) * self.block_bytes
+
+    def holds(self, storage: int) -> bool:
+        """Whether a storage that was made inside lives, by its `storage_key`."""
+        return storage in self._known
+
+    def took(self, more_bytes: int) -> None:
+        """Count what ran without being traced, and has freed again what it took above all that is live."""
+        self._peak_of_storages = max(self._peak_of_storages, self.live_bytes + more_bytes)
+
     def work(self) -> Work:
         """Work since the last reset."""
         return Work(Counter(self.kernels), Counter(self.collectives))
@@ -146,7 +158,7 @@ class Trace(TorchDispatchMode, PieceSample):
         key = storage._cdata
         if key in self._known:
             return False
-        size = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        size = self.in_blocks(storage.nbytes())
         self._known.add(key)
         # A bare reference: weakref.finalize also answers for the end of the process, at ten times the time.
         self._storages[key] = weakref.ref(storage, lambda _: self._freed(key, size))

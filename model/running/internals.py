@@ -50,6 +50,12 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.get_submodule(owner)._parameters[last] = tensor  # type: ignore[assignment]
 
 
+def put_buffer(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Have a tensor be the module's buffer of that name."""
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner)._buffers[last] = tensor
+
+
 def parametrization_cache() -> int:
     """How many `torch.nn.utils.parametrize.cached()` are open."""
     count: int = _parametrize._cache_enabled

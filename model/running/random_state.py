@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RandomState:
@@ -28,6 +30,35 @@ class RandomState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _write(self._before.pop())
+
+
+class ImaginedState:
+    """As `RandomState`, for code that runs without data: takes as much memory, and does nothing."""
+
+    def __init__(self) -> None:
+        self._state = torch.empty(STATE_BYTES, dtype=torch.uint8)
+
+    def __enter__(self) -> ImaginedState:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Draws(TorchDispatchMode):
+    """Whether anything inside draws random numbers, as the operators themselves say."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.any = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any = self.any or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+STATE_BYTES = torch.get_rng_state().nbytes  # of the CPU's generator
 
 
 def _read() -> list[Tensor]:

@@ -38,12 +38,14 @@ class Kind:
         axis: the sort of axis that it cuts; None: it cuts nothing, and keeps what backward needs.
         pays_in_inference: False where it differs from `whole` in backward alone.
         takes_kernels: whether attention may run with another kernel under it.
+        recomputed_depth: of a block that somebody else wrote: how many levels of modules are recomputed.
     """
 
     name: str
     axis: type[Axis] | None = None
     pays_in_inference = True
     takes_kernels = True
+    recomputed_depth = 0
 
     def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
         """Its strategies for a submodule whose target has a shape."""

@@ -149,10 +149,21 @@ class _Machine:
             if self.holders[version] == 0 and version.maker != INPUT:
                 self.held_bytes -= self.table.state_bytes[version.tensor]
 
-    def advance(self, state: dict[str, Version], step: int) -> None:
-        """What the step makes takes the place of what was there; what nobody reads any longer goes."""
-        fresh = {name: Version(name, len(self.moments)) for name in self.table.makes[step]}
+    def advance(
+        self, state: dict[str, Version], step: int, keeps: Iterable[int] = (), record: _Record | None = None
+    ) -> None:
+        """What the step makes takes the place of what was there; what nobody reads any longer goes.
+
+        Args:
+            keeps: which of what it makes the record holds as well.
+        """
+        makes = self.table.makes[step]
+        fresh = {name: Version(name, len(self.moments)) for name in makes}
         self.keep(fresh.values())
+        if record is not None:
+            kept = tuple(fresh[makes[at]] for at in keeps)
+            self.keep(kept)
+            record.entry += kept
         self.release(state[name] for name in fresh if name in state)
         state |= fresh
         self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
@@ -196,7 +207,7 @@ class _Machine:
                 )
                 record.bytes = cost.preserved_bytes
                 self.held_bytes += record.bytes
-                self.advance(state, part.step)
+                self.advance(state, part.step, cost.keeps_made, record)
             self.held_bytes -= live_gradients
 
     def backward(self, records: list[_Record]) -> None:

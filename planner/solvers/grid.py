@@ -102,18 +102,19 @@ class GridCosts:
         outputs = () if which.redo else tuple(v.tensor for v in made if v in self._outputs)
 
         def make() -> list[Recorded]:
-            new, counted = (sum(map(table.state_bytes.__getitem__, names)) for names in (needed, outputs))
+            counted = sum(table.state_bytes[name] for name in outputs)
             rows = []
             for cost in table.options[step]:
+                own = {made[at].tensor for at in cost.keeps_made}
+                new = sum(table.state_bytes[name] for name in own.union(needed))
                 forward, preserved = cost.forward_bytes - counted, cost.preserved_bytes + new - counted
+                backward = cost.backward_bytes + sum(table.state_bytes[name] for name in own - {*outputs})
                 seconds = cost.forward_seconds + cost.backward_seconds
                 if ends_redo and cost.strategy.in_pieces:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds
                 need = self.units(forward) + (which.gradients if forward else 0)
                 kept = self.units(preserved)
-                rows.append(
-                    Recorded(max(need, self.units(cost.backward_bytes), kept), kept, seconds, cost.strategy)
-                )
+                rows.append(Recorded(max(need, self.units(backward), kept), kept, seconds, cost.strategy))
             return _undominated(rows)
 
         key = ("recorded", id(table.options[step]), needed, which, ends_redo, outputs)

@@ -1,0 +1,209 @@
+"""A block's call as a step: what it is given, where each tensor of it comes from, and what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from evoplan.model.running.internals import storage_key
+
+Key = tuple[Any, ...]
+
+
+class ChangedCallError(RuntimeError):
+    """A block is called otherwise than when the plan was made; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a tensor: what memory follows from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
+
+    def empty(self) -> Tensor:
+        """A tensor laid out so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
+        if 0 in self.shape:
+            return 0
+        reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (reach + 1) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class FromState:
+    """A leaf of the arguments that an earlier step has made, by its name in the state."""
+
+    name: str
+    layout: Layout
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the arguments that comes from elsewhere; it may want a gradient all the same."""
+
+    layout: Layout
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class Value:
+    """A leaf that is no tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Made:
+    """A leaf of the results that the step makes."""
+
+    layout: Layout
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A leaf of the results that is a leaf of the arguments, by position."""
+
+    position: int
+
+
+Argument = FromState | Constant | Value
+Result = Made | Passed | Value
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a block, at its place in the forward of its model.
+
+    Attributes:
+        index: position in the chain.
+        path: of the block's module in the model.
+        name: the path; with a number for the second call on.
+        structure, arguments: of what it is called with, positional and by name, flattened.
+        returned, results: of what it returns.
+        makes: names of what it makes in the state, for each `Made` among the results.
+        changes: names of the buffers that it writes into.
+        draws: whether it draws random numbers.
+        work: equal for calls that run the same operators on the same shapes.
+    """
+
+    index: int
+    path: str
+    name: str
+    structure: pytree.TreeSpec
+    arguments: tuple[Argument, ...]
+    returned: pytree.TreeSpec
+    results: tuple[Result, ...]
+    makes: tuple[str, ...]
+    changes: tuple[str, ...]
+    draws: bool
+    work: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The state tensors that it reads."""
+        return tuple(dict.fromkeys(a.name for a in self.arguments if isinstance(a, FromState)))
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        """What it makes."""
+        return tuple(result for result in self.results if isinstance(result, Made))
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Positions of the arguments that a gradient is wanted of."""
+        return tuple(
+            at
+            for at, argument in enumerate(self.arguments)
+            if not isinstance(argument, Value) and argument.differentiable
+        )
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], latest: Mapping[str, Key]) -> list[Any]:
+        """The leaves of arguments that are as they were when the call was captured.
+
+        Args:
+            latest: of each state tensor, the key of what was made last.
+
+        Raises:
+            ChangedCallError: they are not; says what differs.
+        """
+        leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if structure != self.structure:
+            raise ChangedCallError(f"{self.name} is called with other arguments than when it was planned")
+        for leaf, argument in zip(leaves, self.arguments, strict=True):
+            if isinstance(argument, Value):
+                if isinstance(leaf, Tensor) or leaf != argument.value:
+                    raise ChangedCallError(
+                        f"{self.name} is given {leaf!r:.60} in place of {argument.value!r:.60}"
+                    )
+                continue
+            if not isinstance(leaf, Tensor):
+                raise ChangedCallError(f"{self.name} is given {leaf!r:.60} in place of a tensor")
+            there, here = argument.layout, Layout.of(leaf)
+            if (here.shape, here.dtype) != (there.shape, there.dtype):
+                raise ChangedCallError(f"{self.name} is given {here}, and was planned for {there}")
+            if isinstance(argument, FromState) and key_of(leaf) != latest.get(argument.name):
+                raise ChangedCallError(
+                    f"{self.name} is given another tensor than an earlier block has returned: something "
+                    "between them has changed since it was planned"
+                )
+        return leaves
+
+    def arguments_from(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments from their leaves."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.structure)
+        return args, kwargs
+
+    def made_of(self, returned: Any) -> tuple[tuple[Tensor, ...], list[Any]]:
+        """Of what the block has returned: what it made, and all leaves.
+
+        Raises:
+            ChangedCallError: it returns something else than when it was captured.
+        """
+        leaves, structure = pytree.tree_flatten(returned)
+        if structure != self.returned:
+            raise ChangedCallError(f"{self.name} returns something else than when it was planned")
+        made = []
+        for leaf, result in zip(leaves, self.results, strict=True):
+            if isinstance(result, Made):
+                if not isinstance(leaf, Tensor) or tuple(leaf.shape) != result.layout.shape:
+                    raise ChangedCallError(f"{self.name} returns something else than when it was planned")
+                made.append(leaf)
+        return tuple(made), leaves
+
+    def result_of(self, made: Sequence[Tensor], leaves: Sequence[Any], given: Sequence[Any]) -> Any:
+        """What the block returns: what was made, arguments that are passed on, and the rest of the leaves."""
+        tensors = iter(made)
+        whole = [
+            next(tensors) if isinstance(result, Made)
+            else given[result.position] if isinstance(result, Passed)
+            else leaf
+            for result, leaf in zip(self.results, leaves, strict=True)
+        ]  # fmt: skip
+        return pytree.tree_unflatten(whole, self.returned)
+
+
+def key_of(tensor: Tensor) -> Key:
+    """Equal for tensors that show the same numbers: the same place in memory, not written in between."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), version

@@ -1,0 +1,300 @@
+"""One forward without data: which modules of a model are blocks, what each is given and from where."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evoplan.model.foreign.calls import (
+    Argument,
+    Call,
+    Constant,
+    FromState,
+    Key,
+    Layout,
+    Made,
+    Passed,
+    Result,
+    Value,
+    key_of,
+)
+from evoplan.model.foreign.finding import blocks_in
+from evoplan.model.running.internals import storage_key
+from evoplan.model.running.unchanged import marks
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+
+
+class CaptureError(ValueError):
+    """A model cannot be planned; the message says why, and what to do."""
+
+
+@dataclass(eq=False)
+class Visit:
+    """A module called in the forward that was watched.
+
+    Attributes:
+        start, stop: the operators that ran inside of it, by number.
+        keys, out_keys: of the leaves of its arguments and of its results that are tensors, as they were then.
+        wanted: which of the arguments require a gradient.
+        changes: names of the buffers that were written into.
+        writes: whether it wrote into one of its arguments.
+    """
+
+    path: str
+    module: nn.Module
+    arguments: list[Any]
+    structure: pytree.TreeSpec
+    start: int
+    recorded: bool
+    keys: list[Key | None]
+    wanted: list[bool]
+    children: list[Visit] = field(default_factory=list)
+    stop: int = 0
+    results: list[Any] = field(default_factory=list)
+    returned: pytree.TreeSpec | None = None
+    out_keys: list[Key | None] = field(default_factory=list)
+    changes: tuple[str, ...] = ()
+    writes: bool = False
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator that ran: what tells it from others, whether it draws, and the storages that it read."""
+
+    about: str
+    draws: bool
+    read: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a chain of calls.
+
+    Attributes:
+        calls: in the order in which they run.
+        outputs: names of the state tensors that are read after the last of them.
+        notes: what is left as it is, and why: for people.
+    """
+
+    calls: tuple[Call, ...]
+    outputs: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Equal for models whose blocks are called alike and do the same."""
+        told = [(c.name, c.work, str(c.arguments), str(c.results), c.makes) for c in self.calls]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
+    """The chain of a model.
+
+    Args:
+        model: without data; its modules' forwards are written over, so a copy that nobody needs.
+        run: its forward, on tensors without data.
+
+    Raises:
+        CaptureError: no blocks are found, or they are given what cannot be checked.
+    """
+    with _Watch(model) as watch:
+        result = run()
+    visits = [visit for visit in blocks_in(watch.root) if visit.recorded]
+    if len(visits) < 2:
+        raise CaptureError(
+            f"{type(model).__name__} has no modules that are called one after the other with autograd on: "
+            "a plan is for a stack of blocks, in an nn.ModuleList or an nn.Sequential"
+        )
+    return _wired(visits, watch.operators, pytree.tree_leaves(result))
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every call of a module and every operator of a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: list[Operator] = []
+        self.root = Visit("", model, [], pytree.tree_structure(None), 0, True, [], [])
+        self._open = [self.root]
+        for path, module in model.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["forward"] = self._watched(path, module, module.forward)
+
+    def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            begun, recorded = len(self.operators), torch.is_grad_enabled()
+            visit = Visit(path, module, leaves, structure, begun, recorded, _keys(leaves), wanted)
+            before = marks(dict(module.named_buffers()))
+            self._open[-1].children.append(visit)
+            self._open.append(visit)
+            result = forward(*args, **kwargs)
+            self._open.pop()
+            visit.stop = len(self.operators)
+            visit.results, visit.returned = pytree.tree_flatten(result)
+            visit.out_keys, visit.writes = _keys(visit.results), _keys(leaves) != visit.keys
+            after = marks(dict(module.named_buffers()))
+            visit.changes = _with_siblings(
+                module, [name for name in after if after[name] != before.get(name)]
+            )
+            return result
+
+        return watched
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        about = f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        self.operators.append(Operator(about, draws, frozenset(map(storage_key, tensors))))
+        return out
+
+
+def _told(leaf: Any) -> str:
+    return str(Layout.of(leaf)) if isinstance(leaf, Tensor) else repr(leaf)[:80]
+
+
+def _keys(leaves: Sequence[Any]) -> list[Key | None]:
+    return [key_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
+    """All buffers of the layers that have written into one: kernels write into some without telling."""
+    layers = {name.rpartition(".")[0] for name in names}
+    return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in layers)
+
+
+# --- wiring ------------------------------------------------------------------------------------
+
+
+def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -> Captured:
+    versions: dict[Key, tuple[int, int]] = {}  # who has made a tensor: the call, and which of its results
+    reads: list[dict[int, tuple[int, int]]] = []  # for each call and argument that is one, which
+    last_read: dict[tuple[int, int], int] = {}
+    for index, visit in enumerate(visits):
+        found = {at: versions[key] for at, key in enumerate(visit.keys) if key in versions}
+        reads.append(found)
+        last_read |= dict.fromkeys(found.values(), index)
+        for at, key in enumerate(visit.out_keys):
+            if key is not None and key not in visit.keys and _is_floating(visit.results[at]):
+                versions[key] = index, at
+    end = len(visits)
+    after = operators[visits[-1].stop :]
+    storages = {storage_key(leaf) for leaf in results if isinstance(leaf, Tensor)}
+    storages = storages.union(*(operator.read for operator in after))
+    read_after = [version for key, version in versions.items() if key[0] in storages]
+    last_read |= dict.fromkeys(read_after, end)
+    names = _names(versions.values(), last_read)
+    calls = tuple(_calls(visits, reads, names, operators))
+    return Captured(calls, tuple(names[version] for version in read_after), tuple(_notes(calls)))
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _names(
+    versions: Sequence[tuple[int, int]] | Any, last_read: Mapping[tuple[int, int], int]
+) -> dict[tuple[int, int], str]:
+    """Names in the state: the place among the results, so that blocks that are alike are called alike.
+
+    One that is read after the next block has made its like has a name of its own.
+    """
+    versions = sorted(versions)
+    names = {}
+    for number, (index, at) in enumerate(versions):
+        following = next((other for other, place in versions[number + 1 :] if place == at), None)
+        kept = following is not None and last_read.get((index, at), index) > following
+        names[index, at] = f"out{at}@{index}" if kept else f"out{at}"
+    return names
+
+
+def _calls(
+    visits: list[Visit],
+    reads: list[dict[int, tuple[int, int]]],
+    names: Mapping[tuple[int, int], str],
+    operators: list[Operator],
+) -> Iterator[Call]:
+    seen: dict[str, int] = {}
+    for index, (visit, read) in enumerate(zip(visits, reads, strict=True)):
+        seen[visit.path] = seen.get(visit.path, 0) + 1
+        name = visit.path if seen[visit.path] == 1 else f"{visit.path}#{seen[visit.path]}"
+        arguments = [_argument(visit, at, read, names, name) for at in range(len(visit.arguments))]
+        results = [_result(visit, at, (index, at) in names) for at in range(len(visit.results))]
+        ran = operators[visit.start : visit.stop]
+        assert visit.returned is not None
+        yield Call(
+            index=index,
+            path=visit.path,
+            name=name,
+            structure=visit.structure,
+            arguments=tuple(arguments),
+            returned=visit.returned,
+            results=tuple(results),
+            makes=tuple(names[index, at] for at in range(len(results)) if (index, at) in names),
+            changes=visit.changes,
+            draws=any(operator.draws for operator in ran),
+            work=hashlib.sha256("\n".join(operator.about for operator in ran).encode()).hexdigest(),
+        )
+
+
+def _argument(
+    visit: Visit,
+    at: int,
+    read: Mapping[int, tuple[int, int]],
+    names: Mapping[tuple[int, int], str],
+    name: str,
+) -> Argument:
+    leaf = visit.arguments[at]
+    if visit.writes:
+        raise CaptureError(
+            f"{name} writes into what it is given, in place: run again it would find something else; "
+            "have it make a new tensor"
+        )
+    if at in read:
+        return FromState(names[read[at]], Layout.of(leaf), visit.wanted[at])
+    if isinstance(leaf, Tensor):
+        return Constant(Layout.of(leaf), visit.wanted[at])
+    if not isinstance(leaf, PLAIN):
+        raise CaptureError(
+            f"{name} is given a {type(leaf).__name__}, which it may change when it runs; call the model so "
+            "that its blocks are given tensors and plain values (of transformers' models: use_cache=False)"
+        )
+    return Value(leaf)
+
+
+def _result(visit: Visit, at: int, made: bool) -> Result:
+    leaf = visit.results[at]
+    if made:
+        return Made(Layout.of(leaf), leaf.requires_grad)
+    key = visit.out_keys[at]
+    if key is not None and key in visit.keys:
+        return Passed(visit.keys.index(key))
+    return Value(None if isinstance(leaf, Tensor) else leaf)
+
+
+def _notes(calls: Sequence[Call]) -> Iterator[str]:
+    """What is kept because only the model itself knows how it is made."""
+    for call in calls[1:]:
+        if not call.reads:
+            yield (
+                f"{call.name} reads nothing that an earlier block has returned as it is: "
+                "what is made between them is kept"
+            )
+
+
+def without_gradients(call: Call) -> Call:
+    """A call that is alike, of which no argument wants a gradient."""
+    arguments = (replace(a, differentiable=False) if isinstance(a, Constant) else a for a in call.arguments)
+    return replace(call, arguments=tuple(arguments))

@@ -1,0 +1,61 @@
+"""Which of the modules that a forward has called are blocks of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from evoplan.model.foreign.capture import Visit
+
+MOST = 0.8  # of a module's parameters that a stack within it has, where the stack's blocks take its place
+
+
+def blocks_in(root: Visit) -> list[Visit]:
+    """The blocks of the outermost stacks of a model, in the order of their calls.
+
+    Stacks of single layers count where there are no others: an embedding's or a head's are small.
+    """
+    stacks = list(_stacks(root))
+    large = [stack for stack in stacks if any(block.children for block in stack)]
+    return sorted((block for stack in large or stacks for block in stack), key=lambda block: block.start)
+
+
+def _stacks(visit: Visit) -> Iterator[list[Visit]]:
+    """A stack is what is called of a container: of an nn.Sequential or an nn.ModuleList each member; of any
+    other module those children that have siblings of their own class, or that are called again.
+    """
+    if isinstance(visit.module, nn.Sequential) and len(visit.children) > 1:
+        yield [block for child in visit.children for block in _members(child)]
+        return
+    stacks: dict[object, list[Visit]] = {}
+    for child in visit.children:
+        stacks.setdefault(_stack_of(visit, child), []).append(child)
+    for stack in stacks.values():
+        if len(stack) > 1 and any(True for child in stack for _ in child.module.parameters()):
+            yield [block for child in stack for block in _members(child)]
+        else:
+            for child in stack:
+                yield from _stacks(child)
+
+
+def _stack_of(parent: Visit, child: Visit) -> object:
+    """Equal for children of one stack."""
+    container = child.path.rpartition(".")[0]
+    if container != parent.path:  # a list's, since lists are not called
+        return container
+    return type(child.module) if child.children else child
+
+
+def _members(visit: Visit) -> Iterator[Visit]:
+    """A member of a stack: itself, unless it is little but a stack of blocks of its own."""
+    inner = [block for stack in _stacks(visit) for block in stack]
+    modules = {block.module for block in inner}
+    if len(inner) > 1 and all(any(True for _ in module.children()) for module in modules):
+        part = sum(p.numel() for module in modules for p in module.parameters())
+        if part >= MOST * sum(p.numel() for p in visit.module.parameters()):
+            yield from inner
+            return
+    yield visit

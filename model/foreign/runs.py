@@ -1,0 +1,198 @@
+"""Running a call of a block: for no backward, or recorded by autograd, children of it recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from evoplan.model.foreign.calls import Call, FromState
+from evoplan.model.running.internals import has_data, put_buffer
+from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.unchanged import ChangedError, check, marks
+
+Forward = Callable[..., Any]
+
+
+def discarded(call: Call, forward: Forward, leaves: Sequence[Any]) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """What a call makes, and all leaves of what it returns; keeps nothing. Call without autograd."""
+    args, kwargs = call.arguments_from(leaves)
+    return call.made_of(forward(*args, **kwargs))
+
+
+class CallRun:
+    """A call recorded by autograd.
+
+    Args:
+        forward: the block's own.
+        leaves: of its arguments.
+        wanted: positions of those that a gradient is wanted of.
+
+    Attributes:
+        made, returned: what it makes, and all leaves of what it returns; both may be taken once.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        forward: Forward,
+        leaves: Sequence[Any],
+        wanted: Sequence[int],
+        parameters: Parameters,
+        keeping: AbstractContextManager[object],
+    ) -> None:
+        self.call, self.parameters = call, parameters
+        given = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.inputs = {position: given[position].requires_grad_() for position in wanted}
+        self._named = {
+            f"argument {position}": given[position]
+            for position, argument in enumerate(call.arguments)
+            if isinstance(argument, FromState) or position in self.inputs
+        }
+        self._marks = marks(self._named)
+        args, kwargs = call.arguments_from(given)
+        with torch.enable_grad(), keeping:
+            made, returned = call.made_of(forward(*args, **kwargs))
+        # Edges, not tensors: what was made belongs to whoever reads it next.
+        edge = torch.autograd.graph.get_gradient_edge
+        self.edges = [edge(tensor) if tensor.requires_grad else None for tensor in made]
+        self.made: tuple[Tensor, ...] = tuple(tensor.detach() for tensor in made)
+        self.returned = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in returned]
+
+    def take(self) -> tuple[tuple[Tensor, ...], list[Any]]:
+        """What it makes and returns; the record does not hold it any longer."""
+        taken, self.made, self.returned = (self.made, self.returned), (), []
+        return taken
+
+    def vjp(
+        self, grads: Sequence[Tensor | None], keep: bool = False
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Gradients of the wanted arguments by position and of the parameters, from those of what it made.
+
+        Raises:
+            ChangedError: a tensor that is needed was written in place since.
+        """
+        pairs = [
+            (edge, grad)
+            for edge, grad in zip(self.edges, grads, strict=True)
+            if edge is not None and grad is not None
+        ]
+        if not pairs:
+            return {}, {}
+        trained = self.parameters.trained
+        edges, given = zip(*pairs, strict=True)
+        try:
+            with self.parameters.installed():
+                found = torch.autograd.grad(
+                    edges, [*self.inputs.values(), *trained.values()], given, keep, allow_unused=True
+                )
+        except RuntimeError as error:
+            if isinstance(error, ChangedError) or "modified by an inplace operation" in str(error):
+                check(self._marks, self._named, self.call.name)
+                self.parameters.check(self.call.name)
+            raise
+        of_inputs = dict(zip(self.inputs, found, strict=False))
+        return of_inputs, dict(zip(trained, found[len(of_inputs) :], strict=True))
+
+
+@contextmanager
+def other_buffers(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """The module with copies of these values for its buffers of those names; what it writes is dropped.
+
+    The buffers themselves are not touched: autograd may have saved them.
+    """
+    present = {name: module.get_buffer(name) for name in values}
+    for name, value in values.items():
+        put_buffer(module, name, value.clone())
+    try:
+        yield
+    finally:
+        for name, buffer in present.items():
+            put_buffer(module, name, buffer)
+
+
+def keeping(strategy: Strategy, module: nn.Module) -> AbstractContextManager[object]:
+    """What a recorded run of a block goes on in under a strategy."""
+    return recomputed(levels_of(module, strategy.way.recomputed_depth))
+
+
+def levels_of(module: nn.Module, depth: int) -> list[nn.Module]:
+    """The modules down to so many levels below one, lists not counted as a level, as they are not called.
+
+    Below the first level those that have modules of their own: a single layer keeps what it is given anyway.
+    """
+    found: dict[nn.Module, None] = {}
+    for child in module.children() if depth else ():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            found |= dict.fromkeys(levels_of(child, depth))
+        else:
+            below = levels_of(child, depth - 1)
+            found |= dict.fromkeys(
+                [child, *(inner for inner in below if any(True for _ in inner.children()))]
+            )
+    return list(found)
+
+
+@contextmanager
+def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While installed, each call of these modules keeps its inputs, and backward runs it again."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    for module in modules:
+        module.__dict__["forward"] = _Recomputed(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+class _Recomputed:
+    """A forward of which autograd keeps the arguments alone, and where the generators stood if it draws."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        again = _Again()
+        with again.watched(real=all(map(has_data, leaves))):
+            return torch.utils.checkpoint.checkpoint(
+                self.forward, *args, use_reentrant=False, determinism_check="none", preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again), **kwargs
+            )  # fmt: skip
+
+
+class _Again:
+    """What a module runs in when it runs again: the generators stand where they stood, if it has drawn."""
+
+    def __init__(self) -> None:
+        self.random: RandomState | ImaginedState | None = None
+
+    @contextmanager
+    def watched(self, real: bool) -> Iterator[None]:
+        """The first run; `real`: with data."""
+        if real:
+            before = RandomState()
+            yield
+            self.random = before if before.moved() else None
+            return
+        with Draws() as draws:
+            yield
+        self.random = ImaginedState() if draws.any else None
+
+    def __enter__(self) -> None:
+        if self.random is not None:
+            self.random.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.random is not None:
+            self.random.__exit__(*error)

@@ -1,0 +1,94 @@
+"""Runs of blocks that are only counted: what each takes is known from the cost table, and nothing is run.
+
+All else is the executor itself, on tensors without data: the model's own code around its blocks, the tape,
+what is kept and when it goes. So a whole training step is simulated in the time of what lies between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.trace import Trace
+from evoplan.model.foreign.calls import Call, Value
+from evoplan.model.running.random_state import ImaginedState
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.execution.tape import Outputs
+from evoplan.planner.fitting.runs import CallRuns, Forward
+
+
+class GhostRuns(CallRuns):
+    """As `CallRuns`, of one forward without data.
+
+    Args:
+        table: what each call takes.
+        trace: is told of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, forwards: Mapping[str, Forward], table: CostTable, trace: Trace
+    ) -> None:
+        super().__init__(model, forwards)
+        self.table, self.trace = table, trace
+
+    def random_state(self, call: Call) -> Any:
+        """Of a call that draws."""
+        return _Kept() if call.draws else None
+
+    def _run(
+        self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
+    ) -> tuple[Any, Outputs, list[Any]]:
+        cost = next(c for c in self.table.options[call.index] if c.strategy == strategy)
+        keep = recorded and self.met[call.index].differentiable
+        self.trace.took(cost.forward_bytes if keep else cost.discard_bytes)
+        made = tuple(result.layout.empty() for result in call.made)
+        rest = [result.value if isinstance(result, Value) else None for result in call.results]
+        if not keep:
+            return None, made, rest
+        held = [*self.leaves(call, state), *(made[at] for at in cost.keeps_made)]
+        return _GhostRecord(call, cost, held, self), made, rest
+
+
+class _Kept(ImaginedState):
+    def moved(self) -> bool:
+        """As a step that draws has it."""
+        return True
+
+
+@dataclass
+class _GhostRecord:
+    """What a recorded run would keep: what it was given, of what it made what it reads, and so many bytes."""
+
+    call: Call
+    cost: StepCost
+    held: list[Any]
+    runs: GhostRuns
+
+    def __post_init__(self) -> None:
+        self.kept: Tensor | None = torch.empty(self.cost.preserved_bytes, dtype=torch.uint8)
+
+    @cached_property
+    def live_bytes(self) -> int:
+        """Gradients that the cost of its backward counts."""
+        table = self.runs.table
+        names = {v.tensor for v in table.liveness.alive(self.call.index + 1)}.union(self.call.makes)
+        return sum(table.state_bytes[name] for name in names)
+
+    def vjp(
+        self, grads: tuple[Tensor | None, ...], keep: bool = False
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Gradients without data."""
+        met = self.runs.met[self.call.index]
+        # What is preserved and the gradients of the state are in the cost, and live here as well.
+        self.runs.trace.took(self.cost.backward_bytes - self.cost.preserved_bytes - self.live_bytes)
+        if not keep:
+            self.kept = None
+        of_inputs = {at: torch.empty_like(self.held[at]) for at in met.wanted}
+        return of_inputs, {name: torch.empty_like(p) for name, p in met.parameters.trained.items()}

@@ -1,0 +1,166 @@
+"""A model under a plan: its own forward in charge, each planned block's put on a tape."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from evoplan.cost_model.calls import liveness_of
+from evoplan.model.foreign.calls import Call, ChangedCallError, key_of
+from evoplan.model.foreign.capture import Captured
+from evoplan.model.running.chain import State
+from evoplan.planner.execution.tape import Tape
+from evoplan.planner.fitting.runs import CallRuns, Forward
+from evoplan.planner.schedules.schedule import Sequence, actions
+
+OnChange = Literal["error", "unplanned"]
+MakeRuns = Callable[[nn.Module, dict[str, Forward]], CallRuns]
+
+
+class Patched:
+    """The patches on a model: forwards of its blocks and its own, on the instances.
+
+    Args:
+        on_change: where a block is called otherwise than planned: raise, or run the rest as it is written.
+        runs: makes what runs the calls of one forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        schedule: Sequence,
+        on_change: OnChange = "error",
+        runs: MakeRuns = CallRuns,
+    ) -> None:
+        self.model, self.captured, self.schedule, self.on_change = model, captured, schedule, on_change
+        self.make_runs, self.liveness = runs, liveness_of(captured)
+        self.todo = tuple(actions(schedule))
+        self.forwards: dict[str, Forward] = {}
+        self.current: _Pass | None = None
+        self._before: dict[nn.Module, Any] = {}
+
+    def install(self) -> None:
+        """Put the patches on."""
+        for path in dict.fromkeys(call.path for call in self.captured.calls):
+            block = self.model.get_submodule(path)
+            self.forwards[path] = block.forward
+            self._put(block, _BlockForward(self, block, block.forward))
+        self._put(self.model, _ModelForward(self, self.model, self.model.forward))
+
+    def _put(self, module: nn.Module, forward: Any) -> None:
+        self._before[module] = module.__dict__.get("forward")
+        module.__dict__["forward"] = forward
+
+    def remove(self) -> None:
+        """Take them off."""
+        for module, forward in self._before.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+        self._before.clear()
+
+
+class _Forward:
+    """A forward in place of a module's own; copies and pickles of the module have its own again."""
+
+    def __init__(self, patched: Patched, module: nn.Module, forward: Forward) -> None:
+        self.patched, self.module, self.forward = patched, module, forward
+        self.__wrapped__ = forward  # whoever asks for its signature gets the module's own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.module), self.module)
+        return types.MethodType(type(self.module).forward, copied)
+
+    def __reduce__(self) -> Any:
+        return types.MethodType, (type(self.module).forward, self.module)
+
+
+class _ModelForward(_Forward):
+    """The model's: a pass begins and ends."""
+
+    # A compiled model around it breaks its graph here, and nowhere else.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        patched = self.patched
+        if patched.current is not None or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        patched.current = _Pass(patched)
+        try:
+            result = self.forward(*args, **kwargs)
+            patched.current.end()
+            return result
+        finally:
+            patched.current = None
+
+
+class _BlockForward(_Forward):
+    """A block's: a step of the pass, if there is one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = self.patched.current
+        if current is None or current.off or current.busy or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return current.step(self.module, self.forward, args, kwargs)
+
+
+class _Pass:
+    """One forward of the model under its plan."""
+
+    def __init__(self, patched: Patched) -> None:
+        self.patched, self.calls = patched, patched.captured.calls
+        self.runs = patched.make_runs(patched.model, patched.forwards)
+        self.tape = Tape(self.calls, patched.liveness, self.runs)
+        self.state: State = {}
+        self.position = 0
+        self.busy = self.off = False
+
+    def step(self, block: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call that is next, if it is this one."""
+        try:
+            call = self._next(block)
+            keys = {name: key_of(self.state[name]) for name in call.reads if name in self.state}
+            leaves = call.check(args, kwargs, keys)
+        except ChangedCallError as error:
+            self._changed(error)
+            return forward(*args, **kwargs)
+        self.position += 1
+        action, tape = self.patched.todo[call.index], self.tape
+        tape.enter(action, self.state)
+        self.busy = True
+        try:
+            inputs = self.runs.meet(call, leaves)
+            made = tape.advance(call, action, {name: self.state[name] for name in call.reads}, inputs)
+        finally:
+            self.busy = False
+        self.state.update(zip(call.makes, made, strict=True))
+        for name in self.patched.liveness.last_reads(call.index):
+            del self.state[name]
+        tape.leave(action)
+        return call.result_of(made, self.runs.met[call.index].returned, leaves)
+
+    def _next(self, block: nn.Module) -> Call:
+        if self.position < len(self.calls):
+            call = self.calls[self.position]
+            if self.patched.model.get_submodule(call.path) is block:
+                return call
+            raise ChangedCallError(
+                f"another block ({type(block).__name__}) is called than {call.name}, as planned"
+            )
+        raise ChangedCallError("more blocks are called than when the plan was made")
+
+    def end(self) -> None:
+        """The model's forward is over."""
+        if not self.off and self.position < len(self.calls):
+            self._changed(ChangedCallError(f"{self.calls[self.position].name} was not called"))
+
+    def _changed(self, error: ChangedCallError) -> None:
+        if self.patched.on_change == "error":
+            raise ChangedCallError(f"{error}; fit the model again for what it is given now") from None
+        self.tape.stop_before(self.position)
+        self.off = True

@@ -1,0 +1,185 @@
+"""How calls of blocks run under a tape: by the block's own forward, as it was called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evoplan.model.foreign.calls import Call, FromState, Made
+from evoplan.model.foreign.runs import CallRun, discarded, keeping, other_buffers
+from evoplan.model.running.chain import State
+from evoplan.model.running.context import Context
+from evoplan.model.running.internals import storage_key
+from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.strategy import Record, Strategy
+from evoplan.model.running.unchanged import Mark, check, mark, marks
+from evoplan.planner.execution.tape import Outputs
+from evoplan.planner.schedules.schedule import Action
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class MetCall:
+    """A call as forward met it.
+
+    Attributes:
+        given: leaves of its arguments; None in place of what comes from the state.
+        wanted: positions of those that a gradient is wanted of.
+        context: what the call runs under.
+        marks: of the tensors among `given`, and of buffers that it does not write into.
+        buffers: values of those that it does write into, as they were before.
+        random: where the generators stood; None where it has drawn nothing.
+        returned: what it returned, without what it made.
+    """
+
+    given: list[Any]
+    wanted: tuple[int, ...]
+    parameters: Parameters
+    context: Context
+    marks: dict[str, Mark]
+    buffers: dict[str, Tensor]
+    random: RandomState | None
+    returned: list[Any] = field(default_factory=list)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a gradient to find at all."""
+        return bool(self.wanted or self.parameters.trained)
+
+
+class CallRuns:
+    """Of one forward of a model that was written elsewhere.
+
+    Args:
+        forwards: of the blocks' modules by path: theirs, as they were before they were planned.
+    """
+
+    def __init__(self, model: nn.Module, forwards: Mapping[str, Forward]) -> None:
+        self.model, self.forwards = model, forwards
+        self.met: dict[int, MetCall] = {}
+
+    def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""
+        module = self.model.get_submodule(call.path)
+        wanted = tuple(
+            at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
+        )
+        given = [
+            None if isinstance(argument, FromState)
+            else leaf.detach() if isinstance(leaf, Tensor)
+            else leaf
+            for leaf, argument in zip(leaves, call.arguments, strict=True)
+        ]  # fmt: skip
+        parameters = Parameters(module)
+        met = MetCall(
+            given,
+            wanted,
+            parameters,
+            Context.of_steps(),
+            marks(_tensors(given)),
+            {name: module.get_buffer(name).detach().clone() for name in call.changes},
+            self.random_state(call),
+        )
+        self.met[call.index] = met
+        return *(leaves[at] for at in wanted), *parameters.trained.values()
+
+    def random_state(self, call: Call) -> RandomState | None:
+        """Where the generators stand before a call."""
+        return RandomState()
+
+    def run(
+        self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
+    ) -> tuple[Record | None, Outputs]:
+        """As `planner.execution.tape.Runs` has it."""
+        met, module = self.met[call.index], self.model.get_submodule(call.path)
+        before = self._other_buffers(call, module)
+        kept, made, met.returned = self._run(call, strategy, recorded, state)
+        if met.random is not None and not met.random.moved():
+            met.random = None
+        for name, then in before.items():
+            if mark(name, module.get_buffer(name)) != then:
+                raise ValueError(
+                    f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
+                    "plan again for the model as it is"
+                )
+        return kept, made
+
+    def _other_buffers(self, call: Call, module: nn.Module) -> dict[str, Mark]:
+        return marks({name: b for name, b in module.named_buffers() if name not in call.changes})
+
+    def _run(
+        self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
+    ) -> tuple[Any, Outputs, list[Any]]:
+        """The record, what the call makes, and what else it returns."""
+        met, forward = self.met[call.index], self.forwards[call.path]
+        leaves = self.leaves(call, state)
+        with met.context:
+            if recorded and met.differentiable:
+                how = keeping(strategy, self.model.get_submodule(call.path))
+                kept = CallRun(call, forward, leaves, met.wanted, met.parameters, how)
+                made, returned = kept.take()
+            else:
+                kept = None
+                with torch.no_grad():
+                    made, returned = discarded(call, forward, leaves)
+        rest = [
+            None if isinstance(result, Made) else leaf
+            for leaf, result in zip(returned, call.results, strict=True)
+        ]
+        return kept, _apart(made, leaves), rest
+
+    def leaves(self, call: Call, state: Mapping[str, Tensor]) -> list[Any]:
+        """All leaves of a call's arguments, those from the state among them."""
+        return [
+            state[argument.name] if isinstance(argument, FromState) else leaf
+            for leaf, argument in zip(self.met[call.index].given, call.arguments, strict=True)
+        ]
+
+    def again(
+        self, call: Call, action: Action, state: Mapping[str, Tensor]
+    ) -> tuple[Record | None, Outputs | None]:
+        """As `planner.execution.tape.Runs` has it."""
+        met, module = self.met[call.index], self.model.get_submodule(call.path)
+        assert action.run is not None
+        met.parameters.check(call.name)
+        with met.parameters.installed(), met.random or nullcontext(), other_buffers(module, met.buffers):
+            kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
+        return kept, made
+
+    def vjp(
+        self, call: Call, kept: Any, grads: tuple[Tensor | None, ...], keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """As `planner.execution.tape.Runs` has it."""
+        met = self.met[call.index]
+        of_inputs, of_parameters = kept.vjp(grads, keep)
+        return (
+            *(of_inputs.get(at) for at in met.wanted),
+            *(of_parameters.get(name) for name in met.parameters.trained),
+        )
+
+    def check(self, call: Call) -> None:
+        """As `planner.execution.tape.Runs` has it."""
+        met = self.met[call.index]
+        check(met.marks, _tensors(met.given), call.name)
+
+    def walk(self, calls: Iterable[Call], state: State, perform: Callable[[Call, State], None]) -> None:
+        """As `planner.execution.tape.Runs` has it."""
+        for call in calls:
+            perform(call, state)
+
+
+def _tensors(leaves: Sequence[Any]) -> dict[str, Tensor]:
+    return {f"argument {at}": leaf for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+def _apart(made: Outputs, leaves: Sequence[Any]) -> Outputs:
+    """What was made; where it lies in what was given, as a view, which autograd takes for another tensor."""
+    given = {storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    return tuple(tensor.view_as(tensor) if storage_key(tensor) in given else tensor for tensor in made)

@@ -1,0 +1,124 @@
+"""A training step of a model under a plan, on tensors without data: the memory of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from evoplan.cost_model.casting import Casting
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
+from evoplan.model.foreign.calls import Layout
+from evoplan.model.foreign.capture import Captured, capture
+from evoplan.model.programs.loss import mean_square
+from evoplan.planner.fitting.ghosts import GhostRuns
+from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.schedules.schedule import Sequence
+
+Loss = Callable[[Any], Tensor]
+
+
+def mean_of_squares(output: Any) -> Tensor:
+    """Of all floating tensors in what a model returns."""
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return mean_square(*(tensor for tensor in tensors if tensor.is_floating_point() and tensor.requires_grad))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model is called with, without its data.
+
+    Attributes:
+        args, kwargs: a `Layout` and whether it requires a gradient in place of each tensor.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
+        """That of a call."""
+        return cls(*pytree.tree_map_only(Tensor, _told, (tuple(args), dict(kwargs))))
+
+    def made(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tensors of these layouts."""
+        args, kwargs = pytree.tree_map_only(_Told, lambda told: told.empty(), (self.args, self.kwargs))
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class _Told:
+    layout: Layout
+    requires_grad: bool
+
+    def empty(self) -> Tensor:
+        return self.layout.empty().requires_grad_(self.requires_grad)
+
+
+def _told(tensor: Tensor) -> _Told:
+    return _Told(Layout.of(tensor), tensor.requires_grad)
+
+
+def captured(model: nn.Module, given: Given, device: Device, casting: Casting = nullcontext) -> Captured:
+    """The chain of a model, on a copy without data."""
+    with simulated(device), real_tensors_too():
+        copy = fake_copy(model)
+        args, kwargs = given.made()
+        with casting():
+            return capture(copy, lambda: copy(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Bytes of a training step.
+
+    Attributes:
+        peak_bytes: the most that is live, parameters, their gradients, buffers and inputs included.
+        static: of that, what is there before the step.
+    """
+
+    peak_bytes: int
+    static: dict[str, int]
+
+
+def simulate_step(
+    model: nn.Module,
+    given: Given,
+    captured: Captured,
+    schedule: Sequence,
+    table: CostTable,
+    device: Device,
+    loss: Loss = mean_of_squares,
+    casting: Casting = nullcontext,
+) -> Simulated:
+    """A forward, the loss and a backward, all parameters' gradients being allocated."""
+    with simulated(device) as trace, real_tensors_too():
+        copy = fake_copy(model)
+        parameters = trace.live_bytes
+        for parameter in copy.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        gradients = trace.live_bytes - parameters
+        args, kwargs = given.made()
+        inputs = trace.live_bytes - parameters - gradients
+        patched = Patched(copy, captured, schedule, runs=partial(_ghosts, table, trace))
+        patched.install()
+        trace.reset()
+        with casting():  # backward outside, as torch has it
+            output = copy(*args, **kwargs)
+            value = loss(output)
+        value.backward()
+        static = {"parameters": parameters, "gradients": gradients, "inputs": inputs}
+        return Simulated(trace.peak_bytes, static)
+
+
+def _ghosts(table: CostTable, trace: Trace, model: nn.Module, forwards: dict[str, Any]) -> GhostRuns:
+    return GhostRuns(model, forwards, table, trace)
