@@ -16,7 +16,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.trace import Trace, fake_copy
+from evoplan.cost_model.trace import Trace, Work, fake_copy
 from evoplan.model.foreign.calls import Call, Layout, Value
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, levels_of
@@ -131,31 +131,58 @@ def trace_call(
     discard_bytes, discard_work = trace.peak_bytes - base, trace.work()
     del ran
 
+    forward_bytes, preserved_bytes, backward_bytes, keeps, forward_work, backward_work = _recorded(
+        call, module, leaves, strategy, live, trace, casting
+    )
+    held_bytes = 0
+    if keeps:
+        _, _, held_bytes, *_ = _recorded(call, module, leaves, strategy, live, trace, casting, held=True)
+    of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
+    works = discard_work, forward_work, backward_work
+    return StepCost(strategy, *of_bytes, *works, keeps_made=keeps, backward_held_bytes=held_bytes)
+
+
+def _recorded(
+    call: Call,
+    module: nn.Module,
+    leaves: Sequence[object],
+    strategy: Strategy,
+    live: Mapping[str, Layout],
+    trace: Trace,
+    casting: Casting,
+    held: bool = False,
+) -> tuple[int, int, int, tuple[int, ...], Work, Work]:
+    """Peak of a recorded forward, what it preserves, peak of its backward, what it keeps of what it makes.
+
+    Args:
+        held: whether others hold what it makes; the backward's peak is above that then.
+    """
+    base = trace.live_bytes
     trace.reset()
     with casting():
         run = CallRun(
             call, module.forward, leaves, call.wanted, Parameters(module), keeping(strategy, module)
         )
-    kept_bytes = trace.kept_number_bytes
+    number_bytes = trace.kept_number_bytes
     made, returned = run.take()
-    forward_bytes, forward_work = trace.peak_bytes - base + kept_bytes, trace.work()
-    storages = [(storage_key(tensor), tensor.untyped_storage().nbytes()) for tensor in made]
+    forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()
+    storages = [(storage_key(tensor), trace.in_blocks(tensor.untyped_storage().nbytes())) for tensor in made]
+    others = made if held else ()
     del made, returned
-    keeps = tuple(at for at, (storage, _) in enumerate(storages) if trace.holds(storage))
+    keeps = () if held else tuple(at for at, (storage, _) in enumerate(storages) if trace.holds(storage))
     # Tensors of the state count once, however many hold them.
-    kept_bytes -= sum(trace.in_blocks(storages[at][1]) for at in keeps)
-    preserved_bytes = trace.live_bytes - base + kept_bytes
+    of_state = sum(size for at, (_, size) in enumerate(storages) if held or at in keeps)
+    preserved_bytes = trace.live_bytes - base + number_bytes - of_state
 
     grads = gradients_of(call)
-    others = [layout.empty() for name, layout in live.items() if name not in call.makes]
+    more = [layout.empty() for name, layout in live.items() if name not in call.makes]
     trace.reset()
     found = run.vjp(grads)
-    backward_bytes, backward_work = trace.peak_bytes - base + kept_bytes, trace.work()
-    del run, found, grads, others
+    backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0)
+    backward_work = trace.work()
+    del run, found, grads, more, others
     assert trace.live_bytes == base, f"{call.name} under {strategy} leaves tensors behind"
-    of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
-    works = discard_work, forward_work, backward_work
-    return StepCost(strategy, *of_bytes, *works, keeps_made=keeps)
+    return forward_bytes, preserved_bytes, backward_bytes, keeps, forward_work, backward_work
 
 
 def gradients_of(call: Call) -> list[Tensor | None]:

@@ -38,6 +38,7 @@ class StepCost:
             tensor: in inference pieces write over a target that the chain made itself.
         keeps_made: which of the tensors that it makes are held to its backward as well, beside what is
             preserved: something later in the step reads them.
+        backward_held_bytes: peak of its backward above those where others hold them too: else they go early.
         discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
     """
 
@@ -53,6 +54,7 @@ class StepCost:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     keeps_made: tuple[int, ...] = ()
+    backward_held_bytes: int = 0
 
     @property
     def inter_mem(self) -> int:

@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
+    "fit": "evoplan.planner.fitting.fitted",
+    "Fitted": "evoplan.planner.fitting.fitted",
+    "FitPlan": "evoplan.planner.fitting.plan",
+    "CaptureError": "evoplan.model.foreign.capture",
+    "ChangedCallError": "evoplan.model.foreign.calls",
     "make_plan": "evoplan.planner.plans.making",
     "NoPlanError": "evoplan.planner.plans.planning",
     "apply_plan": "evoplan.planner.execution.applying",

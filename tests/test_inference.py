@@ -28,12 +28,14 @@ from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner import NoPlanError, simulate_plan, verify_plan
 from evoplan.planner.execution.apply import PlannedModule
-from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.plans.plan import load_plan
 from evoplan.planner.plans.planning import solve
+from evoplan.planner.plans.sealed import PlanFileError
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.schedules.replay import Replay, replay
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.schedules.text import schedule_from_json, schedule_to_json
 from evoplan.planner.schedules.waiting import Host, may_wait
 from evoplan.planner.solvers import InfeasibleError
 from evoplan.planner.solvers.inference import inference_schedule

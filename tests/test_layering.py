@@ -12,11 +12,12 @@ ORDER = ["model", "cost_model", "planner", "experiments"]
 # The rooms of a package, and what lies at its top, from the bottom: each imports from those before it.
 ROOMS = {
     "model": [
-        "config", "families", "running", "modules", "data", "programs", "build", "sharing", "__init__",
+        "config", "families", "running", "foreign", "modules", "data", "programs", "build", "sharing",
+        "__init__",
     ],
     "planner": [
         "sizes", "errors", "files", "schedules", "solvers", "problems", "plans", "processes", "execution",
-        "checking", "reports", "runs", "commands", "__init__", "__main__",
+        "checking", "fitting", "reports", "runs", "commands", "__init__", "__main__",
     ],
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,13 @@ from evoplan.model import EvoformerConfig, InputShape
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.checking.consistency import check_consistent, load_consistent
-from evoplan.planner.plans.plan import PlanFileError, load_plan, schedule_from_json, schedule_to_json
+from evoplan.planner.plans.plan import load_plan
 from evoplan.planner.plans.planning import solve
+from evoplan.planner.plans.sealed import PlanFileError
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, shortened
+from evoplan.planner.schedules.text import schedule_from_json, schedule_to_json
 
 SMALL = Problem(
     model="custom",

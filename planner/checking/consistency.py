@@ -10,7 +10,8 @@ from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.kernels import kernel
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.sharing.parallel import ParallelEvoformer
-from evoplan.planner.plans.plan import Plan, PlanFileError, load_plan
+from evoplan.planner.plans.plan import Plan, load_plan
+from evoplan.planner.plans.sealed import PlanFileError
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
 from evoplan.planner.problems.digest import model_digest
 from evoplan.planner.schedules.schedule import strategies_used

@@ -18,6 +18,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
 from evoplan.model.foreign.calls import Call, Value
+from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.tape import Outputs
@@ -52,8 +53,8 @@ class GhostRuns(CallRuns):
         rest = [result.value if isinstance(result, Value) else None for result in call.results]
         if not keep:
             return None, made, rest
-        held = [*self.leaves(call, state), *(made[at] for at in cost.keeps_made)]
-        return _GhostRecord(call, cost, held, self), made, rest
+        own = [made[at] for at in cost.keeps_made]
+        return _GhostRecord(call, cost, self.leaves(call, state), own, self), made, rest
 
 
 class _Kept(ImaginedState):
@@ -68,7 +69,8 @@ class _GhostRecord:
 
     call: Call
     cost: StepCost
-    held: list[Any]
+    leaves: list[Any]
+    own: list[Tensor]
     runs: GhostRuns
 
     def __post_init__(self) -> None:
@@ -85,10 +87,16 @@ class _GhostRecord:
         self, grads: tuple[Tensor | None, ...], keep: bool = False
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """Gradients without data."""
-        met = self.runs.met[self.call.index]
+        met, trace, cost = self.runs.met[self.call.index], self.runs.trace, self.cost
+        own = [(storage_key(tensor), trace.in_blocks(tensor.nbytes)) for tensor in self.own]
+        self.own.clear()
+        size = cost.backward_bytes
+        if any(trace.holds(storage) for storage, _ in own):
+            more = sum(nbytes for storage, nbytes in own if not trace.holds(storage))
+            size = max(size, cost.backward_held_bytes + more)
         # What is preserved and the gradients of the state are in the cost, and live here as well.
-        self.runs.trace.took(self.cost.backward_bytes - self.cost.preserved_bytes - self.live_bytes)
+        trace.took(size - cost.preserved_bytes - self.live_bytes)
         if not keep:
             self.kept = None
-        of_inputs = {at: torch.empty_like(self.held[at]) for at in met.wanted}
+        of_inputs = {at: torch.empty_like(self.leaves[at]) for at in met.wanted}
         return of_inputs, {name: torch.empty_like(p) for name, p in met.parameters.trained.items()}

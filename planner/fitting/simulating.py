@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
 from evoplan.model.foreign.calls import Layout
@@ -84,10 +85,12 @@ class Simulated:
     Attributes:
         peak_bytes: the most that is live, parameters, their gradients, buffers and inputs included.
         static: of that, what is there before the step.
+        other_seconds: predicted time of all that is not in the blocks.
     """
 
     peak_bytes: int
     static: dict[str, int]
+    other_seconds: float
 
 
 def simulate_step(
@@ -99,6 +102,7 @@ def simulate_step(
     device: Device,
     loss: Loss = mean_of_squares,
     casting: Casting = nullcontext,
+    precision: str = "float32",
 ) -> Simulated:
     """A forward, the loss and a backward, all parameters' gradients being allocated."""
     with simulated(device) as trace, real_tensors_too():
@@ -117,7 +121,7 @@ def simulate_step(
             value = loss(output)
         value.backward()
         static = {"parameters": parameters, "gradients": gradients, "inputs": inputs}
-        return Simulated(trace.peak_bytes, static)
+        return Simulated(trace.peak_bytes, static, seconds(trace.work(), device, precision))
 
 
 def _ghosts(table: CostTable, trace: Trace, model: nn.Module, forwards: dict[str, Any]) -> GhostRuns:

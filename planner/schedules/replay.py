@@ -89,11 +89,12 @@ def replay(schedule: Sequence, table: CostTable) -> Replay:
 
 @dataclass
 class _Record:
-    """What one part holds between its forward and its backward."""
+    """What one part holds between its forward and its backward; `own`: of what it made."""
 
     part: Run | Checkpoint
     entry: tuple[Version, ...]
     bytes: int = 0
+    own: tuple[Version, ...] = ()
 
 
 @dataclass
@@ -161,9 +162,8 @@ class _Machine:
         fresh = {name: Version(name, len(self.moments)) for name in makes}
         self.keep(fresh.values())
         if record is not None:
-            kept = tuple(fresh[makes[at]] for at in keeps)
-            self.keep(kept)
-            record.entry += kept
+            record.own = tuple(fresh[makes[at]] for at in keeps)
+            self.keep(record.own)
         self.release(state[name] for name in fresh if name in state)
         state |= fresh
         self.release(state.pop(name) for name in self.table.liveness.last_reads(step))
@@ -224,5 +224,11 @@ class _Machine:
             return
         cost = self.cost(record.part)
         self.held_bytes -= record.bytes  # backward_bytes counts it
-        self.moment("backward", record.part.step, cost.backward_bytes, cost.backward_seconds)
+        self.release(record.own)
+        held = [version for version in record.own if self.holders[version]]
+        size = cost.backward_bytes
+        if held:
+            more = self.table.bytes_of(version for version in record.own if version not in held)
+            size = max(size, cost.backward_held_bytes + more)
+        self.moment("backward", record.part.step, size, cost.backward_seconds)
         self.release(record.entry)

@@ -108,7 +108,10 @@ class GridCosts:
                 own = {made[at].tensor for at in cost.keeps_made}
                 new = sum(table.state_bytes[name] for name in own.union(needed))
                 forward, preserved = cost.forward_bytes - counted, cost.preserved_bytes + new - counted
-                backward = cost.backward_bytes + sum(table.state_bytes[name] for name in own - {*outputs})
+                backward = cost.backward_bytes
+                if own:  # somebody else may hold them too
+                    more = sum(table.state_bytes[name] for name in own - {*outputs})
+                    backward = max(backward, cost.backward_held_bytes + more)
                 seconds = cost.forward_seconds + cost.backward_seconds
                 if ends_redo and cost.strategy.in_pieces:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds

@@ -1,0 +1,134 @@
+"""`evoplan.fit`: a model that anybody wrote, trained within a memory budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evoplan.model.foreign.capture import CaptureError
+from evoplan.planner.fitting.patched import OnChange, Patched
+from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
+from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
+from evoplan.planner.fitting.simulating import Loss, mean_of_squares
+from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
+from evoplan.planner.fitting.verifying import FitVerification, verify_fit
+from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.problems.prediction import Prediction
+from evoplan.planner.problems.problem import Optimizer
+from evoplan.planner.sizes import parse_size
+
+
+class Fitted:
+    """A model under a plan: the model itself, its blocks' forwards in other hands until `remove`.
+
+    Attributes:
+        model: the model.
+        plan: what it runs under; `plan.predicted`, `plan.baselines`, `plan.save(path)`.
+    """
+
+    def __init__(self, fitting: Fitting, plan: FitPlan, on_change: OnChange) -> None:
+        self.model, self.plan, self._fitting = fitting.model, plan, fitting
+        self._patched = Patched(fitting.model, fitting.captured, plan.schedule, on_change)
+        self._patched.install()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> FitVerification:
+        """Run a training step with and without the plan on real inputs, and compare: peak, loss, gradients.
+
+        The model's gradients and buffers are left as they were.
+        """
+        return verify_fit(self._fitting, self.plan, self._patched, args, kwargs or {})
+
+    def report(self) -> str:
+        """The plan in words."""
+        return self.plan.report()
+
+    def frontier(self, points: int = 12) -> list[Prediction]:
+        """What can be had: peak and time of the fastest plans, from the least memory on."""
+        return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
+
+    def remove(self) -> None:
+        """The model as it was."""
+        self._patched.remove()
+
+
+def fit(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    budget: str | int | None = None,
+    loss: Loss | None = None,
+    plan: str | Path | FitPlan | None = None,
+    *,
+    optimizer: Optimizer = "adamw",
+    autocast: torch.dtype | None = None,
+    on_change: OnChange = "error",
+) -> Fitted:
+    """Train a model within a memory budget, whoever wrote it.
+
+    Its blocks are found, and what each of them costs kept, recomputed or with its children recomputed; the
+    fastest combination whose whole step stays within the budget is applied to the model itself, which keeps
+    its class, its forward, its parameters' names, its hooks, and is trained as before.
+
+    Args:
+        model: any module whose blocks are called one after the other.
+        args, kwargs: what it is called with; only shapes and dtypes count.
+        budget: of the peak of a whole training step, such as "8GiB", or bytes: parameters, their gradients,
+            the optimizer's states and inputs included. None: the fastest plan of all.
+        loss: takes the model's output and returns a scalar; the mean of squares of all that it returns if not
+            given. The peak holds for it.
+        plan: one that was made before for this model, or its file; nothing is solved then.
+        optimizer: whose states count: none, sgd (with momentum) or adamw.
+        autocast: dtype that torch.autocast casts to in forward; what is in force where `fit` is called if not
+            given.
+        on_change: what to do where a block is called otherwise than planned, with other shapes, say: raise an
+            error, or run the rest of that forward unplanned.
+
+    Raises:
+        NoPlanError: nothing fits; says the least that does.
+        CaptureError: the model cannot be planned; says why.
+        PlanFileError: the file is none, or was altered.
+    """
+    if on_change not in ("error", "unplanned"):
+        raise ValueError(f"on_change is {on_change!r}; choose error or unplanned")
+    size = None if budget is None else parse_size(budget)
+    given_loss = loss or mean_of_squares
+    autocast = autocast or autocast_in_force(model)
+    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast)
+    if plan is not None:
+        known = plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
+        if known.digest != fitting.captured.digest:
+            raise CaptureError(
+                f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
+                "fit this model and these inputs anew"
+            )
+        return Fitted(fitting, known, on_change)
+    begun = time.perf_counter()
+    found = fastest(fitting, size)
+    made = FitPlan(
+        model=type(model).__name__,
+        digest=fitting.captured.digest,
+        blocks=tuple(call.name for call in fitting.captured.calls),
+        device=fitting.device.name,
+        precision=fitting.precision if autocast is None else f"{fitting.precision} mixed",
+        optimizer=optimizer,
+        loss="mean_of_squares" if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        budget_bytes=size,
+        costs={"memory": "traced", "time": fitting.times, "torch": torch.__version__.split("+")[0]},
+        solver=SolverReport(name="dp", seconds=time.perf_counter() - begun),
+        predicted=found.predicted,
+        static=fitting.static,
+        baselines=baselines(fitting),
+        least_feasible_bytes=least_fit(fitting).predicted.peak_bytes,
+        notes=fitting.captured.notes,
+        schedule=found.schedule,
+    )
+    return Fitted(fitting, made, on_change)

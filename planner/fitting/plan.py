@@ -1,0 +1,95 @@
+"""The plan of a model that was written elsewhere, as its file has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
+
+from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
+from evoplan.planner.problems.prediction import Bytes, Prediction
+from evoplan.planner.problems.problem import Name, Optimizer
+from evoplan.planner.schedules.schedule import Sequence, shape_of
+from evoplan.planner.schedules.text import schedule_of, schedule_to_json
+from evoplan.planner.sizes import exact_size
+
+SCHEMA: Literal[1] = 1
+
+
+class FitPlan(Sealed):
+    """How a model's blocks are run.
+
+    Attributes:
+        model: its class.
+        digest: of its blocks' calls: what they are given, and what they do.
+        blocks: the calls by name, in order.
+        precision: what products are done in.
+        loss: what the peak holds for, by name.
+        costs: where memory and time figures came from.
+        predicted: of the whole step: the model's own code around its blocks, head and loss included.
+        static: the parts of predicted.static_bytes.
+        baselines: the same for what people do by hand: nothing recomputed (`none`), every block (`large`).
+        notes: what is left as it is written, and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["evoplan-fit"] = "evoplan-fit"
+    schema_version: Literal[1] = SCHEMA
+    model: Name
+    digest: Name
+    blocks: tuple[Name, ...]
+    device: Name
+    precision: Name
+    optimizer: Optimizer
+    loss: Name
+    budget_bytes: Annotated[Bytes, Field(ge=1)] | None
+    costs: dict[Name, Name]
+    solver: SolverReport
+    predicted: Prediction
+    static: dict[Name, Bytes]
+    baselines: dict[Name, Prediction]
+    least_feasible_bytes: Bytes
+    notes: tuple[Annotated[str, Field(max_length=1000)], ...] = ()
+    schedule: Annotated[Sequence, PlainValidator(schedule_of), PlainSerializer(schedule_to_json)]
+
+    def report(self) -> str:
+        """The plan in words."""
+        none, large = self.baselines["none"], self.baselines["large"]
+        rows = [
+            f"{self.model}: {len(self.blocks)} blocks ({self.blocks[0]} ...), {self.precision}",
+            "budget    " + ("none" if self.budget_bytes is None else exact_size(self.budget_bytes)),
+            f"predicted {exact_size(self.predicted.peak_bytes)}, of which "
+            f"{exact_size(self.predicted.static_bytes)} static; {self.predicted.step_seconds:.3g} s",
+            f"unplanned {exact_size(none.peak_bytes)}; {none.step_seconds:.3g} s",
+            f"per block {exact_size(large.peak_bytes)}; {large.step_seconds:.3g} s (each block checkpointed)",
+            f"least     {exact_size(self.least_feasible_bytes)}",
+            f"schedule  {shape_of(self.schedule)}  (s: a step, [..]: a checkpoint)",
+            *(f"note      {note}" for note in self.notes),
+        ]
+        return "\n".join(rows)
+
+
+def _check(plan: FitPlan) -> None:
+    if len(plan.schedule.span) != len(plan.blocks):
+        raise ValueError(f"it covers {len(plan.schedule.span)} steps, the model has {len(plan.blocks)}")
+    if has_state_away(plan.schedule):
+        raise ValueError("it has state in host memory, which training cannot")
+    if sum(plan.static.values()) != plan.predicted.static_bytes:
+        raise ValueError("static is not the parts of predicted.static_bytes")
+    if {"none", "large"} - set(plan.baselines):
+        raise ValueError("baselines lacks none or large")
+
+
+_READER = Reader(FitPlan, "evoplan-fit", SCHEMA, "`evoplan.fit(...).plan.save(path)`", _check)
+
+
+def load_fit_plan(path: str | Path) -> FitPlan:
+    """Read and check a plan file of `evoplan.fit`.
+
+    Raises:
+        PlanFileError: missing, cut off, altered, of another schema, or not such a plan.
+    """
+    return _READER.load(path)

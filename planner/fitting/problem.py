@@ -1,0 +1,141 @@
+"""A model that was written elsewhere with all that a solver needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from evoplan.cost_model.calibrate import Calibration
+from evoplan.cost_model.calls import calls_table
+from evoplan.cost_model.casting import Casting, casting_of
+from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.devices import Device, device
+from evoplan.cost_model.local import local_cuda
+from evoplan.cost_model.machine import default_cache
+from evoplan.cost_model.static import OPTIMIZER_STATES
+from evoplan.cost_model.times_cache import TimesCache
+from evoplan.model.foreign.capture import Captured, CaptureError
+from evoplan.planner.fitting.simulating import Given, Loss, Simulated, captured, simulate_step
+from evoplan.planner.problems.prediction import Prediction
+from evoplan.planner.problems.problem import Optimizer
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.schedules.schedule import Sequence
+from evoplan.planner.solvers import Frontier
+
+
+@dataclass
+class Fitting:
+    """A model, what it is called with, and what its blocks cost.
+
+    Attributes:
+        precision: of products; a dtype by name, or how it is mixed.
+        times: where times come from: the roofline, or one calibrated on this machine.
+    """
+
+    model: nn.Module
+    given: Given
+    loss: Loss
+    optimizer: Optimizer
+    device: Device
+    precision: str
+    times: str
+    autocast: torch.dtype | None
+    casting: Casting
+    captured: Captured
+    table: CostTable
+    _known: dict[Sequence, Prediction] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """Fastest schedules of the blocks, by the memory that is left for them."""
+        return Frontier(self.table)
+
+    @cached_property
+    def static(self) -> dict[str, int]:
+        """What is there before the step, in bytes."""
+        simulated = self._simulated(self.frontier.least)
+        states = OPTIMIZER_STATES[self.optimizer] * simulated.static["gradients"]
+        return {**simulated.static, "optimizer": states, "workspace": self.device.workspace_bytes}
+
+    def autocasting(self, kind: str) -> AbstractContextManager[object]:
+        """What forward runs under, on tensors with data."""
+        return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
+
+    def _simulated(self, schedule: Sequence) -> Simulated:
+        about = self.given, self.captured, schedule, self.table, self.device, self.loss, self.casting
+        return simulate_step(self.model, *about, precision=self.precision)
+
+    def predict(self, schedule: Sequence) -> Prediction:
+        """Of the whole step, by simulation."""
+        if schedule not in self._known:
+            simulated = self._simulated(schedule)
+            static = sum(self.static.values())
+            peak = simulated.peak_bytes + self.static["optimizer"] + self.static["workspace"]
+            self._known[schedule] = Prediction(
+                peak_bytes=peak,
+                static_bytes=static,
+                activation_bytes=peak - static,
+                step_seconds=replay(schedule, self.table).seconds + simulated.other_seconds,
+            )
+        return self._known[schedule]
+
+
+def fitting_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Loss,
+    optimizer: Optimizer,
+    autocast: torch.dtype | None,
+) -> Fitting:
+    """Capture a model and trace its blocks.
+
+    Raises:
+        CaptureError: it cannot be planned; says why.
+    """
+    parameters = list(model.parameters())
+    if not parameters:
+        raise CaptureError(f"{type(model).__name__} has no parameters: there is nothing to train")
+    kinds = {p.device.type for p in parameters}
+    if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+        raise CaptureError(f"the model lies on {', '.join(sorted(kinds))}; have it on the CPU or on one GPU")
+    (kind,) = kinds
+    dtype = _name(autocast or _widest(model))
+    where, times = _device_of(kind, dtype)
+    casting = casting_of(kind, None if autocast is None else dtype)
+    given = Given.of(args, kwargs)
+    chain = captured(model, given, where, casting)
+    table = calls_table(model, chain, where, dtype, casting)
+    return Fitting(model, given, loss, optimizer, where, dtype, times, autocast, casting, chain, table)
+
+
+def autocast_in_force(model: nn.Module) -> torch.dtype | None:
+    """What torch.autocast casts to where the caller stands; None outside of it."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _widest(model: nn.Module) -> torch.dtype:
+    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_of(kind: str, dtype: str) -> tuple[Device, str]:
+    where = local_cuda() if kind == "cuda" else device("cpu")
+    constants = TimesCache(default_cache(), kind).calibration(dtype)
+    if constants is None:
+        return where, "roofline"
+    try:
+        return Calibration(**constants).applied(where, dtype), "calibrated"
+    except TypeError:
+        return where, "roofline"

@@ -1,0 +1,169 @@
+"""Does a fitted model keep its promise? A step with and without the plan, measured and compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from evoplan.cost_model import measure
+from evoplan.model.running.random_state import RandomState
+from evoplan.planner.checking.verify import PEAK_FLOOR, PEAK_TOLERANCE, TOLERANCES
+from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.fitting.plan import FitPlan
+from evoplan.planner.fitting.problem import Fitting
+
+
+@dataclass(frozen=True)
+class FitVerification:
+    """What was promised and what was found, of a whole training step.
+
+    Attributes:
+        max_loss_error: relative.
+        max_gradient_error: of any parameter or input, over the largest entry of any gradient.
+        tolerances: what errors are held against.
+    """
+
+    budget_bytes: int | None
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    unplanned_peak_bytes: int
+    static_bytes: int
+    max_loss_error: float
+    max_gradient_error: float
+    tolerances: dict[str, float]
+    ok: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain types."""
+        return asdict(self)
+
+
+def verify_fit(
+    fitting: Fitting, plan: FitPlan, patched: Patched, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> FitVerification:
+    """Measure and compare; the model's gradients and buffers are left as they were."""
+    model = fitting.model
+    args, kwargs = pytree.tree_map_only(Tensor, _own, (tuple(args), dict(kwargs)))
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _wants(leaf)]
+    step = _Step(fitting, args, dict(kwargs), leaves)
+    with _restored(model):
+        planned_peak, planned_loss, planned = step.measured()
+        patched.remove()
+        try:
+            plain_peak, plain_loss, plain = step.measured()
+        finally:
+            patched.install()
+    static = sum(plan.static.values())
+    measured, unplanned = static + planned_peak, static + plain_peak
+    tolerance = TOLERANCES[_tolerance_of(plan.precision)]
+    largest = max((float(g.abs().max()) for g in plain if g is not None and g.numel()), default=1.0)
+    gradient_error = max(
+        (_apart(a, b) / (largest or 1.0) for a, b in zip(plain, planned, strict=True)), default=0.0
+    )
+    loss_error = _apart(plain_loss, planned_loss) / max(float(plain_loss.abs().max()), 1e-300)
+    predicted = plan.predicted.peak_bytes
+    checks = [
+        abs(measured - predicted) <= max(PEAK_TOLERANCE * predicted, PEAK_FLOOR),
+        plan.budget_bytes is None or measured <= plan.budget_bytes,
+        loss_error <= tolerance,
+        gradient_error <= tolerance,
+    ]
+    return FitVerification(
+        budget_bytes=plan.budget_bytes,
+        predicted_peak_bytes=predicted,
+        measured_peak_bytes=measured,
+        unplanned_peak_bytes=unplanned,
+        static_bytes=static,
+        max_loss_error=loss_error,
+        max_gradient_error=gradient_error,
+        tolerances={"peak": PEAK_TOLERANCE, "loss": tolerance, "gradient": tolerance},
+        ok=all(checks),
+    )
+
+
+class _Step:
+    """A training step that does the same every time; gradients of parameters stay allocated between."""
+
+    def __init__(
+        self, fitting: Fitting, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor]
+    ) -> None:
+        self.fitting, self.args, self.kwargs, self.leaves = fitting, args, kwargs, leaves
+        self.trained = [p for p in fitting.model.parameters() if p.requires_grad]
+        self.kind = self.trained[0].device.type if self.trained else "cpu"
+        self.random = RandomState()
+        self.buffers = {name: b.detach().clone() for name, b in fitting.model.named_buffers()}
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def begin(self) -> None:
+        """Everything as before the first run."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        for parameter in self.trained:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        with torch.no_grad():
+            for name, buffer in self.fitting.model.named_buffers():
+                buffer.copy_(self.buffers[name])
+
+    def run(self) -> Tensor:
+        """Forward, loss, backward; the output is held to the end, as a caller may."""
+        with self.fitting.autocasting(self.kind):
+            output = self.fitting.model(*self.args, **self.kwargs)
+            loss = self.fitting.loss(output)
+        loss.backward()
+        return loss.detach()
+
+    def measured(self) -> tuple[int, Tensor, list[Tensor | None]]:
+        """Peak above what is there before, the loss, and all gradients."""
+        self.begin()
+        with self.random:
+            loss = self.run()
+        gradients = [t.grad if t.grad is None else t.grad.clone() for t in (*self.trained, *self.leaves)]
+        self.begin()
+        with self.random:
+            peak = measure.peak_bytes(self.run, self.kind)
+        return peak, loss, gradients
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Gradients and buffers as they are now, afterwards."""
+    gradients = {p: None if p.grad is None else p.grad.clone() for p in model.parameters()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _wants(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _tolerance_of(precision: str) -> str:
+    name, _, mixed = precision.partition(" ")
+    return {"bfloat16": "bf16-mixed", "float16": "fp16-mixed"}[name] if mixed else name
+
+
+def _apart(a: Tensor | None, b: Tensor | None) -> float:
+    """How far two gradients are from one another; NaN and one that is missing: beyond every tolerance."""
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return math.inf if math.isnan(error) else error

@@ -1,0 +1,63 @@
+"""Schedules as JSON: nested lists, as plan files have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
+
+LONGEST_STRATEGY = 100  # characters
+
+
+def schedule_to_json(schedule: Sequence) -> list[Any]:
+    """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}.
+
+    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]].
+    """
+    return [
+        [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
+        if isinstance(part, Run)
+        else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
+        for part in schedule.parts
+    ]
+
+
+def schedule_from_json(parts: list[Any]) -> Sequence:
+    """The inverse of `schedule_to_json`; ValueError says what is wrong."""
+    built: list[Run | Checkpoint] = []
+    for part in parts:
+        match part:
+            case [bool(), *_]:
+                raise ValueError(f"{short(part)} is no part of a schedule")
+            case [int(step), str(strategy)]:
+                built.append(Run(step, _strategy(strategy)))
+            case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
+                built.append(Run(step, _strategy(strategy), tuple(away)))
+            case {"checkpoint": list(body), "discard": list(discard)}:
+                strategies = tuple(map(_strategy, discard))
+                built.append(Checkpoint(schedule_from_json(body), strategies))
+            case _:
+                raise ValueError(f"{short(part)} is no part of a schedule")
+    return Sequence(tuple(built))
+
+
+def _strategy(text: Any) -> Strategy:
+    if not isinstance(text, str) or len(text) > LONGEST_STRATEGY:
+        raise ValueError(f"{short(text)} is no strategy")
+    return Strategy.parse(text)
+
+
+def schedule_of(value: Any) -> Sequence:
+    """A schedule, or what a file has of one."""
+    if isinstance(value, Sequence):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"{short(value)} is no list of parts")
+    return schedule_from_json(value)
+
+
+def short(value: Any) -> str:
+    """A value as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
