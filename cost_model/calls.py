@@ -78,7 +78,7 @@ def strategies_of(call: Call, module: nn.Module) -> list[Strategy]:
     """What a call can run under. Children that change their buffers are not run again one by one."""
     offered, before = [WHOLE], 0
     for strategy in () if call.changes else REDOS:
-        count = len(levels_of(module, strategy.way.recomputed_depth))
+        count = levels_of(module, strategy.way.recomputed_depth)
         if count > before:
             offered.append(strategy)
         before = count

@@ -52,10 +52,10 @@ class Visit:
     module: nn.Module
     arguments: list[Any]
     structure: pytree.TreeSpec
-    start: int
-    recorded: bool
-    keys: list[Key | None]
-    wanted: list[bool]
+    start: int = 0
+    recorded: bool = field(default_factory=torch.is_grad_enabled)
+    keys: list[Key | None] = field(init=False)
+    wanted: list[bool] = field(init=False)
     children: list[Visit] = field(default_factory=list)
     stop: int = 0
     results: list[Any] = field(default_factory=list)
@@ -63,6 +63,10 @@ class Visit:
     out_keys: list[Key | None] = field(default_factory=list)
     changes: tuple[str, ...] = ()
     writes: bool = False
+
+    def __post_init__(self) -> None:
+        self.keys = keys_of(self.arguments)
+        self.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.arguments]
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
-        self.root = Visit("", model, [], pytree.tree_structure(None), 0, True, [], [])
+        self.root = Visit("", model, [], pytree.tree_structure(None))
         self._open = [self.root]
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
@@ -131,9 +135,7 @@ class _Watch(TorchDispatchMode):
     def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = pytree.tree_flatten((args, kwargs))
-            wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-            begun, recorded = len(self.operators), torch.is_grad_enabled()
-            visit = Visit(path, module, leaves, structure, begun, recorded, _keys(leaves), wanted)
+            visit = Visit(path, module, leaves, structure, len(self.operators))
             before = marks(dict(module.named_buffers()))
             self._open[-1].children.append(visit)
             self._open.append(visit)
@@ -141,7 +143,7 @@ class _Watch(TorchDispatchMode):
             self._open.pop()
             visit.stop = len(self.operators)
             visit.results, visit.returned = pytree.tree_flatten(result)
-            visit.out_keys, visit.writes = _keys(visit.results), _keys(leaves) != visit.keys
+            visit.out_keys, visit.writes = keys_of(visit.results), keys_of(leaves) != visit.keys
             after = marks(dict(module.named_buffers()))
             visit.changes = _with_siblings(
                 module, [name for name in after if after[name] != before.get(name)]
@@ -165,7 +167,8 @@ def _told(leaf: Any) -> str:
     return str(Layout.of(leaf)) if isinstance(leaf, Tensor) else repr(leaf)[:80]
 
 
-def _keys(leaves: Sequence[Any]) -> list[Key | None]:
+def keys_of(leaves: Sequence[Any]) -> list[Key | None]:
+    """Of those leaves that are tensors."""
     return [key_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
@@ -173,6 +176,23 @@ def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
     """All buffers of the layers that have written into one: kernels write into some without telling."""
     layers = {name.rpartition(".")[0] for name in names}
     return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in layers)
+
+
+def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
+    """The same chain as other visits of its blocks have it; what the blocks do is known from the first."""
+    latest: dict[str, Key] = {}
+    calls = []
+    for call, visit in zip(captured.calls, visits, strict=True):
+        names = {key: name for name, key in latest.items()}
+        read = {at: names[key] for at, key in enumerate(visit.keys) if key in names}
+        arguments = tuple(_argument(visit, at, read, call.name) for at in range(len(visit.arguments)))
+        calls.append(replace(call, arguments=arguments, structure=visit.structure))
+        made = [at for at, result in enumerate(call.results) if isinstance(result, Made)]
+        for name, at in zip(call.makes, made, strict=True):
+            key = visit.out_keys[at]
+            assert key is not None  # as it is a tensor
+            latest[name] = key
+    return replace(captured, calls=tuple(calls), notes=tuple(_notes(calls)))
 
 
 # --- wiring ------------------------------------------------------------------------------------
@@ -230,7 +250,8 @@ def _calls(
     for index, (visit, read) in enumerate(zip(visits, reads, strict=True)):
         seen[visit.path] = seen.get(visit.path, 0) + 1
         name = visit.path if seen[visit.path] == 1 else f"{visit.path}#{seen[visit.path]}"
-        arguments = [_argument(visit, at, read, names, name) for at in range(len(visit.arguments))]
+        of_state = {at: names[version] for at, version in read.items()}
+        arguments = [_argument(visit, at, of_state, name) for at in range(len(visit.arguments))]
         results = [_result(visit, at, (index, at) in names) for at in range(len(visit.results))]
         ran = operators[visit.start : visit.stop]
         assert visit.returned is not None
@@ -249,13 +270,7 @@ def _calls(
         )
 
 
-def _argument(
-    visit: Visit,
-    at: int,
-    read: Mapping[int, tuple[int, int]],
-    names: Mapping[tuple[int, int], str],
-    name: str,
-) -> Argument:
+def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argument:
     leaf = visit.arguments[at]
     if visit.writes:
         raise CaptureError(
@@ -263,7 +278,7 @@ def _argument(
             "have it make a new tensor"
         )
     if at in read:
-        return FromState(names[read[at]], Layout.of(leaf), visit.wanted[at])
+        return FromState(read[at], Layout.of(leaf), visit.wanted[at])
     if isinstance(leaf, Tensor):
         return Constant(Layout.of(leaf), visit.wanted[at])
     if not isinstance(leaf, PLAIN):
@@ -292,9 +307,3 @@ def _notes(calls: Sequence[Call]) -> Iterator[str]:
                 f"{call.name} reads nothing that an earlier block has returned as it is: "
                 "what is made between them is kept"
             )
-
-
-def without_gradients(call: Call) -> Call:
-    """A call that is alike, of which no argument wants a gradient."""
-    arguments = (replace(a, differentiable=False) if isinstance(a, Constant) else a for a in call.arguments)
-    return replace(call, arguments=tuple(arguments))

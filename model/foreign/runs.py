@@ -119,56 +119,60 @@ def other_buffers(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None
 
 def keeping(strategy: Strategy, module: nn.Module) -> AbstractContextManager[object]:
     """What a recorded run of a block goes on in under a strategy."""
-    return recomputed(levels_of(module, strategy.way.recomputed_depth))
+    return recomputed(module, strategy.way.recomputed_depth)
 
 
-def levels_of(module: nn.Module, depth: int) -> list[nn.Module]:
-    """The modules down to so many levels below one, lists not counted as a level, as they are not called.
+def levels_of(module: nn.Module, depth: int) -> int:
+    """How many modules are recomputed where so many levels below one are."""
+    return sum(1 + levels_of(child, depth - 1) for child in _below(module)) if depth else 0
 
-    Below the first level those that have modules of their own: a single layer keeps what it is given anyway.
-    """
-    found: dict[nn.Module, None] = {}
-    for child in module.children() if depth else ():
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the level below, those of lists among them, as lists are not called."""
+    for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            found |= dict.fromkeys(levels_of(child, depth))
+            yield from _below(child)
         else:
-            below = levels_of(child, depth - 1)
-            found |= dict.fromkeys(
-                [child, *(inner for inner in below if any(True for _ in inner.children()))]
-            )
-    return list(found)
+            yield child
 
 
 @contextmanager
-def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """While installed, each call of these modules keeps its inputs, and backward runs it again."""
-    before = {module: module.__dict__.get("forward") for module in modules}
-    for module in modules:
-        module.__dict__["forward"] = _Recomputed(module.forward)
+def recomputed(module: nn.Module, depth: int) -> Iterator[None]:
+    """While installed, each call of a module of so many levels below keeps its inputs, and backward runs it
+    again, the modules below it likewise.
+    """
+    children = dict.fromkeys(_below(module)) if depth else {}
+    before = {child: child.__dict__.get("forward") for child in children}
+    for child in children:
+        child.__dict__["forward"] = _Recomputed(child, child.forward, depth - 1)
     try:
         yield
     finally:
-        for module, forward in before.items():
+        for child, forward in before.items():
             if forward is None:
-                del module.__dict__["forward"]
+                del child.__dict__["forward"]
             else:
-                module.__dict__["forward"] = forward
+                child.__dict__["forward"] = forward
 
 
 class _Recomputed:
     """A forward of which autograd keeps the arguments alone, and where the generators stood if it draws."""
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self, module: nn.Module, forward: Forward, depth: int) -> None:
+        self.module, self.forward, self.depth = module, forward, depth
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         again = _Again()
         with again.watched(real=all(map(has_data, leaves))):
             return torch.utils.checkpoint.checkpoint(
-                self.forward, *args, use_reentrant=False, determinism_check="none", preserve_rng_state=False,
+                self._run, *args, use_reentrant=False, preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), again), **kwargs
             )  # fmt: skip
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with recomputed(self.module, self.depth):
+            return self.forward(*args, **kwargs)
 
 
 class _Again:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
-from evoplan.model.foreign.calls import Call, Value
+from evoplan.model.foreign.calls import Argument, Call, Key, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
@@ -39,6 +40,15 @@ class GhostRuns(CallRuns):
         super().__init__(model, forwards)
         self.table, self.trace = table, trace
 
+    def accepted(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
+    ) -> list[Any]:
+        """What the block is planned for, where code before it does otherwise without data."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        if structure != call.structure:
+            leaves = [None] * len(call.arguments)
+        return [_as_planned(*both) for both in zip(leaves, call.arguments, strict=True)]
+
     def random_state(self, call: Call) -> Any:
         """Of a call that draws."""
         return _Kept() if call.draws else None
@@ -55,6 +65,15 @@ class GhostRuns(CallRuns):
             return None, made, rest
         own = [made[at] for at in cost.keeps_made]
         return _GhostRecord(call, cost, self.leaves(call, state), own, self), made, rest
+
+
+def _as_planned(leaf: Any, argument: Argument) -> Any:
+    if isinstance(argument, Value):
+        return argument.value
+    there = argument.layout
+    if isinstance(leaf, Tensor) and tuple(leaf.shape) == there.shape and leaf.dtype == there.dtype:
+        return leaf
+    return there.empty().requires_grad_(argument.differentiable)
 
 
 class _Kept(ImaginedState):

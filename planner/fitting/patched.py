@@ -125,7 +125,7 @@ class _Pass:
         try:
             call = self._next(block)
             keys = {name: key_of(self.state[name]) for name in call.reads if name in self.state}
-            leaves = call.check(args, kwargs, keys)
+            leaves = self.runs.accepted(call, args, kwargs, keys)
         except ChangedCallError as error:
             self._changed(error)
             return forward(*args, **kwargs)

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.calls import calls_table
@@ -21,6 +22,8 @@ from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.foreign.capture import Captured, CaptureError
+from evoplan.model.foreign.rehearsal import rehearsed
+from evoplan.model.running.internals import has_data
 from evoplan.planner.fitting.simulating import Given, Loss, Simulated, captured, simulate_step
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
@@ -111,6 +114,10 @@ def fitting_of(
     casting = casting_of(kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
     chain = captured(model, given, where, casting)
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if all(map(has_data, (*leaves, *parameters))):
+        with nullcontext() if autocast is None else torch.autocast(kind, autocast):
+            chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     table = calls_table(model, chain, where, dtype, casting)
     return Fitting(model, given, loss, optimizer, where, dtype, times, autocast, casting, chain, table)
 

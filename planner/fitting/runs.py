@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.foreign.calls import Call, FromState, Made
+from evoplan.model.foreign.calls import Call, FromState, Key, Made
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
@@ -64,6 +64,12 @@ class CallRuns:
     def __init__(self, model: nn.Module, forwards: Mapping[str, Forward]) -> None:
         self.model, self.forwards = model, forwards
         self.met: dict[int, MetCall] = {}
+
+    def accepted(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
+    ) -> list[Any]:
+        """The leaves of what a block is called with; ChangedCallError where they are not as planned."""
+        return call.check(args, kwargs, latest)
 
     def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
         """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""

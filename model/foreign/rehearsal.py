@@ -1,0 +1,108 @@
+"""The calls of a model's blocks on real inputs, with nothing run inside of the blocks.
+
+Code before the blocks may look at values, or do otherwise where there are none: leave out a mask that hides
+nothing, say. So what blocks are given is noted once more on the tensors that the model is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from evoplan.model.foreign.calls import Made, Passed, Value
+from evoplan.model.foreign.capture import Captured, Visit, captured_again, keys_of
+from evoplan.model.running.random_state import RandomState
+
+
+class _Enough(Exception):
+    """The last block has been called."""
+
+
+def rehearsed(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> Captured:
+    """The chain as real inputs have it; the same where nothing differs, or where it cannot be told.
+
+    Args:
+        model: with data.
+        run: its forward, which stops at the last block.
+    """
+    rehearsal = _Rehearsal(model, captured)
+    with _left_as_it_is(model), rehearsal.installed():
+        try:
+            run()
+        except _Enough:
+            return captured_again(captured, rehearsal.visits)
+    return captured  # it has called fewer blocks: what differs will be said when it runs
+
+
+class _Rehearsal:
+    def __init__(self, model: nn.Module, captured: Captured) -> None:
+        self.model, self.calls = model, captured.calls
+        self.visits: list[Visit] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Blocks return what they would make, without values."""
+        blocks = {path: self.model.get_submodule(path) for path in dict.fromkeys(c.path for c in self.calls)}
+        before = {path: block.__dict__.get("forward") for path, block in blocks.items()}
+        for path, block in blocks.items():
+            block.__dict__["forward"] = self._noting(path, block)
+        try:
+            yield
+        finally:
+            for path, forward in before.items():
+                if forward is None:
+                    del blocks[path].__dict__["forward"]
+                else:
+                    blocks[path].__dict__["forward"] = forward
+
+    def _noting(self, path: str, block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            call = self.calls[len(self.visits)]
+            if call.path != path:
+                raise _Enough
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            visit = Visit(path, block, leaves, structure)
+            visit.results, visit.returned = [_imagined(r, leaves) for r in call.results], call.returned
+            visit.out_keys = keys_of(visit.results)
+            self.visits.append(visit)
+            if len(self.visits) == len(self.calls):
+                raise _Enough
+            return pytree.tree_unflatten(visit.results, call.returned)
+
+        return noting
+
+
+def _imagined(result: Made | Passed | Value, leaves: list[Any]) -> Any:
+    if isinstance(result, Passed):
+        return leaves[result.position] if result.position < len(leaves) else None
+    if isinstance(result, Value):
+        return result.value
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
+    layout = result.layout
+    empty = torch.zeros(layout.shape, dtype=layout.dtype, device=device)
+    return empty.requires_grad_(result.differentiable)
+
+
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Generators and buffers as they are now, afterwards."""
+    random = RandomState()
+    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    versions = {name: buffer._version for name, (buffer, _) in buffers.items()}
+    try:
+        with random:
+            yield
+    finally:
+        with torch.no_grad():
+            for name, (buffer, value) in buffers.items():
+                if buffer._version != versions[name]:
+                    buffer.copy_(value)
