@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.trace import Trace, Work, fake_copy
-from evoplan.model.foreign.calls import Call, Layout, Value
+from evoplan.cost_model.trace import Trace, fake_copy
+from evoplan.model.foreign.calls import Call, Layout, Made, Value
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, levels_of
 from evoplan.model.running.internals import storage_key
@@ -27,13 +27,19 @@ from evoplan.model.running.strategy import Strategy
 
 
 def calls_table(
-    model: nn.Module, captured: Captured, device: Device, precision: str, casting: Casting = nullcontext
+    model: nn.Module,
+    captured: Captured,
+    device: Device,
+    precision: str,
+    casting: Casting = nullcontext,
+    where: str = "cpu",
 ) -> CostTable:
     """Costs of every call of a model under every strategy that it offers; equal calls are traced once.
 
     Args:
         precision: what products are done in, by the name of a dtype: for times.
         casting: what forward runs under.
+        where: what tensors without data claim to be on (see `cost_model.simulation`).
     """
     calls = captured.calls
     liveness = liveness_of(captured)
@@ -46,7 +52,7 @@ def calls_table(
         module = model.get_submodule(call.path)
         key = _signature(call, module), repr(live)
         if key not in known:
-            found = _traced(call, module, live, device, casting)
+            found = _traced(call, module, live, device, casting, where)
             known[key] = tuple(_timed(cost, device, precision) for cost in found)
         options.append(known[key])
     state_bytes = {name: device.in_blocks(layout.nbytes) for name, layout in layouts.items()}
@@ -95,99 +101,91 @@ def _timed(cost: StepCost, device: Device, precision: str) -> StepCost:
 
 
 def _traced(
-    call: Call, module: nn.Module, live: Mapping[str, Layout], device: Device, casting: Casting
-) -> list[StepCost]:
-    with simulated(device) as trace:
-        copy = fake_copy(module)
-        leaves = [
-            argument.value if isinstance(argument, Value) else argument.layout.empty()
-            for argument in call.arguments
-        ]
-        return [
-            trace_call(call, copy, leaves, strategy, live, trace, casting)
-            for strategy in strategies_of(call, module)
-        ]
-
-
-def trace_call(
     call: Call,
     module: nn.Module,
-    leaves: Sequence[object],
-    strategy: Strategy,
     live: Mapping[str, Layout],
-    trace: Trace,
-    casting: Casting = nullcontext,
-) -> StepCost:
-    """Cost of one call under one strategy, without times; call on tensors without data, inside `trace`.
+    device: Device,
+    casting: Casting,
+    where: str,
+) -> list[StepCost]:
+    with simulated(device, where=where) as trace:
+        tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
+        return [tracing.cost(strategy) for strategy in strategies_of(call, module)]
+
+
+class CallTracing:
+    """Costs of one call, without times; make and use it on tensors without data, inside `trace`.
 
     Args:
-        leaves: of its arguments.
         live: of the state tensors that have a gradient when its backward begins.
     """
-    base = trace.live_bytes
-    trace.reset()
-    with torch.no_grad(), casting():
-        ran = discarded(call, module.forward, leaves)
-    discard_bytes, discard_work = trace.peak_bytes - base, trace.work()
-    del ran
 
-    forward_bytes, preserved_bytes, backward_bytes, keeps, forward_work, backward_work = _recorded(
-        call, module, leaves, strategy, live, trace, casting
-    )
-    held_bytes = 0
-    if keeps:
-        _, _, held_bytes, *_ = _recorded(call, module, leaves, strategy, live, trace, casting, held=True)
-    of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
-    works = discard_work, forward_work, backward_work
-    return StepCost(strategy, *of_bytes, *works, keeps_made=keeps, backward_held_bytes=held_bytes)
+    def __init__(
+        self,
+        call: Call,
+        module: nn.Module,
+        live: Mapping[str, Layout],
+        trace: Trace,
+        casting: Casting = nullcontext,
+        where: str = "cpu",
+    ) -> None:
+        self.call, self.module, self.live, self.trace = call, module, live, trace
+        self.casting, self.where = casting, where
+        self.leaves = [
+            argument.value if isinstance(argument, Value) else argument.layout.empty(where)
+            for argument in call.arguments
+        ]
+        base = trace.live_bytes
+        trace.reset()
+        with torch.no_grad(), casting():  # the same under every strategy
+            ran = discarded(call, module.forward, self.leaves)
+        self.discard_bytes, self.discard_work = trace.peak_bytes - base, trace.work()
+        del ran
+
+    def cost(self, strategy: Strategy) -> StepCost:
+        """Its cost under one strategy."""
+        cost = self._recorded(strategy)
+        if not cost.keeps_made:
+            return cost
+        return replace(cost, backward_held_bytes=self._recorded(strategy, held=True).backward_bytes)
+
+    def _recorded(self, strategy: Strategy, held: bool = False) -> StepCost:
+        """A recorded run and its backward.
+
+        Args:
+            held: whether others hold what it makes, above which the backward counts then.
+        """
+        call, trace, base = self.call, self.trace, self.trace.live_bytes
+        trace.reset()
+        how = keeping(strategy, self.module, call.draws)
+        with self.casting():
+            run = CallRun(call, self.module.forward, self.leaves, call.wanted, Parameters(self.module), how)
+        number_bytes = trace.kept_number_bytes
+        made, returned = run.take()
+        forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()
+        storages = [(storage_key(t), trace.in_blocks(t.untyped_storage().nbytes())) for t in made]
+        others = made if held else ()
+        del made, returned
+        keeps = tuple(at for at, (storage, _) in enumerate(storages) if trace.holds(storage))
+        # Tensors of the state count once, however many hold them.
+        of_state = sum(storages[at][1] for at in keeps)
+        preserved_bytes = trace.live_bytes - base + number_bytes - of_state
+
+        grads = [_gradient(made, self.where) for made in call.made]
+        more = [layout.empty(self.where) for name, layout in self.live.items() if name not in call.makes]
+        trace.reset()
+        found = run.vjp(grads)
+        backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0)
+        backward_work = trace.work()
+        del run, found, grads, more, others
+        assert trace.live_bytes == base, f"{call.name} under {strategy} leaves tensors behind"
+        of_bytes = forward_bytes, preserved_bytes, backward_bytes, self.discard_bytes
+        works = self.discard_work, forward_work, backward_work
+        return StepCost(strategy, *of_bytes, *works, keeps_made=keeps)
 
 
-def _recorded(
-    call: Call,
-    module: nn.Module,
-    leaves: Sequence[object],
-    strategy: Strategy,
-    live: Mapping[str, Layout],
-    trace: Trace,
-    casting: Casting,
-    held: bool = False,
-) -> tuple[int, int, int, tuple[int, ...], Work, Work]:
-    """Peak of a recorded forward, what it preserves, peak of its backward, what it keeps of what it makes.
-
-    Args:
-        held: whether others hold what it makes; the backward's peak is above that then.
-    """
-    base = trace.live_bytes
-    trace.reset()
-    with casting():
-        run = CallRun(
-            call, module.forward, leaves, call.wanted, Parameters(module), keeping(strategy, module)
-        )
-    number_bytes = trace.kept_number_bytes
-    made, returned = run.take()
-    forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()
-    storages = [(storage_key(tensor), trace.in_blocks(tensor.untyped_storage().nbytes())) for tensor in made]
-    others = made if held else ()
-    del made, returned
-    keeps = () if held else tuple(at for at, (storage, _) in enumerate(storages) if trace.holds(storage))
-    # Tensors of the state count once, however many hold them.
-    of_state = sum(size for at, (_, size) in enumerate(storages) if held or at in keeps)
-    preserved_bytes = trace.live_bytes - base + number_bytes - of_state
-
-    grads = gradients_of(call)
-    more = [layout.empty() for name, layout in live.items() if name not in call.makes]
-    trace.reset()
-    found = run.vjp(grads)
-    backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0)
-    backward_work = trace.work()
-    del run, found, grads, more, others
-    assert trace.live_bytes == base, f"{call.name} under {strategy} leaves tensors behind"
-    return forward_bytes, preserved_bytes, backward_bytes, keeps, forward_work, backward_work
-
-
-def gradients_of(call: Call) -> list[Tensor | None]:
-    """Gradients of all that it makes, as backward finds them."""
-    return [
-        torch.empty(made.layout.shape, dtype=made.layout.dtype) if made.differentiable else None
-        for made in call.made
-    ]
+def _gradient(made: Made, where: str) -> Tensor | None:
+    """Of what a call makes, as backward finds it."""
+    if not made.differentiable:
+        return None
+    return torch.empty(made.layout.shape, dtype=made.layout.dtype, device=where)

@@ -32,9 +32,9 @@ class Layout:
         """That of a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
 
-    def empty(self) -> Tensor:
+    def empty(self, where: str = "cpu") -> Tensor:
         """A tensor laid out so."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
 
     @property
     def nbytes(self) -> int:

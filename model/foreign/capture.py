@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,11 +89,13 @@ class Captured:
         calls: in the order in which they run.
         outputs: names of the state tensors that are read after the last of them.
         notes: what is left as it is, and why: for people.
+        unlike_on_meta: whether operators ran that take other memory on the meta device than elsewhere.
     """
 
     calls: tuple[Call, ...]
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
+    unlike_on_meta: bool
 
     @property
     def digest(self) -> str:
@@ -109,7 +114,7 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
     Raises:
         CaptureError: no blocks are found, or they are given what cannot be checked.
     """
-    with _Watch(model) as watch:
+    with _Watch(model) as watch, _Functions() as functions:
         result = run()
     visits = [visit for visit in blocks_in(watch.root) if visit.recorded]
     if len(visits) < 2:
@@ -117,7 +122,28 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
             f"{type(model).__name__} has no modules that are called one after the other with autograd on: "
             "a plan is for a stack of blocks, in an nn.ModuleList or an nn.Sequential"
         )
-    return _wired(visits, watch.operators, pytree.tree_leaves(result))
+    chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
+    unlike = functions.attention or any(re.match(_UNLIKE, operator.about) for operator in watch.operators)
+    return replace(chain, unlike_on_meta=unlike)
+
+
+# Kernels whose results, or choice among several, depend on the device.
+_UNLIKE = (
+    r"aten\._?(native_)?(\w*conv|\w*batch_norm|\w*group_norm|scaled_dot|\w*pool|\w*fft|lstm|gru|rnn|upsample)"
+)
+
+
+class _Functions(TorchFunctionMode):
+    """Whether torch's attention is called, which is another operator on each device."""
+
+    attention = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.attention = True
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):
@@ -217,7 +243,9 @@ def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -
     last_read |= dict.fromkeys(read_after, end)
     names = _names(versions.values(), last_read)
     calls = tuple(_calls(visits, reads, names, operators))
-    return Captured(calls, tuple(names[version] for version in read_after), tuple(_notes(calls)))
+    return Captured(
+        calls, tuple(names[version] for version in read_after), tuple(_notes(calls)), unlike_on_meta=False
+    )
 
 
 def _is_floating(leaf: Any) -> bool:

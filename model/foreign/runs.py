@@ -117,9 +117,13 @@ def other_buffers(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None
             put_buffer(module, name, buffer)
 
 
-def keeping(strategy: Strategy, module: nn.Module) -> AbstractContextManager[object]:
-    """What a recorded run of a block goes on in under a strategy."""
-    return recomputed(module, strategy.way.recomputed_depth)
+def keeping(strategy: Strategy, module: nn.Module, draws: bool) -> AbstractContextManager[object]:
+    """What a recorded run of a block goes on in under a strategy.
+
+    Args:
+        draws: whether the block draws random numbers.
+    """
+    return recomputed(module, strategy.way.recomputed_depth, draws)
 
 
 def levels_of(module: nn.Module, depth: int) -> int:
@@ -137,14 +141,17 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def recomputed(module: nn.Module, depth: int) -> Iterator[None]:
+def recomputed(module: nn.Module, depth: int, draws: bool) -> Iterator[None]:
     """While installed, each call of a module of so many levels below keeps its inputs, and backward runs it
     again, the modules below it likewise.
+
+    Args:
+        draws: whether any of them draws random numbers.
     """
     children = dict.fromkeys(_below(module)) if depth else {}
     before = {child: child.__dict__.get("forward") for child in children}
     for child in children:
-        child.__dict__["forward"] = _Recomputed(child, child.forward, depth - 1)
+        child.__dict__["forward"] = _Recomputed(child, child.forward, depth - 1, draws)
     try:
         yield
     finally:
@@ -158,20 +165,21 @@ def recomputed(module: nn.Module, depth: int) -> Iterator[None]:
 class _Recomputed:
     """A forward of which autograd keeps the arguments alone, and where the generators stood if it draws."""
 
-    def __init__(self, module: nn.Module, forward: Forward, depth: int) -> None:
-        self.module, self.forward, self.depth = module, forward, depth
+    def __init__(self, module: nn.Module, forward: Forward, depth: int, draws: bool) -> None:
+        self.module, self.forward, self.depth, self.draws = module, forward, depth, draws
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         again = _Again()
-        with again.watched(real=all(map(has_data, leaves))):
+        imagined = next((leaf.device for leaf in leaves if not has_data(leaf)), None)
+        with again.watched(imagined) if self.draws else nullcontext():
             return torch.utils.checkpoint.checkpoint(
                 self._run, *args, use_reentrant=False, preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), again), **kwargs
             )  # fmt: skip
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with recomputed(self.module, self.depth):
+        with recomputed(self.module, self.depth, self.draws):
             return self.forward(*args, **kwargs)
 
 
@@ -182,16 +190,21 @@ class _Again:
         self.random: RandomState | ImaginedState | None = None
 
     @contextmanager
-    def watched(self, real: bool) -> Iterator[None]:
-        """The first run; `real`: with data."""
-        if real:
+    def watched(self, imagined: torch.device | None) -> Iterator[None]:
+        """The first run.
+
+        Args:
+            imagined: where its tensors are, if they have no data.
+        """
+        if imagined is None:
             before = RandomState()
             yield
             self.random = before if before.moved() else None
             return
+        state = ImaginedState(imagined)
         with Draws() as draws:
             yield
-        self.random = ImaginedState() if draws.any else None
+        self.random = state if draws.any else None
 
     def __enter__(self) -> None:
         if self.random is not None:

@@ -35,8 +35,8 @@ class RandomState:
 class ImaginedState:
     """As `RandomState`, for code that runs without data: takes as much memory, and does nothing."""
 
-    def __init__(self) -> None:
-        self._state = torch.empty(STATE_BYTES, dtype=torch.uint8)
+    def __init__(self, where: torch.device | str = "cpu") -> None:
+        self._state = torch.empty(STATE_BYTES, dtype=torch.uint8, device=where)
 
     def __enter__(self) -> ImaginedState:
         return self

@@ -32,13 +32,14 @@ class GhostRuns(CallRuns):
     Args:
         table: what each call takes.
         trace: is told of it.
+        where: what tensors are on.
     """
 
     def __init__(
-        self, model: nn.Module, forwards: Mapping[str, Forward], table: CostTable, trace: Trace
+        self, model: nn.Module, forwards: Mapping[str, Forward], table: CostTable, trace: Trace, where: str
     ) -> None:
         super().__init__(model, forwards)
-        self.table, self.trace = table, trace
+        self.table, self.trace, self.where = table, trace, where
 
     def accepted(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
@@ -47,11 +48,11 @@ class GhostRuns(CallRuns):
         leaves, structure = pytree.tree_flatten((args, kwargs))
         if structure != call.structure:
             leaves = [None] * len(call.arguments)
-        return [_as_planned(*both) for both in zip(leaves, call.arguments, strict=True)]
+        return [_as_planned(*both, self.where) for both in zip(leaves, call.arguments, strict=True)]
 
     def random_state(self, call: Call) -> Any:
-        """Of a call that draws."""
-        return _Kept() if call.draws else None
+        """As large as a real one."""
+        return _Kept(self.where, call.draws)
 
     def _run(
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
@@ -59,7 +60,7 @@ class GhostRuns(CallRuns):
         cost = next(c for c in self.table.options[call.index] if c.strategy == strategy)
         keep = recorded and self.met[call.index].differentiable
         self.trace.took(cost.forward_bytes if keep else cost.discard_bytes)
-        made = tuple(result.layout.empty() for result in call.made)
+        made = tuple(result.layout.empty(self.where) for result in call.made)
         rest = [result.value if isinstance(result, Value) else None for result in call.results]
         if not keep:
             return None, made, rest
@@ -67,19 +68,23 @@ class GhostRuns(CallRuns):
         return _GhostRecord(call, cost, self.leaves(call, state), own, self), made, rest
 
 
-def _as_planned(leaf: Any, argument: Argument) -> Any:
+def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
     if isinstance(argument, Value):
         return argument.value
     there = argument.layout
     if isinstance(leaf, Tensor) and tuple(leaf.shape) == there.shape and leaf.dtype == there.dtype:
         return leaf
-    return there.empty().requires_grad_(argument.differentiable)
+    return there.empty(where).requires_grad_(argument.differentiable)
 
 
 class _Kept(ImaginedState):
+    def __init__(self, where: str, draws: bool) -> None:
+        super().__init__(where)
+        self.draws = draws
+
     def moved(self) -> bool:
-        """As a step that draws has it."""
-        return True
+        """Whether the step draws."""
+        return self.draws
 
 
 @dataclass
@@ -93,7 +98,9 @@ class _GhostRecord:
     runs: GhostRuns
 
     def __post_init__(self) -> None:
-        self.kept: Tensor | None = torch.empty(self.cost.preserved_bytes, dtype=torch.uint8)
+        self.kept: Tensor | None = torch.empty(
+            self.cost.preserved_bytes, dtype=torch.uint8, device=self.runs.where
+        )
 
     @cached_property
     def live_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.solvers import Frontier
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Fitting:
@@ -39,6 +42,7 @@ class Fitting:
     Attributes:
         precision: of products; a dtype by name, or how it is mixed.
         times: where times come from: the roofline, or one calibrated on this machine.
+        where: what tensors without data are on, meta or (made fake) cpu.
     """
 
     model: nn.Module
@@ -48,6 +52,7 @@ class Fitting:
     device: Device
     precision: str
     times: str
+    where: str
     autocast: torch.dtype | None
     casting: Casting
     captured: Captured
@@ -72,7 +77,7 @@ class Fitting:
 
     def _simulated(self, schedule: Sequence) -> Simulated:
         about = self.given, self.captured, schedule, self.table, self.device, self.loss, self.casting
-        return simulate_step(self.model, *about, precision=self.precision)
+        return simulate_step(self.model, *about, precision=self.precision, where=self.where)
 
     def predict(self, schedule: Sequence) -> Prediction:
         """Of the whole step, by simulation."""
@@ -113,13 +118,29 @@ def fitting_of(
     where, times = _device_of(kind, dtype)
     casting = casting_of(kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
-    chain = captured(model, given, where, casting)
+    chain, place = _captured(model, given, where, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if all(map(has_data, (*leaves, *parameters))):
         with nullcontext() if autocast is None else torch.autocast(kind, autocast):
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
-    table = calls_table(model, chain, where, dtype, casting)
-    return Fitting(model, given, loss, optimizer, where, dtype, times, autocast, casting, chain, table)
+    table = calls_table(model, chain, where, dtype, casting, place)
+    return Fitting(model, given, loss, optimizer, where, dtype, times, place, autocast, casting, chain, table)
+
+
+def _captured(
+    model: nn.Module, given: Given, where: Device, casting: Casting, autocast: torch.dtype | None
+) -> tuple[Captured, str]:
+    """The chain, and where its tensors without data are: on the meta device where that tells the same."""
+    if autocast is None:  # which the meta device does not know
+        try:
+            chain = captured(model, given, where, casting, "meta")
+            if not chain.unlike_on_meta:
+                return chain, "meta"
+        except CaptureError:
+            raise
+        except Exception as error:  # the model's own code, which may name a device or look at values
+            logger.debug("not on the meta device: %s", error)
+    return captured(model, given, where, casting), "cpu"
 
 
 def autocast_in_force(model: nn.Module) -> torch.dtype | None:

@@ -109,11 +109,15 @@ class CallRuns:
         kept, made, met.returned = self._run(call, strategy, recorded, state)
         if met.random is not None and not met.random.moved():
             met.random = None
+        if met.random is not None and not call.draws:
+            raise ValueError(
+                f"{call.name} draws random numbers, as it did not when the plan was made; fit the model again"
+            )
         for name, then in before.items():
             if mark(name, module.get_buffer(name)) != then:
                 raise ValueError(
                     f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
-                    "plan again for the model as it is"
+                    "fit the model again"
                 )
         return kept, made
 
@@ -128,7 +132,7 @@ class CallRuns:
         leaves = self.leaves(call, state)
         with met.context:
             if recorded and met.differentiable:
-                how = keeping(strategy, self.model.get_submodule(call.path))
+                how = keeping(strategy, self.model.get_submodule(call.path), call.draws)
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, how)
                 made, returned = kept.take()
             else:

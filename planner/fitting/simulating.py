@@ -17,6 +17,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
 from evoplan.model.foreign.calls import Layout
 from evoplan.model.foreign.capture import Captured, capture
@@ -50,9 +51,9 @@ class Given:
         """That of a call."""
         return cls(*pytree.tree_map_only(Tensor, _told, (tuple(args), dict(kwargs))))
 
-    def made(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def made(self, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tensors of these layouts."""
-        args, kwargs = pytree.tree_map_only(_Told, lambda told: told.empty(), (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(_Told, lambda told: told.empty(where), (self.args, self.kwargs))
         return args, kwargs
 
 
@@ -61,19 +62,21 @@ class _Told:
     layout: Layout
     requires_grad: bool
 
-    def empty(self) -> Tensor:
-        return self.layout.empty().requires_grad_(self.requires_grad)
+    def empty(self, where: str) -> Tensor:
+        return self.layout.empty(where).requires_grad_(self.requires_grad)
 
 
 def _told(tensor: Tensor) -> _Told:
     return _Told(Layout.of(tensor), tensor.requires_grad)
 
 
-def captured(model: nn.Module, given: Given, device: Device, casting: Casting = nullcontext) -> Captured:
+def captured(
+    model: nn.Module, given: Given, device: Device, casting: Casting = nullcontext, where: str = "cpu"
+) -> Captured:
     """The chain of a model, on a copy without data."""
-    with simulated(device), real_tensors_too():
-        copy = fake_copy(model)
-        args, kwargs = given.made()
+    with simulated(device, where=where), real_tensors_too():
+        copy = fake_copy(model, where=where)
+        args, kwargs = given.made(where)
         with casting():
             return capture(copy, lambda: copy(*args, **kwargs))
 
@@ -103,17 +106,18 @@ def simulate_step(
     loss: Loss = mean_of_squares,
     casting: Casting = nullcontext,
     precision: str = "float32",
+    where: str = "cpu",
 ) -> Simulated:
     """A forward, the loss and a backward, all parameters' gradients being allocated."""
-    with simulated(device) as trace, real_tensors_too():
-        copy = fake_copy(model)
+    with simulated(device, where=where) as trace, real_tensors_too():
+        copy = fake_copy(model, where=where)
         parameters = trace.live_bytes
         for parameter in copy.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = trace.live_bytes - parameters
-        args, kwargs = given.made()
+        args, kwargs = given.made(where)
         inputs = trace.live_bytes - parameters - gradients
-        patched = Patched(copy, captured, schedule, runs=partial(_ghosts, table, trace))
+        patched = Patched(copy, captured, schedule, runs=partial(_ghosts, table, trace, where))
         patched.install()
         trace.reset()
         with casting():  # backward outside, as torch has it
@@ -121,8 +125,12 @@ def simulate_step(
             value = loss(output)
         value.backward()
         static = {"parameters": parameters, "gradients": gradients, "inputs": inputs}
-        return Simulated(trace.peak_bytes, static, seconds(trace.work(), device, precision))
+        # The numbers that the loss is, and those by which something outside of the blocks is scaled.
+        numbers = LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES) + trace.kept_number_bytes
+        return Simulated(trace.peak_bytes + numbers, static, seconds(trace.work(), device, precision))
 
 
-def _ghosts(table: CostTable, trace: Trace, model: nn.Module, forwards: dict[str, Any]) -> GhostRuns:
-    return GhostRuns(model, forwards, table, trace)
+def _ghosts(
+    table: CostTable, trace: Trace, where: str, model: nn.Module, forwards: dict[str, Any]
+) -> GhostRuns:
+    return GhostRuns(model, forwards, table, trace, where)
