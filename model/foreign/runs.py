@@ -89,14 +89,18 @@ class CallRun:
         edges, given = zip(*pairs, strict=True)
         try:
             with self.parameters.installed():
-                found = torch.autograd.grad(
-                    edges, [*self.inputs.values(), *trained.values()], given, keep, allow_unused=True
-                )
+                inputs = [*self.inputs.values(), *trained.values()]
+                found = list(torch.autograd.grad(edges, inputs, given, keep, allow_unused=True))
         except RuntimeError as error:
             if isinstance(error, ChangedError) or "modified by an inplace operation" in str(error):
                 check(self._marks, self._named, self.call.name)
                 self.parameters.check(self.call.name)
             raise
+        del pairs, edges, given, grads
+        for at, grad in enumerate(found[: len(self.inputs)]):
+            # Laid out here, where it is counted, and not by whoever gets it, beside the other.
+            found[at] = None if grad is None else grad.contiguous()
+            del grad
         of_inputs = dict(zip(self.inputs, found, strict=False))
         return of_inputs, dict(zip(trained, found[len(of_inputs) :], strict=True))
 

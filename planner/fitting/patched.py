@@ -142,7 +142,9 @@ class _Pass:
         for name in self.patched.liveness.last_reads(call.index):
             del self.state[name]
         tape.leave(action)
-        return call.result_of(made, self.runs.met[call.index].returned, leaves)
+        met = self.runs.met[call.index]
+        returned, met.returned = met.returned, []
+        return call.result_of(made, returned, leaves)
 
     def _next(self, block: nn.Module) -> Call:
         if self.position < len(self.calls):

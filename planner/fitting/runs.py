@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.foreign.calls import Call, FromState, Key, Made
+from evoplan.model.foreign.calls import Call, FromState, Key, Value
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
@@ -36,7 +36,7 @@ class MetCall:
         marks: of the tensors among `given`, and of buffers that it does not write into.
         buffers: values of those that it does write into, as they were before.
         random: where the generators stood; None where it has drawn nothing.
-        returned: what it returned, without what it made.
+        returned: what it returned and did not make, until the caller has it.
     """
 
     given: list[Any]
@@ -140,7 +140,7 @@ class CallRuns:
                 with torch.no_grad():
                     made, returned = discarded(call, forward, leaves)
         rest = [
-            None if isinstance(result, Made) else leaf
+            leaf if isinstance(result, Value) else None
             for leaf, result in zip(returned, call.results, strict=True)
         ]
         return kept, _apart(made, leaves), rest
