@@ -21,7 +21,7 @@ from evoplan.model.foreign.calls import Call, Layout, Made, Value
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, levels_of
 from evoplan.model.running.internals import storage_key
-from evoplan.model.running.kinds import REDOS, WHOLE
+from evoplan.model.running.kinds import LEAN, REDOS, WHOLE
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import Strategy
 
@@ -82,7 +82,7 @@ def _signature(call: Call, module: nn.Module) -> tuple[object, ...]:
 
 def strategies_of(call: Call, module: nn.Module) -> list[Strategy]:
     """What a call can run under. Children that change their buffers are not run again one by one."""
-    offered, before = [WHOLE], 0
+    offered, before = [WHOLE, LEAN], 0
     for strategy in () if call.changes else REDOS:
         count = levels_of(module, strategy.way.recomputed_depth)
         if count > before:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -120,6 +120,10 @@ class Trace(TorchDispatchMode, PieceSample):
     def holds(self, storage: int) -> bool:
         """Whether a storage that was made inside lives, by its `storage_key`."""
         return storage in self._known
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not take views of these for tensors that were made inside; they live on, uncounted."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def took(self, more_bytes: int) -> None:
         """Count what ran without being traced, and has freed again what it took above all that is live."""

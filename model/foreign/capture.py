@@ -185,7 +185,8 @@ class _Watch(TorchDispatchMode):
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         about = f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
         draws = torch.Tag.nondeterministic_seeded in func.tags
-        self.operators.append(Operator(about, draws, frozenset(map(storage_key, tensors))))
+        read = frozenset(map(storage_key, tensors))
+        self.operators.append(Operator(about, draws, read))
         return out
 
 

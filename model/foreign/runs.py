@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Call, FromState
+from evoplan.model.foreign.lean import remaking_operators
 from evoplan.model.running.internals import has_data, put_buffer
+from evoplan.model.running.kinds import LEAN
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
 from evoplan.model.running.strategy import Strategy
@@ -127,6 +129,8 @@ def keeping(strategy: Strategy, module: nn.Module, draws: bool) -> AbstractConte
     Args:
         draws: whether the block draws random numbers.
     """
+    if strategy == LEAN:
+        return remaking_operators()
     return recomputed(module, strategy.way.recomputed_depth, draws)
 
 

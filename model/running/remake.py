@@ -12,7 +12,7 @@ Korthikanti et al. (2022), Reducing Activation Recomputation in Large Transforme
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.context import Context
+from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import ChangedError
 
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
@@ -46,6 +47,7 @@ class Remaking:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
+        self._known = weakref.WeakSet[_Recipe]()
         self._watched: list[weakref.ref[torch.UntypedStorage]] = []
         self._packed: list[_Held] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
@@ -74,11 +76,30 @@ class Remaking:
             if held.tensor is not None and held.tensor.untyped_storage() is storage:
                 held.remake(recipe)
         self._packed.clear()
+        self._remember(storage, recipe)
+        return output
+
+    def ran(self, output: Tensor, function: Callable[..., Tensor], inputs: Iterable[Tensor]) -> None:
+        """A cheap function has run below autograd, which saves its result, if it does, later."""
+        recipe = _Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)
+        self._remember(output.untyped_storage(), recipe)
+
+    def writes(self, storage: int) -> None:
+        """A storage is about to be written into: what would be made of it later is made now."""
+        self._recipes.pop(storage, None)
+        for recipe in self._known:
+            if recipe.users and recipe.reads(storage):
+                recipe.settle()
+        for key, recipe in list(self._recipes.items()):
+            if recipe.reads(storage):
+                del self._recipes[key]
+
+    def _remember(self, storage: torch.UntypedStorage, recipe: _Recipe) -> None:
         key = storage._cdata
         self._recipes[key] = recipe
+        self._known.add(recipe)
         # Another storage may get the same address once this one is gone.
         self._watched.append(weakref.ref(storage, lambda _: self._recipes.pop(key, None)))
-        return output
 
     def _hold(self, tensor: Tensor) -> _Held:
         held = _Held(tensor.detach())
@@ -132,6 +153,20 @@ class _Recipe:
         self.function, self.inputs, self.context, self.users = function, inputs, context, 0
         self._made: Tensor | None = None
         self._read = 0
+        self._settled = False
+
+    def reads(self, storage: int) -> bool:
+        """Whether it makes its tensor of that storage."""
+        return not self._settled and any(
+            held.tensor is not None and storage_key(held.tensor) == storage for held in self.inputs
+        )
+
+    def settle(self) -> None:
+        """Make it now, and keep it: what it is made of goes on to be something else."""
+        with torch.no_grad():
+            self._made = self.function(*(held.take() for held in self.inputs))
+        self.inputs.clear()
+        self._settled = True
 
     def take(self) -> Tensor:
         if self._made is None:
@@ -139,6 +174,6 @@ class _Recipe:
                 self._made = self.function(*(held.take() for held in self.inputs))
         made = self._made
         self._read += 1
-        if self._read >= self.users:  # another backward would begin anew
+        if self._read >= self.users and not self._settled:  # another backward would begin anew
             self._made, self._read = None, 0
         return made

@@ -69,6 +69,7 @@ def fit(
     plan: str | Path | FitPlan | None = None,
     *,
     optimizer: Optimizer = "adamw",
+    device: str | None = None,
     autocast: torch.dtype | None = None,
     on_change: OnChange = "error",
 ) -> Fitted:
@@ -87,6 +88,7 @@ def fit(
             given. The peak holds for it.
         plan: one that was made before for this model, or its file; nothing is solved then.
         optimizer: whose states count: none, sgd (with momentum) or adamw.
+        device: to plan for, by its name in the device table; where the model lies if not given.
         autocast: dtype that torch.autocast casts to in forward; what is in force where `fit` is called if not
             given.
         on_change: what to do where a block is called otherwise than planned, with other shapes, say: raise an
@@ -102,10 +104,10 @@ def fit(
     size = None if budget is None else parse_size(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
-    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast)
+    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast, device)
     if plan is not None:
         known = plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
-        if known.digest != fitting.captured.digest:
+        if known.chain_digest != fitting.captured.digest:
             raise CaptureError(
                 f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
                 "fit this model and these inputs anew"
@@ -115,7 +117,7 @@ def fit(
     found = fastest(fitting, size)
     made = FitPlan(
         model=type(model).__name__,
-        digest=fitting.captured.digest,
+        chain_digest=fitting.captured.digest,
         blocks=tuple(call.name for call in fitting.captured.calls),
         device=fitting.device.name,
         precision=fitting.precision if autocast is None else f"{fitting.precision} mixed",

@@ -23,7 +23,7 @@ class FitPlan(Sealed):
 
     Attributes:
         model: its class.
-        digest: of its blocks' calls: what they are given, and what they do.
+        chain_digest: of its blocks' calls: what they are given, and what they do.
         blocks: the calls by name, in order.
         precision: what products are done in.
         loss: what the peak holds for, by name.
@@ -39,7 +39,7 @@ class FitPlan(Sealed):
     format: Literal["evoplan-fit"] = "evoplan-fit"
     schema_version: Literal[1] = SCHEMA
     model: Name
-    digest: Name
+    chain_digest: Name
     blocks: tuple[Name, ...]
     device: Name
     precision: Name

@@ -25,7 +25,7 @@ from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.rehearsal import rehearsed
 from evoplan.model.running.internals import has_data
-from evoplan.planner.fitting.simulating import Given, Loss, Simulated, captured, simulate_step
+from evoplan.planner.fitting.simulating import Given, Loss, Simulator, captured
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
 from evoplan.planner.schedules.replay import replay
@@ -67,7 +67,7 @@ class Fitting:
     @cached_property
     def static(self) -> dict[str, int]:
         """What is there before the step, in bytes."""
-        simulated = self._simulated(self.frontier.least)
+        simulated = self._simulator.step(self.frontier.least)
         states = OPTIMIZER_STATES[self.optimizer] * simulated.static["gradients"]
         return {**simulated.static, "optimizer": states, "workspace": self.device.workspace_bytes}
 
@@ -75,14 +75,15 @@ class Fitting:
         """What forward runs under, on tensors with data."""
         return nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
 
-    def _simulated(self, schedule: Sequence) -> Simulated:
-        about = self.given, self.captured, schedule, self.table, self.device, self.loss, self.casting
-        return simulate_step(self.model, *about, precision=self.precision, where=self.where)
+    @cached_property
+    def _simulator(self) -> Simulator:
+        about = self.captured, self.table, self.device, self.loss, self.casting, self.precision, self.where
+        return Simulator(self.model, self.given, *about)
 
     def predict(self, schedule: Sequence) -> Prediction:
         """Of the whole step, by simulation."""
         if schedule not in self._known:
-            simulated = self._simulated(schedule)
+            simulated = self._simulator.step(schedule)
             static = sum(self.static.values())
             peak = simulated.peak_bytes + self.static["optimizer"] + self.static["workspace"]
             self._known[schedule] = Prediction(
@@ -101,8 +102,12 @@ def fitting_of(
     loss: Loss,
     optimizer: Optimizer,
     autocast: torch.dtype | None,
+    name: str | None,
 ) -> Fitting:
     """Capture a model and trace its blocks.
+
+    Args:
+        name: of the device to plan for; where the model lies if not given.
 
     Raises:
         CaptureError: it cannot be planned; says why.
@@ -111,12 +116,12 @@ def fitting_of(
     if not parameters:
         raise CaptureError(f"{type(model).__name__} has no parameters: there is nothing to train")
     kinds = {p.device.type for p in parameters}
-    if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+    if len(kinds) > 1 or not kinds <= {"cpu", "cuda", "meta"}:
         raise CaptureError(f"the model lies on {', '.join(sorted(kinds))}; have it on the CPU or on one GPU")
     (kind,) = kinds
     dtype = _name(autocast or _widest(model))
-    where, times = _device_of(kind, dtype)
-    casting = casting_of(kind, None if autocast is None else dtype)
+    where, times = _device_of(kind, dtype, name)
+    casting = casting_of(where.kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
     chain, place = _captured(model, given, where, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -146,6 +151,8 @@ def _captured(
 def autocast_in_force(model: nn.Module) -> torch.dtype | None:
     """What torch.autocast casts to where the caller stands; None outside of it."""
     kind = next((p.device.type for p in model.parameters()), "cpu")
+    if kind == "meta":
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
@@ -158,9 +165,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _device_of(kind: str, dtype: str) -> tuple[Device, str]:
-    where = local_cuda() if kind == "cuda" else device("cpu")
-    constants = TimesCache(default_cache(), kind).calibration(dtype)
+def _device_of(kind: str, dtype: str, name: str | None) -> tuple[Device, str]:
+    """The device that is planned for, and where its times come from."""
+    if name is None:
+        name = "cuda" if kind == "cuda" else "cpu"
+    where = local_cuda() if name == "cuda" else device(name)
+    if dtype not in where.peak_flops:
+        raise ValueError(f"device {where.name} has no peak_flops for {dtype}")
+    if name not in ("cpu", "cuda"):
+        return where, "roofline"
+    constants = TimesCache(default_cache(), name).calibration(dtype)
     if constants is None:
         return where, "roofline"
     try:

@@ -22,6 +22,7 @@ from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
 from evoplan.model.foreign.calls import Layout
 from evoplan.model.foreign.capture import Captured, capture
 from evoplan.model.programs.loss import mean_square
+from evoplan.model.running.internals import storage_key
 from evoplan.planner.fitting.ghosts import GhostRuns
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.schedules.schedule import Sequence
@@ -96,38 +97,62 @@ class Simulated:
     other_seconds: float
 
 
-def simulate_step(
-    model: nn.Module,
-    given: Given,
-    captured: Captured,
-    schedule: Sequence,
-    table: CostTable,
-    device: Device,
-    loss: Loss = mean_of_squares,
-    casting: Casting = nullcontext,
-    precision: str = "float32",
-    where: str = "cpu",
-) -> Simulated:
-    """A forward, the loss and a backward, all parameters' gradients being allocated."""
-    with simulated(device, where=where) as trace, real_tensors_too():
-        copy = fake_copy(model, where=where)
-        parameters = trace.live_bytes
-        for parameter in copy.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        gradients = trace.live_bytes - parameters
-        args, kwargs = given.made(where)
-        inputs = trace.live_bytes - parameters - gradients
-        patched = Patched(copy, captured, schedule, runs=partial(_ghosts, table, trace, where))
-        patched.install()
-        trace.reset()
-        with casting():  # backward outside, as torch has it
-            output = copy(*args, **kwargs)
-            value = loss(output)
-        value.backward()
-        static = {"parameters": parameters, "gradients": gradients, "inputs": inputs}
-        # The numbers that the loss is, and those by which something outside of the blocks is scaled.
-        numbers = LOSS_NUMBERS * device.in_blocks(NUMBER_BYTES) + trace.kept_number_bytes
-        return Simulated(trace.peak_bytes + numbers, static, seconds(trace.work(), device, precision))
+class Simulator:
+    """Training steps of a model under one schedule or another: a forward, the loss and a backward.
+
+    Args:
+        precision: what products are done in, for times.
+        where: what tensors without data are on (see `cost_model.simulation`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Given,
+        captured: Captured,
+        table: CostTable,
+        device: Device,
+        loss: Loss = mean_of_squares,
+        casting: Casting = nullcontext,
+        precision: str = "float32",
+        where: str = "cpu",
+    ) -> None:
+        self.model, self.given, self.captured, self.table = model, given, captured, table
+        self.device, self.loss, self.casting = device, loss, casting
+        self.precision, self.where = precision, where
+        # Fake tensors belong to one simulation; those of the meta device serve for all.
+        self._copy = fake_copy(model, where=where) if where == "meta" else None
+
+    def step(self, schedule: Sequence) -> Simulated:
+        """One under a schedule, all parameters' gradients being allocated."""
+        with simulated(self.device, where=self.where) as trace, real_tensors_too():
+            copy = self._copy or fake_copy(self.model, where=self.where)
+            own = [*copy.parameters(), *copy.buffers()]
+            trace.leave_out(own)
+            sizes = {storage_key(t): trace.in_blocks(t.untyped_storage().nbytes()) for t in own}
+            base = trace.live_bytes
+            for parameter in copy.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            gradients = trace.live_bytes - base
+            args, kwargs = self.given.made(self.where)
+            inputs = trace.live_bytes - base - gradients
+            static = {"parameters": sum(sizes.values()), "gradients": gradients, "inputs": inputs}
+            patched = Patched(
+                copy, self.captured, schedule, runs=partial(_ghosts, self.table, trace, self.where)
+            )
+            patched.install()
+            trace.reset()
+            try:
+                with self.casting():  # backward outside, as torch has it
+                    output = copy(*args, **kwargs)
+                    value = self.loss(output)
+                value.backward()
+            finally:
+                patched.remove()
+            peak = trace.peak_bytes - base + static["parameters"]
+            # The numbers that the loss is, and those by which something outside of the blocks is scaled.
+            peak += LOSS_NUMBERS * self.device.in_blocks(NUMBER_BYTES) + trace.kept_number_bytes
+            return Simulated(peak, static, seconds(trace.work(), self.device, self.precision))
 
 
 def _ghosts(

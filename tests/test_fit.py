@@ -1,0 +1,162 @@
+"""`evoplan.fit` on models written elsewhere: their own gradients, and no more memory than promised."""
+
+from __future__ import annotations
+
+import copy
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evoplan
+from evoplan.cost_model.calls import strategies_of
+from evoplan.cost_model.devices import device
+from evoplan.model.foreign.capture import Captured
+from evoplan.model.running.kinds import WHOLE
+from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.fitting.simulating import Given, captured, mean_of_squares
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, shape_of
+from tests.zoo import CASES, Case, case
+
+
+def chain_of(case: Case) -> Captured:
+    return captured(case.model, Given.of(case.args, case.kwargs), device("cpu"))
+
+
+def step(case: Case, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Loss, all gradients and buffers of a training step."""
+    model = case.model if model is None else model
+    leaves = [arg for arg in case.args if isinstance(arg, Tensor) and arg.requires_grad]
+    for tensor in (*model.parameters(), *leaves):
+        tensor.grad = None
+    torch.manual_seed(3)
+    loss = (case.loss or mean_of_squares)(model(*case.args, **case.kwargs))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found |= {f"input {at}": leaf.grad.clone() for at, leaf in enumerate(leaves) if leaf.grad is not None}
+    found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    return found | {"loss": loss.detach()}
+
+
+def assert_same(expected: dict[str, Tensor], got: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert expected.keys() == got.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert float((tensor - got[name]).abs().max()) <= tolerance * largest, name
+
+
+def random_schedule(rng: Random, offered: list[list[Any]], span: range, depth: int = 0) -> Sequence:
+    """Any nesting of checkpoints up to three deep, any strategy of each step."""
+    parts: list[Run | Checkpoint] = []
+    at = span.start
+    while at < span.stop:
+        if depth == 3 or rng.random() < 0.5:
+            parts.append(Run(at, rng.choice(offered[at])))
+            at += 1
+        else:
+            stop = rng.randint(at + 1, span.stop)
+            body = random_schedule(rng, offered, range(at, stop), depth + 1)
+            parts.append(Checkpoint(body, (WHOLE,) * (stop - at)))
+            at = stop
+    return Sequence(tuple(parts))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_the_models_own_under_any_schedule(name: str) -> None:
+    """Exactly: the same operators run on the same numbers. Random states and buffers are theirs, too."""
+    given, rng = case(name), Random(name)
+    chain = chain_of(given)
+    offered = [strategies_of(call, given.model.get_submodule(call.path)) for call in chain.calls]
+    expected = step(given, copy.deepcopy(given.model))
+    for _ in range(8):
+        model = copy.deepcopy(given.model)
+        schedule = random_schedule(rng, offered, range(len(chain.calls)))
+        Patched(model, chain, schedule).install()
+        got = step(given, model)
+        assert_same(expected, got)
+        assert shape_of(schedule)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_strategy_of_every_block(name: str) -> None:
+    given = case(name)
+    chain = chain_of(given)
+    expected = step(given, copy.deepcopy(given.model))
+    offered = [strategies_of(call, given.model.get_submodule(call.path)) for call in chain.calls]
+    for number in range(max(map(len, offered))):
+        model = copy.deepcopy(given.model)
+        runs = (Run(at, some[min(number, len(some) - 1)]) for at, some in enumerate(offered))
+        Patched(model, chain, Sequence(tuple(runs))).install()
+        assert_same(expected, step(given, model))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
+    """From the least budget to the largest: within it, and not much below what was predicted."""
+    given = case(name)
+    fitted = evoplan.fit(*given)
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    fitted.remove()
+    assert least < most
+    for part in range(3):
+        budget = least + (most - least) * part // 2
+        fitted = evoplan.fit(given.model, given.args, given.kwargs, budget, given.loss)
+        found = fitted.verify(given.args, given.kwargs)
+        fitted.remove()
+        assert found.ok, found
+        assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
+        assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
+        assert found.max_gradient_error < 1e-15  # sums of two in another order, at most
+
+
+def test_one_byte_below_the_least_is_refused_and_says_so() -> None:
+    given = case("gpt")
+    fitted = evoplan.fit(given.model, given.args)
+    least = fitted.plan.least_feasible_bytes
+    fitted.remove()
+    evoplan.fit(given.model, given.args, budget=least).remove()
+    with pytest.raises(evoplan.NoPlanError, match=r"the least that does is .*blocks\.\d") as error:
+        evoplan.fit(given.model, given.args, budget=least - 1)
+    assert error.value.least_feasible_bytes == least
+    assert "forward" not in given.model.__dict__  # nothing half done
+
+
+def test_more_budget_is_never_slower() -> None:
+    given = case("pairs")
+    fitted = evoplan.fit(*given)
+    frontier = fitted.frontier(8)
+    assert [p.peak_bytes for p in frontier] == sorted(p.peak_bytes for p in frontier)
+    assert [p.step_seconds for p in frontier] == sorted((p.step_seconds for p in frontier), reverse=True)
+    assert frontier[0].peak_bytes == fitted.plan.least_feasible_bytes
+    assert frontier[-1].step_seconds == fitted.plan.predicted.step_seconds
+    assert fitted.plan.predicted.peak_bytes <= fitted.plan.baselines["none"].peak_bytes
+
+
+def test_a_plan_is_saved_read_and_refused_by_another_model(tmp_path: Any) -> None:
+    given, path = case("gpt"), tmp_path / "plan.json"
+    fitted = evoplan.fit(given.model, given.args, budget=10**7)
+    fitted.plan.save(path)
+    fitted.remove()
+    again = evoplan.fit(given.model, given.args, plan=path)
+    assert again.plan == fitted.plan
+    assert "blocks.0" in again.report()
+    again.remove()
+    with pytest.raises(evoplan.CaptureError, match="called otherwise"):
+        evoplan.fit(case("sequential").model, case("sequential").args, plan=path)
+    path.write_text(path.read_text().replace('"adamw"', '"sgd"'))
+    with pytest.raises(ValueError, match="altered since it was made"):
+        evoplan.fit(given.model, given.args, plan=path)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "says"),
+    [
+        (nn.Linear(3, 3), (torch.ones(2, 3),), "no modules that are called one after the other"),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), (torch.ones(2, 3),), "no parameters"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(model: nn.Module, args: tuple[Tensor, ...], says: str) -> None:
+    with pytest.raises(evoplan.CaptureError, match=says):
+        evoplan.fit(model, args)
