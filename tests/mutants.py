@@ -97,6 +97,22 @@ MUTANTS = [
         ("dp.py", "bounds.py"),
     ),
     Mutant(
+        "dp-rise",
+        "planner/solvers/segments.py",
+        "behind -= np.where(first, 0.0, rise)",
+        "behind -= 0.0",
+        "an end that was behind stays behind however late the best has become",
+        ("dp.py",),
+    ),
+    Mutant(
+        "dp-shifted-rows",
+        "planner/solvers/tables.py",
+        "self._lead - shift, self._padded.shape[1] - shift",
+        "self._lead, self._padded.shape[1]",
+        "rows are compared at another memory than they are seen with",
+        ("dp.py",),
+    ),
+    Mutant(
         "grid-rounds-down",
         "planner/solvers/grid.py",
         "size_bytes // self.unit_bytes if self.optimistic else -(-size_bytes // self.unit_bytes)",

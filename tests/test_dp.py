@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from random import Random
 
 import numpy as np
@@ -21,7 +21,9 @@ from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers.dp import Program
+from evoplan.planner.solvers.grid import Times
 from evoplan.planner.solvers.reading import Reader
+from evoplan.planner.solvers.segments import Race, Segments
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 from tests.conftest import examples
 
@@ -250,6 +252,38 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
     shared = Program(six, 1, 2 * UNITS, max_depth)
     np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
     check_schedules(shared, six)
+
+
+@pytest.mark.parametrize("max_depth", [None, 2])
+@cases(40)
+@given(tables(steps=(1, 4), most=2), st.integers(0, 3), st.integers(1, 12))
+def test_ends_that_are_not_looked_at_are_not_missed(
+    max_depth: int | None, table: CostTable, before: int, block: int
+) -> None:
+    """Against all ends of checkpoints at every memory; some groups in front are of another kind."""
+    groups = (12 + before) * table.groups
+    options = tuple(tuple(replace(cost) for cost in step) for step in table.options)
+    chain = replace(
+        table,
+        options=options * before + table.options * 12,
+        step_reads=table.step_reads * (12 + before),
+        groups=tuple(range(at, at + len(g)) for g, at in zip(groups, starts(groups), strict=True)),
+    )
+
+    def relax(_: Race, segments: Segments, best: Times) -> None:
+        for memory in range(len(best)):
+            best[memory] = min(best[memory], segments.at(memory).min())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.tables.BLOCK", block)
+        found = Program(chain, 1, UNITS, max_depth).times
+        patch.setattr(Race, "relax", relax)
+        np.testing.assert_array_equal(found, Program(chain, 1, UNITS, max_depth).times)
+
+
+def starts(groups: tuple[range, ...]) -> list[int]:
+    """Where groups of those lengths start, one after another."""
+    return [0, *accumulate(len(group) for group in groups)][:-1]
 
 
 @cases(1)

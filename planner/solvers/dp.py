@@ -17,6 +17,7 @@ schedule never exceeds its budget.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,8 @@ import numpy as np
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
-from evoplan.planner.solvers.segments import Integers, SegmentCosts, Segments, TimesTable, sample_points
+from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, different_segments
+from evoplan.planner.solvers.tables import Integers, TimesTable
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 
@@ -91,14 +93,13 @@ class Program:
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
         self._over_groups = SegmentCosts(self.costs)
-        count, self._numbers = number_segments(self.costs.kinds)
-        groups = self.table.groups
-        points = sample_points(self.size, len(groups))
-        shift = self.costs.exit(groups[0], Pass(redo=True))  # what most checkpoints keep
+        self._runs, self._numbers = different_segments(tuple(self.costs.kinds))
+        most = sum(self.costs.units(size) for size in self.table.state_bytes.values())  # of what is kept
 
         def times_table(rows: int) -> TimesTable:
-            return TimesTable(rows, self.size, points, shift)
+            return TimesTable(rows, self.size, most)
 
+        groups, count = self.table.groups, len(self._runs)
         depths = [None] if self.max_depth is None else range(self.max_depth)
         passes = {FIRST, *(self.costs.redo(group.stop) for group in groups)}
         self._redo = {depth: times_table(count) for depth in depths}
@@ -117,7 +118,7 @@ class Program:
     @property
     def nbytes(self) -> int:
         """Size of its tables."""
-        return sum(table.rows.nbytes for table in (self._first, *self._redo.values(), *self._twice.values()))
+        return sum(table.nbytes for table in (self._first, *self._redo.values(), *self._twice.values()))
 
     # The recurrence inside one group. A redo that ends with the group has nothing `after` it.
 
@@ -208,20 +209,30 @@ class Program:
         return self._redo[depth].row(int(self._numbers[group, end]))
 
     def _solve_redo(self, depth: Depth) -> None:
-        done: set[int] = set()
-        for end in range(1, len(self.table.groups) + 1):
-            for group in reversed(range(end)):
-                number = int(self._numbers[group, end])
-                if number not in done:
-                    times = self._redo_from(group, end, depth)
-                    self._redo[depth].fill(number, times)
-                    for (level, which), table in self._twice.items():
-                        if level == depth:
-                            discard = self._over_groups.discard_pass(group, end, which)
-                            table.fill(number, times + discard)
-                    done.add(number)
+        races: dict[int, Race] = defaultdict(
+            self._race
+        )  # by first group: the ends of its redo follow each other
+        for group, end in self._runs:
+            self._fill_redo(group, end, depth, self._redo_from(group, end, depth, races[group]))
 
-    def _redo_from(self, group: int, end: int, depth: Depth) -> Times:
+    def _fill_redo(self, group: int, end: int, depth: Depth, times: Times) -> None:
+        """Set what a redo takes, and its discarding pass and itself together.
+
+        Rows are compared with those that the next minimum had in their place: a redo that ends one group
+        before, a checkpoint that begins one group later.
+        """
+        number = self._numbers[group, end]
+        entry = self.costs.state_units(self.costs.liveness.alive(self.table.groups[group].start))
+        self._redo[depth].fill(number, times, self._numbers[group, end - 1], entry)
+        for (level, which), table in self._twice.items():
+            if level == depth:
+                discard = self._over_groups.discard_pass(group, end, which)
+                table.fill(number, times + discard, self._numbers[group + 1, end])
+
+    def _race(self) -> Race:
+        return Race(len(self.table.groups) + 1, self._first.blocks)
+
+    def _redo_from(self, group: int, end: int, depth: Depth, race: Race) -> Times:
         size = len(self.table.groups[group])
         if end == group + 1:
             return self.inside(group, size, depth)[0]
@@ -230,7 +241,7 @@ class Program:
         best = self.through(group, size, after, which, False, depth)[0]
         segments = self.redo_segments(group, end, depth)
         if segments is not None:
-            segments.relax(best)
+            race.relax(segments, best)
         return best
 
     def _solve_first(self) -> None:
@@ -238,21 +249,11 @@ class Program:
         done = np.full(self.size, np.inf)
         done[self.costs.units(self.table.loss_bytes) :] = 0.0
         self._first.fill(len(groups), done)
+        race = self._race()
         for group in reversed(range(len(groups))):
             after, size = self._first.row(group + 1), len(groups[group])
             best = self.through(group, size, after, FIRST, False, self.max_depth)[0]
             segments = self.first_segments(group)
             if segments is not None:
-                segments.relax(best)
+                race.relax(segments, best)
             self._first.fill(group, best)
-
-
-def number_segments(kinds: list[int]) -> tuple[int, Integers]:
-    """How many different runs of groups there are, and the run's number for each start and end."""
-    numbers: dict[tuple[int, int], int] = {}
-    table = np.full((len(kinds) + 1, len(kinds) + 1), -1)
-    for end in range(len(kinds) + 1):
-        after = -1
-        for group in reversed(range(end)):
-            after = table[group, end] = numbers.setdefault((kinds[group], after), len(numbers))
-    return len(numbers), table

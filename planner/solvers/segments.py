@@ -1,52 +1,25 @@
 """Checkpoints over whole groups: the part of the recurrence that is quadratic in the chain's length.
 
-Of the many ends that a checkpoint may have, few can be best at any memory. Times fall with memory,
-so comparing all ends at a few points rules out most of them between the points; the rest are
-evaluated in full. Nothing is lost by it.
+Of the many ends that a checkpoint may have, few can be best at any memory, and from one minimum to the
+next they hardly change. So it is remembered how far behind the best each end was, in each block of the
+grid. What it is made of, and the best, have become later by no less and no more than so much; an end that
+is still behind by that account is not looked at. Nothing is lost by it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evoplan.planner.solvers.grid import GridCosts, Pass, Times
+from evoplan.planner.solvers.tables import Integers, TimesTable
 
-Integers = NDArray[np.int64]
-
-
-class TimesTable:
-    """Rows of least times, and samples of each: at the points, and at the points less `shift`."""
-
-    def __init__(self, rows: int, size: int, points: Integers, shift: int) -> None:
-        self.rows = np.full((rows, size), np.inf)
-        self.samples = np.full((rows, len(points)), np.inf)
-        self.shifted = np.full((rows, len(points)), np.inf)
-        self.points, self.shift = points, shift
-
-    def fill(self, row: int, times: Times) -> None:
-        """Set a row."""
-        self.rows[row] = times
-        self.samples[row] = times[self.points]
-        self.shifted[row] = self.at(row, self.points - self.shift)
-
-    def row(self, number: int) -> Times:
-        """A row, which may be written into."""
-        times: Times = self.rows[number]
-        return times
-
-    def at(self, row: int, memory: Integers) -> Times:
-        """Times with so much memory left; infinite where it is negative."""
-        return np.where(memory < 0, np.inf, self.rows[row, np.maximum(memory, 0)])
-
-
-def sample_points(size: int, groups: int) -> Integers:
-    """Indices of a grid, first and last included, denser where memory is little and times are steep."""
-    count = min(96, 8 + groups // 4)
-    spread = np.geomspace(min(64, size), size, count).astype(np.int64) - 1
-    return np.unique(np.concatenate([[0], spread]))
+# Of the largest time: more than the rounding errors of thousands of additions.
+TOLERANCE = 2.0**-36
+AT_ONCE = 256  # ends and blocks that are evaluated together: what fits into a processor's cache
 
 
 @dataclass(frozen=True)
@@ -70,36 +43,69 @@ class Segments:
         times += self.twice.rows[self.twice_rows, memory]
         return times
 
-    def relax(self, best: Times) -> None:
-        """Lower `best` wherever one of them is faster."""
-        points = self.twice.points
-        sampled = self._sampled()
-        fastest = sampled.argmin(axis=0)
-        bound = np.minimum(best[points], sampled[fastest, np.arange(len(points))])
-        # Slower at the next point than the best is at this one: slower all the way between them.
-        wins = np.append(sampled[:, 1:], sampled[:, -1:], axis=1) < bound
-        wins[fastest, np.arange(len(points))] |= np.isfinite(bound)
-        stops = [*points[1:].tolist(), len(best)]
-        for block in np.flatnonzero(wins.any(axis=0)):
-            self._relax_block(best, np.flatnonzero(wins[:, block]), int(points[block]), stops[block])
 
-    def _sampled(self) -> NDArray[np.float64]:
-        """The time of each (rows) at the points (columns)."""
-        points = self.twice.points
-        times = self.after.shifted[self.after_rows]
-        for k in np.flatnonzero(self.kept != self.after.shift):
-            times[k] = self.after.at(self.after_rows[k], points - self.kept[k])
-        times += self.twice.samples[self.twice_rows]
-        return times
+class Race:
+    """One minimum over ends after another, where each end is made of what it was made of before, or later.
 
-    def _relax_block(self, best: Times, rows: Integers, start: int, stop: int) -> None:
-        kept = self.kept[rows]
-        for keep in {*kept.tolist()}:
-            first, of = max(start, keep), rows[kept == keep]
-            if first < stop:
-                times = self.twice.rows[self.twice_rows[of], first:stop]
-                times += self.after.rows[self.after_rows[of], first - keep : stop - keep]
-                np.minimum(best[first:stop], times.min(axis=0), out=best[first:stop])
+    Args:
+        ends: how many there are at most.
+        blocks: how many the grid has, and the points of one.
+    """
+
+    def __init__(self, ends: int, blocks: tuple[int, int]) -> None:
+        self._made_of = np.full((3, ends), -1)  # row of the two runs, row of the rest, what is kept
+        self._behind = np.full((ends, blocks[0]), -np.inf)  # at least; beside the best of the last minimum
+        self._best = np.full(blocks, np.inf)
+
+    def relax(self, segments: Segments, best: Times) -> None:
+        """Lower `best` wherever one of the ends is faster."""
+        lowered = np.full(self._best.shape, best[-1])
+        lowered.reshape(-1)[: len(best)] = best
+        slack = TOLERANCE * np.max(best, where=np.isfinite(best), initial=0.0)
+        ends = slice(segments.ends.start, segments.ends.stop)
+        first = self._behind[ends] <= 0  # the fastest of the last time, and new ends
+        with np.errstate(invalid="ignore"):  # infinite less infinite: not a number, which bounds nothing
+            behind = self._bounds(segments, ends)
+            self._evaluate(segments, first, lowered, behind)
+            rise = np.fmax.reduce(lowered - self._best, axis=1, initial=-np.inf)
+            behind -= np.where(first, 0.0, rise)
+            self._evaluate(segments, ~(behind >= slack) & ~first, lowered, behind)
+        self._behind[ends] = behind
+        self._best = lowered
+        best[:] = lowered.reshape(-1)[: len(best)]
+
+    def _bounds(self, segments: Segments, ends: slice) -> NDArray[np.float64]:
+        """By how much each end (rows) is behind the last best at least, in each block."""
+        twice, after, kept = self._made_of[:, ends]
+        moved = segments.kept != kept
+        bounds = self._behind[ends] + segments.twice.risen(segments.twice_rows, twice, 0)
+        bounds += segments.after.risen(segments.after_rows, after, segments.kept)
+        bounds[moved] = -np.inf
+        self._made_of[:, ends] = segments.twice_rows, segments.after_rows, segments.kept
+        return bounds
+
+    @staticmethod
+    def _evaluate(
+        segments: Segments, which: NDArray[np.bool_], best: NDArray[np.float64], behind: NDArray[np.float64]
+    ) -> None:
+        """Lower `best` by those ends (rows) in those blocks (columns), and set how far behind they are."""
+        found = np.flatnonzero(np.ascontiguousarray(which.T))
+        for some in (found[i : i + AT_ONCE] for i in range(0, len(found), AT_ONCE)):
+            blocks, ends = np.divmod(some, len(which))
+            times = segments.twice.at(segments.twice_rows[ends], blocks, 0)
+            times += segments.after.at(segments.after_rows[ends], blocks, segments.kept[ends])
+            gaps = best[blocks]
+            np.subtract(times, gaps, out=gaps)
+            ahead = np.fmin.reduce(gaps, axis=1, initial=np.inf)
+            behind[ends, blocks] = ahead
+            faster = ahead < 0
+            if faster.any():
+                blocks, times = blocks[faster], times[faster]
+                firsts = np.flatnonzero(np.diff(blocks, prepend=-1))
+                rows = blocks[firsts]
+                best[rows] = np.minimum(best[rows], np.minimum.reduceat(times, firsts, axis=0))
+                times -= best[blocks]
+                behind[ends[faster], blocks] = np.fmin.reduce(times, axis=1, initial=np.inf)
 
 
 class SegmentCosts:
@@ -111,6 +117,11 @@ class SegmentCosts:
             frozenset[str]().union(*map(table.makes.__getitem__, group)) for group in table.groups
         ]
         self._passes: dict[tuple[int, frozenset[str], Pass], Times] = {}
+        # Where groups of the same kind end, for each.
+        self._next = [*range(1, len(costs.kinds) + 1)]
+        for at in reversed(range(len(costs.kinds) - 1)):
+            if costs.kinds[at] == costs.kinds[at + 1]:
+                self._next[at] = self._next[at + 1]
         # For each boundary between groups and each state tensor that is alive there: who made it.
         positions = [0, *(group.stop for group in table.groups)]
         names = list(table.state_bytes)
@@ -134,16 +145,30 @@ class SegmentCosts:
 
     def discard_pass(self, group: int, end: int, which: Pass) -> Times:
         """Least time of a discarding pass over whole groups."""
-        costs, state = self.costs, len(self._units)
-        made, total, count, last = frozenset[str](), np.zeros(costs.size), 0, None
-        for at in range(group, end):  # equal neighbours are multiplied
+        costs = self.costs
+        made, total, at = frozenset[str](), np.zeros(costs.size), group
+        while at < end:
             key = costs.kinds[at], made, which
             if key not in self._passes:
                 self._passes[key] = costs.discard_pass(at, 0, len(costs.table.groups[at]), made, which)
-            if self._passes[key] is not last:
-                total = total if last is None else total + count * last
-                last, count = self._passes[key], 0
-            count += 1
-            if len(made) < state:
-                made = made | self._writes[at]
-        return total if last is None else total + count * last
+            # Equal neighbours are multiplied, from the first that makes nothing that was not made before.
+            made, before = made | self._writes[at], made
+            after = min(end, self._next[at]) if made == before else at + 1
+            total = total + (after - at) * self._passes[key]
+            at = after
+        return total
+
+
+@lru_cache(maxsize=1)
+def different_segments(kinds: tuple[int, ...]) -> tuple[list[tuple[int, int]], Integers]:
+    """Start and end of each different run of groups; the run's number from each start to each end."""
+    numbers: dict[tuple[int, int], int] = {}
+    runs: list[tuple[int, int]] = []
+    table = np.full((len(kinds) + 1, len(kinds) + 1), -1)
+    for end in range(len(kinds) + 1):
+        after = -1
+        for group in reversed(range(end)):
+            after = table[group, end] = numbers.setdefault((kinds[group], after), len(runs))
+            if after == len(runs):
+                runs.append((group, end))
+    return runs, table
