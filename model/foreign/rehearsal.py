@@ -89,7 +89,8 @@ def _imagined(result: Made | Passed | Value, leaves: list[Any]) -> Any:
     device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
     layout = result.layout
     empty = torch.zeros(layout.shape, dtype=layout.dtype, device=device)
-    return empty.requires_grad_(result.differentiable)
+    # No leaf: the model may go on to write into it.
+    return empty.requires_grad_().clone() if result.differentiable else empty
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.costs import CostTable
@@ -23,7 +23,7 @@ from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.tape import Outputs
-from evoplan.planner.fitting.runs import CallRuns, Forward
+from evoplan.planner.fitting.runs import CallRuns, Planned
 
 
 class GhostRuns(CallRuns):
@@ -35,10 +35,8 @@ class GhostRuns(CallRuns):
         where: what tensors are on.
     """
 
-    def __init__(
-        self, model: nn.Module, forwards: Mapping[str, Forward], table: CostTable, trace: Trace, where: str
-    ) -> None:
-        super().__init__(model, forwards)
+    def __init__(self, blocks: Mapping[str, Planned], table: CostTable, trace: Trace, where: str) -> None:
+        super().__init__(blocks)
         self.table, self.trace, self.where = table, trace, where
 
     def accepted(

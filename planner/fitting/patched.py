@@ -14,11 +14,11 @@ from evoplan.model.foreign.calls import Call, ChangedCallError, key_of
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.running.chain import State
 from evoplan.planner.execution.tape import Tape
-from evoplan.planner.fitting.runs import CallRuns, Forward
+from evoplan.planner.fitting.runs import CallRuns, Forward, Planned
 from evoplan.planner.schedules.schedule import Sequence, actions
 
 OnChange = Literal["error", "unplanned"]
-MakeRuns = Callable[[nn.Module, dict[str, Forward]], CallRuns]
+MakeRuns = Callable[[dict[str, Planned]], CallRuns]
 
 
 class Patched:
@@ -40,7 +40,7 @@ class Patched:
         self.model, self.captured, self.schedule, self.on_change = model, captured, schedule, on_change
         self.make_runs, self.liveness = runs, liveness_of(captured)
         self.todo = tuple(actions(schedule))
-        self.forwards: dict[str, Forward] = {}
+        self.blocks: dict[str, Planned] = {}  # by path, whatever lies there later
         self.current: _Pass | None = None
         self._before: dict[nn.Module, Any] = {}
 
@@ -48,7 +48,7 @@ class Patched:
         """Put the patches on."""
         for path in dict.fromkeys(call.path for call in self.captured.calls):
             block = self.model.get_submodule(path)
-            self.forwards[path] = block.forward
+            self.blocks[path] = Planned(block, block.forward)
             self._put(block, _BlockForward(self, block, block.forward))
         self._put(self.model, _ModelForward(self, self.model, self.model.forward))
 
@@ -74,11 +74,14 @@ class _Forward:
         self.__wrapped__ = forward  # whoever asks for its signature gets the module's own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.module), self.module)
-        return types.MethodType(type(self.module).forward, copied)
+        return _own_forward(memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (type(self.module).forward, self.module)
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> types.MethodType:
+    return types.MethodType(type(module).forward, module)
 
 
 class _ModelForward(_Forward):
@@ -114,7 +117,7 @@ class _Pass:
 
     def __init__(self, patched: Patched) -> None:
         self.patched, self.calls = patched, patched.captured.calls
-        self.runs = patched.make_runs(patched.model, patched.forwards)
+        self.runs = patched.make_runs(patched.blocks)
         self.tape = Tape(self.calls, patched.liveness, self.runs)
         self.state: State = {}
         self.position = 0
@@ -149,7 +152,7 @@ class _Pass:
     def _next(self, block: nn.Module) -> Call:
         if self.position < len(self.calls):
             call = self.calls[self.position]
-            if self.patched.model.get_submodule(call.path) is block:
+            if self.patched.blocks[call.path].module is block:
                 return call
             raise ChangedCallError(
                 f"another block ({type(block).__name__}) is called than {call.name}, as planned"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,22 @@ class MetCall:
         return bool(self.wanted or self.parameters.trained)
 
 
+class Planned(NamedTuple):
+    """A block and its own forward, as it was before it was planned."""
+
+    module: nn.Module
+    forward: Forward
+
+
 class CallRuns:
     """Of one forward of a model that was written elsewhere.
 
     Args:
-        forwards: of the blocks' modules by path: theirs, as they were before they were planned.
+        blocks: by path in the model.
     """
 
-    def __init__(self, model: nn.Module, forwards: Mapping[str, Forward]) -> None:
-        self.model, self.forwards = model, forwards
+    def __init__(self, blocks: Mapping[str, Planned]) -> None:
+        self.blocks = blocks
         self.met: dict[int, MetCall] = {}
 
     def accepted(
@@ -73,7 +80,7 @@ class CallRuns:
 
     def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
         """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""
-        module = self.model.get_submodule(call.path)
+        module = self.blocks[call.path].module
         wanted = tuple(
             at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
         )
@@ -104,7 +111,7 @@ class CallRuns:
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
-        met, module = self.met[call.index], self.model.get_submodule(call.path)
+        met, module = self.met[call.index], self.blocks[call.path].module
         before = self._other_buffers(call, module)
         kept, made, met.returned = self._run(call, strategy, recorded, state)
         if met.random is not None and not met.random.moved():
@@ -128,11 +135,11 @@ class CallRuns:
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Any, Outputs, list[Any]]:
         """The record, what the call makes, and what else it returns."""
-        met, forward = self.met[call.index], self.forwards[call.path]
+        met, (module, forward) = self.met[call.index], self.blocks[call.path]
         leaves = self.leaves(call, state)
         with met.context:
             if recorded and met.differentiable:
-                how = keeping(strategy, self.model.get_submodule(call.path), call.draws)
+                how = keeping(strategy, module, call.draws)
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, how)
                 made, returned = kept.take()
             else:
@@ -156,7 +163,7 @@ class CallRuns:
         self, call: Call, action: Action, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs | None]:
         """As `planner.execution.tape.Runs` has it."""
-        met, module = self.met[call.index], self.model.get_submodule(call.path)
+        met, module = self.met[call.index], self.blocks[call.path].module
         assert action.run is not None
         met.parameters.check(call.name)
         with met.parameters.installed(), met.random or nullcontext(), other_buffers(module, met.buffers):

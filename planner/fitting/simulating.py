@@ -25,6 +25,7 @@ from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import storage_key
 from evoplan.planner.fitting.ghosts import GhostRuns
 from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.fitting.runs import Planned
 from evoplan.planner.schedules.schedule import Sequence
 
 Loss = Callable[[Any], Tensor]
@@ -155,7 +156,5 @@ class Simulator:
             return Simulated(peak, static, seconds(trace.work(), self.device, self.precision))
 
 
-def _ghosts(
-    table: CostTable, trace: Trace, where: str, model: nn.Module, forwards: dict[str, Any]
-) -> GhostRuns:
-    return GhostRuns(model, forwards, table, trace, where)
+def _ghosts(table: CostTable, trace: Trace, where: str, blocks: dict[str, Planned]) -> GhostRuns:
+    return GhostRuns(blocks, table, trace, where)

@@ -1,0 +1,359 @@
+"""Loops that people write around a model that `evoplan.fit` has changed: its gradients, or one clear line."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evoplan
+from evoplan.model.running.unchanged import ChangedError
+from evoplan.planner.fitting.fitted import Fitted
+from tests.test_fit import assert_same, step
+from tests.zoo import GPT, Block, Case, case, random
+
+Loop = Callable[[nn.Module, Case], dict[str, Tensor]]
+
+
+@contextmanager
+def fitted(given: Case, share: float = 0.3, **options: Any) -> Iterator[Fitted]:
+    """The case's model within a budget that makes it recompute most blocks."""
+    free = evoplan.fit(*given)
+    least, most = free.plan.least_feasible_bytes, free.plan.predicted.peak_bytes
+    free.remove()
+    budget = int(least + share * (most - least))
+    under = evoplan.fit(given.model, given.args, given.kwargs, budget, given.loss, **options)
+    try:
+        yield under
+    finally:
+        under.remove()
+
+
+def both(loop: Loop, name: str = "gpt", **options: Any) -> None:
+    """What a loop finds with the plan is what it finds without."""
+    given = case(name)
+    expected = loop(copy.deepcopy(given.model), given)
+    with fitted(given, **options):
+        assert_same(expected, loop(given.model, given))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_model_stays_itself() -> None:
+    given = case("cnn")
+    names, kind = list(given.model.state_dict()), type(given.model)
+    before = {name: set(module.__dict__) for name, module in given.model.named_modules()}
+    with fitted(given) as under:
+        assert under.model is given.model
+        assert type(given.model) is kind
+        assert list(given.model.state_dict()) == names
+        assert under(*given.args).equal(given.model(*given.args))
+    assert {name: set(module.__dict__) for name, module in given.model.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn"])
+def test_copies_and_pickles_are_unplanned_models_of_their_own(name: str) -> None:
+    given = case(name)
+    plain = copy.deepcopy(given.model)
+    with fitted(given):
+        stored = io.BytesIO()
+        torch.save(given.model, stored)
+        stored.seek(0)
+        others = [
+            copy.deepcopy(given.model),
+            pickle.loads(pickle.dumps(given.model)),
+            torch.load(stored, weights_only=False),
+        ]
+        for other in others:
+            for mine, theirs in zip(given.model.parameters(), other.parameters(), strict=True):
+                assert mine is not theirs
+            assert_same(step(given, copy.deepcopy(plain)), step(given, other))
+
+
+def test_accumulation_and_an_optimizer() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(*given.args).square().mean().backward()
+            optimizer.step()
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    both(loop)
+    both(loop, "sequential")
+
+
+def test_several_backwards_and_chosen_gradients() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        s, z = model(*given.args, **given.kwargs)
+        loss = s.square().mean() + z.square().mean()
+        weight = next(model.parameters())
+        first = torch.autograd.grad(loss, [weight, given.args[1]], retain_graph=True)
+        alone = torch.autograd.grad(s.sum(), given.args[0], retain_graph=True)
+        last = torch.autograd.grad(loss, [weight, given.args[1]])
+        return dict(zip("abcde", (*first, *alone, *last), strict=True))
+
+    both(loop, "pairs")
+    both(loop, "pairs", share=0.9)
+
+
+def test_eval_no_grad_and_parts_of_the_model_run_as_written() -> None:
+    given = case("gpt")
+    plain = copy.deepcopy(given.model)
+    with fitted(given):
+        model = given.model.eval()
+        with torch.no_grad():
+            assert model(*given.args).equal(plain.eval()(*given.args))
+            assert model(given.args[0][:1]).shape[0] == 1
+        with torch.inference_mode():
+            assert model(*given.args).equal(plain(*given.args))
+        x = random(2, 5, 32)
+        assert model.blocks[1](x).equal(plain.blocks[1](x))
+        model.train()
+        assert_same(step(given, plain.train()), step(given))
+
+
+def test_two_passes_before_a_backward_and_two_models() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        one, other = model(*given.args), model(given.args[0].flip(0))
+        (one * other).square().mean().backward()
+        return gradients(model)
+
+    both(loop)
+    first, second = case("gpt"), case("gpt")
+    expected = [step(c, copy.deepcopy(c.model)) for c in (first, second)]
+    with fitted(first), fitted(second, share=0.6):
+        assert_same(expected[0], step(first))
+        assert_same(expected[1], step(second))
+
+
+@pytest.mark.parametrize("trained", ["none of the first block", "the last block alone", "none of the stack"])
+def test_frozen_parts(trained: str) -> None:
+    given = case("gpt")
+    for name, parameter in given.model.named_parameters():
+        frozen = {
+            "none of the first block": name.startswith(("words", "places", "blocks.0")),
+            "the last block alone": not name.startswith("blocks.4"),
+            "none of the stack": not name.startswith("head"),
+        }[trained]
+        parameter.requires_grad_(not frozen)
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given) as under:
+        assert_same(expected, step(given))
+        assert under.verify(given.args).ok
+
+
+def test_parts_that_are_frozen_after_the_plan_was_made() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        model.blocks[1].requires_grad_(False)
+        found = step(given, model)
+        model.blocks[1].requires_grad_(True)
+        return found
+
+    both(loop)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.layer = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+        self.to(layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.b(self.a(x))
+
+
+def test_adapters_and_other_weights() -> None:
+    def adapted(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        for block in model.blocks:
+            block.mlp.up = LowRank(block.mlp.up)
+        return step(given, model)
+
+    def replaced(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.manual_seed(2)
+        weights = {
+            name: (p + 0.01 * torch.randn_like(p)).requires_grad_() for name, p in model.named_parameters()
+        }
+        torch.manual_seed(3)
+        out = torch.func.functional_call(model, {n: w.detach().requires_grad_() for n, w in weights.items()},
+                                         given.args)  # fmt: skip
+        out.square().mean().backward()
+        model.load_state_dict(weights, assign=True)
+        return step(given, model)
+
+    both(adapted)
+    both(replaced)
+
+
+def test_weights_that_change_before_backward_are_an_error_as_in_torch() -> None:
+    given = case("gpt")
+    with fitted(given):
+        loss = given.model(*given.args).square().mean()
+        with torch.no_grad():
+            given.model.blocks[0].mlp.up.weight.mul_(2)
+        with pytest.raises(ChangedError, match=r"mlp.up.weight of blocks\.0 was changed in place"):
+            loss.backward()
+
+
+def test_inputs_that_change_before_backward_are_an_error() -> None:
+    given = case("pairs")
+    with fitted(given):
+        loss = given.model(*given.args, **given.kwargs)[0].square().mean()
+        given.kwargs["mask"].zero_()
+        with pytest.raises(ChangedError, match="changed in place"):
+            loss.backward()
+
+
+def test_hooks_see_every_call_and_may_change_results() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        seen: list[Tensor] = []
+        handles = [
+            model.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out.detach().mean())),
+            model.blocks[1].mlp.register_forward_hook(lambda m, args, out: out * 1.5),
+            model.blocks[2].register_full_backward_hook(lambda m, gi, go: seen.append(go[0].mean())),
+        ]
+        found = step(given, model)
+        for handle in handles:
+            handle.remove()
+        return found | {f"seen {at}": value for at, value in enumerate(seen)}
+
+    both(loop)
+
+
+def test_a_hook_on_a_block_that_changes_what_the_next_is_given() -> None:
+    """Hung on before, it is part of the plan; hung on afterwards, the next block is given another tensor."""
+    given = case("gpt")
+    given.model.blocks[1].register_forward_hook(lambda m, args, out: out * 1.5)
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given):
+        assert_same(expected, step(given))
+        given.model.blocks[2].register_forward_hook(lambda m, args, out: out * 1.5)
+        with pytest.raises(evoplan.ChangedCallError, match=r"blocks\.3 is given another tensor"):
+            step(given)
+
+
+def shorter(given: Case) -> Case:
+    return given._replace(args=(given.args[0][:2],))
+
+
+def without_a_block(given: Case) -> Case:
+    blocks = given.model.blocks
+    given.model.blocks = nn.ModuleList([blocks[0], blocks[1], *blocks[3:]])
+    return given
+
+
+def with_blocks_swapped(given: Case) -> Case:
+    blocks = given.model.blocks
+    given.model.blocks = nn.ModuleList([blocks[0], blocks[2], blocks[1], *blocks[3:]])
+    return given
+
+
+def with_another_block(given: Case) -> Case:
+    torch.manual_seed(7)
+    given.model.blocks[2] = Block(32).double()
+    return given
+
+
+@pytest.mark.parametrize("change", [shorter, without_a_block, with_blocks_swapped, with_another_block])
+def test_calls_that_differ_are_told_or_run_unplanned(change: Callable[[Case], Case]) -> None:
+    given = case("gpt")
+    with fitted(given):
+        other = change(given)
+        with pytest.raises(evoplan.ChangedCallError, match="fit the model again"):
+            step(other)
+    expected = change(case("gpt"))
+    given = case("gpt")
+    with fitted(given, on_change="unplanned"):
+        assert_same(step(expected), step(change(given)))
+
+
+def test_an_error_inside_of_a_forward_leaves_nothing_behind() -> None:
+    given = case("gpt")
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given):
+        broken = given.model.blocks[2].mlp.register_forward_hook(lambda m, args, out: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(given)
+        broken.remove()
+        assert_same(expected, step(given))
+
+
+def test_autocast() -> None:
+    """In forward only; products in bfloat16; gradients equal to the plain model's under the same."""
+    given = case("gpt", torch.float32)
+
+    def loop(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*given.args).float().square().mean()
+        loss.backward()
+        return gradients(model)
+
+    expected = loop(copy.deepcopy(given.model))
+    free = evoplan.fit(given.model, given.args, autocast=torch.bfloat16)
+    least, most = free.plan.least_feasible_bytes, free.plan.predicted.peak_bytes
+    free.remove()
+    for budget in (least, (least + most) // 2, most):
+        with torch.autocast("cpu", torch.bfloat16):
+            under = evoplan.fit(given.model, given.args, budget=budget)
+        assert under.plan.precision == "bfloat16 mixed"
+        assert_same(expected, loop(given.model), 1e-2)
+        found = under.verify(given.args)
+        assert found.measured_peak_bytes <= budget
+        assert found.ok, found
+        under.remove()
+
+
+def test_what_a_model_does_in_place_between_its_blocks() -> None:
+    class InPlace(GPT):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.words(tokens)
+            for block in self.blocks:
+                x = block(x)
+                x *= 0.9
+                x.relu_()
+            return self.head(x)
+
+    torch.manual_seed(0)
+    given = case("gpt")._replace(model=InPlace().double())
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given) as under:
+        assert_same(expected, step(given))
+        assert under.verify(given.args).ok
+
+
+def test_a_block_that_writes_into_its_argument_is_refused() -> None:
+    class Writes(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    model = nn.Sequential(nn.Linear(8, 16), *(Writes(16) for _ in range(3)))
+    with pytest.raises(evoplan.CaptureError, match=r"1 writes into what it is given, in place"):
+        evoplan.fit(model, (torch.ones(2, 3, 8),))
+
+
+def test_compiled_around() -> None:
+    given = case("gpt", torch.float32)._replace(model=GPT(dropout=0.0).train())
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given):
+        compiled = torch.compile(given.model, backend="eager")
+        got = {name.removeprefix("_orig_mod."): t for name, t in step(given, compiled).items()}
+        assert_same(expected, got, 1e-5)
