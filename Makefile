@@ -41,7 +41,7 @@ venv: .venv/.installed-test
 .venv/.installed-test: .venv/.installed
 	@echo "Installing the test tools and openfold3 (the oracle) into .venv"
 	@$(PIP) -e '.[test]'
-	@$(PIP) --no-deps openfold3
+	@$(PIP) --no-deps openfold3 boltz
 	@touch $@
 
 # Keeps .venv.

@@ -9,6 +9,9 @@ from typing import Any
 
 _LAZY = {
     "fit": "evoplan.planner.fitting.fitted",
+    "LightningFit": "evoplan.planner.fitting.lightning_callback",
+    "TransformersFit": "evoplan.planner.fitting.transformers_callback",
+    "inspect": "evoplan.planner.fitting.inspecting",
     "Fitted": "evoplan.planner.fitting.fitted",
     "FitPlan": "evoplan.planner.fitting.plan",
     "CaptureError": "evoplan.model.foreign.capture",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from evoplan.model.foreign.calls import (
     Passed,
     Result,
     Value,
-    key_of,
 )
 from evoplan.model.foreign.finding import blocks_in
+from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -37,39 +37,6 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 
 class CaptureError(ValueError):
     """A model cannot be planned; the message says why, and what to do."""
-
-
-@dataclass(eq=False)
-class Visit:
-    """A module called in the forward that was watched.
-
-    Attributes:
-        start, stop: the operators that ran inside of it, by number.
-        keys, out_keys: of the leaves of its arguments and of its results that are tensors, as they were then.
-        wanted: which of the arguments require a gradient.
-        changes: names of the buffers that were written into.
-        writes: whether it wrote into one of its arguments.
-    """
-
-    path: str
-    module: nn.Module
-    arguments: list[Any]
-    structure: pytree.TreeSpec
-    start: int = 0
-    recorded: bool = field(default_factory=torch.is_grad_enabled)
-    keys: list[Key | None] = field(init=False)
-    wanted: list[bool] = field(init=False)
-    children: list[Visit] = field(default_factory=list)
-    stop: int = 0
-    results: list[Any] = field(default_factory=list)
-    returned: pytree.TreeSpec | None = None
-    out_keys: list[Key | None] = field(default_factory=list)
-    changes: tuple[str, ...] = ()
-    writes: bool = False
-
-    def __post_init__(self) -> None:
-        self.keys = keys_of(self.arguments)
-        self.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.arguments]
 
 
 @dataclass(frozen=True)
@@ -192,11 +159,6 @@ class _Watch(TorchDispatchMode):
 
 def _told(leaf: Any) -> str:
     return str(Layout.of(leaf)) if isinstance(leaf, Tensor) else repr(leaf)[:80]
-
-
-def keys_of(leaves: Sequence[Any]) -> list[Key | None]:
-    """Of those leaves that are tensors."""
-    return [key_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from evoplan.model.foreign.capture import Visit
+from evoplan.model.foreign.visits import Visit
 
 MOST = 0.8  # of a module's parameters that a stack within it has, where the stack's blocks take its place
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Made, Passed, Value
-from evoplan.model.foreign.capture import Captured, Visit, captured_again, keys_of
+from evoplan.model.foreign.capture import Captured, captured_again
+from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.random_state import RandomState
 
 

@@ -20,6 +20,7 @@ from evoplan.planner.commands.flags import (
     problem_options,
     times_option,
 )
+from evoplan.planner.commands.foreign import inspect, plan_from, shown_as_fit
 from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
 from evoplan.planner.commands.times import profile, roofline
 from evoplan.planner.files import check_writable, picture_format, write_json
@@ -36,6 +37,7 @@ def cli() -> None:
 
 cli.add_command(roofline)
 cli.add_command(profile)
+cli.add_command(inspect)
 
 
 @cli.command()
@@ -47,6 +49,7 @@ cli.add_command(profile)
 @click.option("--certify", is_flag=True, help="Also prove how far from optimal the plan may be.")
 @times_option
 @cache_option
+@click.option("--from", "source", metavar="FILE.py:FUNCTION", help="Plan a model that somebody wrote.")
 @click.option("--out", type=click.Path(), help="Write the plan here.")
 @json_option
 def plan(
@@ -54,12 +57,16 @@ def plan(
     certify: bool,
     times: Times,
     cache: str | None,
+    source: str | None,
     out: str | None,
     json_path: str | None,
     **flags: Any,
 ) -> None:
-    """Find the fastest schedule that fits; print it and what it saves."""
+    """Find the fastest schedule that fits; print it and what it saves. With --from of any model."""
     check_writable(out, json_path=json_path, reads=files_read(cache, **flags))
+    if source is not None:
+        plan_from(source, flags, out, json_path)
+        return
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
     from evoplan.planner.plans.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
@@ -110,6 +117,8 @@ def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
     from evoplan.planner.reports.tables import step_names
     from evoplan.planner.schedules.replay import replay
 
+    if shown_as_fit(plan_file, json_path):
+        return
     found, console = load_consistent(plan_file), console_for_output(json_path=json_path)
     print_plan(found, console)
     console.print()

@@ -83,6 +83,15 @@ def _check(plan: FitPlan) -> None:
         raise ValueError("baselines lacks none or large")
 
 
+def is_fit_plan(path: str | Path) -> bool:
+    """Whether a file says that it is one."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return f'"{_READER.format}"' in file.read(200)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 _READER = Reader(FitPlan, "evoplan-fit", SCHEMA, "`evoplan.fit(...).plan.save(path)`", _check)
 
 

@@ -1,0 +1,132 @@
+"""Commands on models that were written elsewhere, which a file builds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evoplan.planner.commands.flags import json_option
+from evoplan.planner.commands.terminal import console_for_output, progress
+from evoplan.planner.files import check_writable, write_json
+
+SOURCE = "FILE.py:FUNCTION, which returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss)"
+_TAKEN = {"memory", "optimizer", "device", "mixed"}  # flags of `evoplan plan` that go with --from
+
+
+def built_by(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    """The model, what it is called with and its loss, as a function in a file makes them.
+
+    Raises:
+        ValueError: there is no such file or function, it fails, or returns something else; says which.
+    """
+    path, _, name = source.rpartition(":")
+    if not path or not name.isidentifier():
+        raise ValueError(f"{source} is no model; give {SOURCE}")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give {SOURCE}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file; give {SOURCE}")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).parent.resolve()))  # what lies beside it may be imported
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, name)()
+    except AttributeError as error:
+        if not hasattr(module, name):
+            raise ValueError(f"{path} has no {name}; give {SOURCE}") from None
+        raise ValueError(f"{source} fails: {error}") from None
+    except Exception as error:  # somebody else's code
+        raise ValueError(f"{source} fails: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    return _checked(source, made)
+
+
+def _checked(source: str, made: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    from torch import nn
+
+    parts = (*made, None, None)[:4] if isinstance(made, tuple) and 2 <= len(made) <= 4 else (None,) * 4
+    model, args, kwargs, loss = parts
+    if not isinstance(model, nn.Module) or not isinstance(args, tuple):
+        raise ValueError(f"{source} returns something else; give {SOURCE}")
+    return model, args, dict(kwargs or {}), loss
+
+
+def plan_from(source: str, flags: dict[str, Any], out: str | None, json_path: str | None) -> None:
+    """Plan the model that a file builds; print the plan.
+
+    Args:
+        flags: of `evoplan plan`; those that describe a preset have no place here.
+    """
+    context = click.get_current_context()
+    for name in {*flags, "solver_name", "certify", "times", "cache"} - _TAKEN:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            (flag,) = (param.opts[0] for param in context.command.params if param.name == name)
+            raise ValueError(f"--from has a model and shapes of its own; leave {flag} out")
+    import torch
+
+    from evoplan.planner.fitting.fitted import fit
+    from evoplan.planner.problems.problem import AUTOCAST
+
+    with progress("making the model"):
+        model, args, kwargs, loss = built_by(source)
+    chosen = context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE
+    mixed = flags["mixed"]
+    with progress("planning"):
+        fitted = fit(
+            model,
+            args,
+            kwargs,
+            flags["memory"],
+            loss,
+            optimizer=flags["optimizer"],
+            device=flags["device"] if chosen else None,
+            autocast=getattr(torch, AUTOCAST[mixed]) if mixed else None,
+        )
+    for path in filter(None, (out, json_path)):
+        fitted.plan.save(path)
+    console = console_for_output(json_path=json_path)
+    console.print(fitted.report(), highlight=False, soft_wrap=True)
+    if out:
+        console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
+
+
+def shown_as_fit(plan_file: str, json_path: str | None) -> bool:
+    """Print a plan of `evoplan.fit`; False where the file is none."""
+    from evoplan.planner.fitting.plan import is_fit_plan, load_fit_plan
+
+    if not is_fit_plan(plan_file):
+        return False
+    plan = load_fit_plan(plan_file)
+    if json_path:
+        plan.save(json_path)
+    console_for_output(json_path=json_path).print(plan.report(), highlight=False, soft_wrap=True)
+    return True
+
+
+@click.command()
+@click.argument("source", metavar="FILE.py:FUNCTION")
+@click.option("--device", help="To plan for, of the device table; else where the model lies.")
+@json_option
+def inspect(source: str, device: str | None, json_path: str | None) -> None:
+    """Find the blocks of a model that somebody wrote: what they are given and keep, and where the peak is.
+
+    FUNCTION returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss).
+    """
+    check_writable(json_path=json_path, reads=(source.rpartition(":")[0],))
+    from dataclasses import asdict
+
+    from evoplan.planner.fitting.inspecting import inspect as inspected
+
+    with progress("making the model"):
+        model, args, kwargs, loss = built_by(source)
+    with progress("looking for blocks"):
+        found = inspected(model, args, kwargs, loss, device=device)
+    if json_path:
+        write_json(json_path, asdict(found))
+    console_for_output(json_path=json_path).print(found.report(), highlight=False, soft_wrap=True)

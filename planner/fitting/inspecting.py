@@ -1,0 +1,146 @@
+"""What `evoplan.fit` finds in a model, before anything is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from evoplan.model.foreign.calls import Constant, FromState
+from evoplan.model.running.kinds import WHOLE
+from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
+from evoplan.planner.fitting.simulating import Loss, mean_of_squares
+from evoplan.planner.fitting.solving import least_fit
+from evoplan.planner.problems.problem import Optimizer
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.sizes import exact_size, format_size
+from evoplan.planner.solvers import BASELINES
+
+
+@dataclass(frozen=True)
+class Found:
+    """One call of a block.
+
+    Attributes:
+        given, makes: its tensors, as `float32 [2, 5, 16]`; those of earlier blocks by name.
+        kept_bytes: what autograd keeps of it from forward to backward.
+        strategies: how it can be run.
+    """
+
+    name: str
+    module: str
+    parameters: int
+    given: tuple[str, ...]
+    makes: tuple[str, ...]
+    kept_bytes: int
+    strategies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The blocks of a model and what a step takes.
+
+    Attributes:
+        peak_bytes: of a step with nothing recomputed, and `peak_at` where that is.
+        least_bytes: the least that a plan needs.
+    """
+
+    model: str
+    blocks: tuple[Found, ...]
+    static_bytes: int
+    peak_bytes: int
+    peak_at: str
+    least_bytes: int
+    notes: tuple[str, ...]
+
+    def report(self) -> str:
+        """In words: equal neighbours once."""
+        lines = [f"{self.model}: {len(self.blocks)} blocks"]
+        at = 0
+        while at < len(self.blocks):
+            block, stop = self.blocks[at], at + 1
+            while stop < len(self.blocks) and _alike(block, self.blocks[stop]):
+                stop += 1
+            name = block.name if stop == at + 1 else f"{block.name} to {self.blocks[stop - 1].name}"
+            lines += [
+                f"  {name}: {block.module}, {block.parameters:,} parameters, "
+                f"keeps {format_size(block.kept_bytes)} each",
+                f"    given {', '.join(block.given) or 'no tensors'}; makes {', '.join(block.makes)}",
+                f"    can run {', '.join(block.strategies)}",
+            ]
+            at = stop
+        lines += [
+            f"static    {exact_size(self.static_bytes)}: parameters, gradients, optimizer, inputs",
+            f"unplanned {exact_size(self.peak_bytes)}, at the {self.peak_at}",
+            f"least     {exact_size(self.least_bytes)}",
+            *(f"note      {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    *,
+    optimizer: Optimizer = "adamw",
+    device: str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Inspection:
+    """The blocks that `fit` would plan, what they are given and keep, the peak of a step and where it is.
+
+    Args:
+        as `fit` has them.
+
+    Raises:
+        CaptureError: the model cannot be planned; says why.
+    """
+    autocast = autocast or autocast_in_force(model)
+    about = tuple(args), dict(kwargs or {}), loss or mean_of_squares, optimizer, autocast, device
+    fitting = fitting_of(model, *about)
+    none = BASELINES["none"](fitting.table)
+    peak = replay(none, fitting.table).peak
+    where = "loss" if peak.step is None else f"{peak.phase} of {fitting.captured.calls[peak.step].name}"
+    return Inspection(
+        model=type(model).__name__,
+        blocks=tuple(_found(fitting, index) for index in range(len(fitting.captured.calls))),
+        static_bytes=sum(fitting.static.values()),
+        peak_bytes=fitting.predict(none).peak_bytes,
+        peak_at=where,
+        least_bytes=least_fit(fitting).predicted.peak_bytes,
+        notes=fitting.captured.notes,
+    )
+
+
+def _found(fitting: Fitting, index: int) -> Found:
+    call, costs = fitting.captured.calls[index], fitting.table.options[index]
+    module = fitting.model.get_submodule(call.path)
+    given = [
+        f"{argument.name} {argument.layout}" if isinstance(argument, FromState) else str(argument.layout)
+        for argument in call.arguments
+        if isinstance(argument, FromState | Constant)
+    ]
+    makes = (f"{name} {made.layout}" for name, made in zip(call.makes, call.made, strict=True))
+    whole = next(cost for cost in costs if cost.strategy == WHOLE)
+    return Found(
+        name=call.name,
+        module=type(module).__name__,
+        parameters=sum(p.numel() for p in module.parameters()),
+        given=tuple(given),
+        makes=tuple(makes),
+        kept_bytes=whole.preserved_bytes,
+        strategies=tuple(str(cost.strategy) for cost in costs),
+    )
+
+
+def _alike(one: Found, other: Found) -> bool:
+    return (one.module, one.parameters, one.given, one.makes) == (
+        other.module,
+        other.parameters,
+        other.given,
+        other.makes,
+    )
