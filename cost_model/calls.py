@@ -166,7 +166,11 @@ class CallTracing:
         storages = [(storage_key(t), trace.in_blocks(t.untyped_storage().nbytes())) for t in made]
         others = made if held else ()
         del made, returned
-        keeps = tuple(at for at, (storage, _) in enumerate(storages) if trace.holds(storage))
+        keeps = tuple(
+            at
+            for at, (storage, _) in enumerate(storages)
+            if trace.holds(storage) and call.made[at].within is None
+        )
         # Tensors of the state count once, however many hold them.
         of_state = sum(storages[at][1] for at in keeps)
         preserved_bytes = trace.live_bytes - base + number_bytes - of_state

@@ -74,10 +74,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Made:
-    """A leaf of the results that the step makes."""
+    """A leaf of the results that the step makes.
+
+    Attributes:
+        within: position of the argument in whose memory it lies, if it does in one's.
+    """
 
     layout: Layout
     differentiable: bool
+    within: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,7 +205,7 @@ def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -
     storages = storages.union(*(operator.read for operator in after))
     read_after = [version for key, version in versions.items() if key[0] in storages]
     last_read |= dict.fromkeys(read_after, end)
-    names = _names(versions.values(), last_read)
+    names = _names(visits, versions.values(), last_read)
     calls = tuple(_calls(visits, reads, names, operators))
     return Captured(
         calls, tuple(names[version] for version in read_after), tuple(_notes(calls)), unlike_on_meta=False
@@ -216,18 +217,28 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _names(
-    versions: Sequence[tuple[int, int]] | Any, last_read: Mapping[tuple[int, int], int]
+    visits: list[Visit], versions: Iterable[tuple[int, int]], last_read: Mapping[tuple[int, int], int]
 ) -> dict[tuple[int, int], str]:
     """Names in the state: the place among the results, so that blocks that are alike are called alike.
 
-    One that is read after the next block has made its like has a name of its own.
+    Of another layout it is another tensor; one that is read after its like has been made again has a name of
+    its own.
     """
-    versions = sorted(versions)
+    versions, layouts = sorted(versions), dict[tuple[int, Layout], str]()
+    places: Counter[int] = Counter()
+    natural = {}
+    for index, at in versions:
+        layout = Layout.of(visits[index].results[at])
+        if (at, layout) not in layouts:
+            layouts[at, layout] = f"out{at}" + f".{places[at]}" * (places[at] > 0)
+            places[at] += 1
+        natural[index, at] = layouts[at, layout]
     names = {}
-    for number, (index, at) in enumerate(versions):
-        following = next((other for other, place in versions[number + 1 :] if place == at), None)
-        kept = following is not None and last_read.get((index, at), index) > following
-        names[index, at] = f"out{at}@{index}" if kept else f"out{at}"
+    for number, version in enumerate(versions):
+        name, later = natural[version], versions[number + 1 :]
+        following = next((other[0] for other in later if natural[other] == name), None)
+        kept = following is not None and last_read.get(version, version[0]) > following
+        names[version] = f"{name}@{version[0]}" if kept else name
     return names
 
 
@@ -283,7 +294,9 @@ def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argu
 def _result(visit: Visit, at: int, made: bool) -> Result:
     leaf = visit.results[at]
     if made:
-        return Made(Layout.of(leaf), leaf.requires_grad)
+        storages = [None if key is None else key[0] for key in visit.keys]
+        own = storage_key(leaf)
+        return Made(Layout.of(leaf), leaf.requires_grad, storages.index(own) if own in storages else None)
     key = visit.out_keys[at]
     if key is not None and key in visit.keys:
         return Passed(visit.keys.index(key))

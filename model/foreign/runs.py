@@ -212,6 +212,7 @@ class _Again:
         state = ImaginedState(imagined)
         with Draws() as draws:
             yield
+        ImaginedState(imagined)  # as it is looked up whether a real one has moved
         self.random = state if draws.any else None
 
     def __enter__(self) -> None:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
-from evoplan.model.foreign.calls import Argument, Call, Key, Value
+from evoplan.model.foreign.calls import Argument, Call, Key, Made, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
@@ -58,12 +58,13 @@ class GhostRuns(CallRuns):
         cost = next(c for c in self.table.options[call.index] if c.strategy == strategy)
         keep = recorded and self.met[call.index].differentiable
         self.trace.took(cost.forward_bytes if keep else cost.discard_bytes)
-        made = tuple(result.layout.empty(self.where) for result in call.made)
+        leaves = self.leaves(call, state)
+        made = tuple(_imagined(result, leaves, self.where) for result in call.made)
         rest = [result.value if isinstance(result, Value) else None for result in call.results]
         if not keep:
             return None, made, rest
         own = [made[at] for at in cost.keeps_made]
-        return _GhostRecord(call, cost, self.leaves(call, state), own, self), made, rest
+        return _GhostRecord(call, cost, leaves, own, self), made, rest
 
 
 def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
@@ -75,13 +76,21 @@ def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
     return there.empty(where).requires_grad_(argument.differentiable)
 
 
+def _imagined(made: Made, leaves: list[Any], where: str) -> Tensor:
+    if made.within is None:
+        return made.layout.empty(where)
+    lies: Tensor = leaves[made.within].detach().as_strided(made.layout.shape, made.layout.stride)
+    return lies
+
+
 class _Kept(ImaginedState):
     def __init__(self, where: str, draws: bool) -> None:
         super().__init__(where)
-        self.draws = draws
+        self.where, self.draws = where, draws
 
     def moved(self) -> bool:
-        """Whether the step draws."""
+        """Whether the step draws; looked up as a real one is, beside another."""
+        ImaginedState(self.where)
         return self.draws
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.calibrate import Calibration
@@ -123,7 +124,7 @@ def fitting_of(
     where, times = _device_of(kind, dtype, name)
     casting = casting_of(where.kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
-    chain, place = _captured(model, given, where, casting, autocast)
+    chain, place = _captured(model, given, where, loss, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if all(map(has_data, (*leaves, *parameters))):
         with nullcontext() if autocast is None else torch.autocast(kind, autocast):
@@ -133,19 +134,29 @@ def fitting_of(
 
 
 def _captured(
-    model: nn.Module, given: Given, where: Device, casting: Casting, autocast: torch.dtype | None
+    model: nn.Module,
+    given: Given,
+    where: Device,
+    loss: Loss,
+    casting: Casting,
+    autocast: torch.dtype | None,
 ) -> tuple[Captured, str]:
     """The chain, and where its tensors without data are: on the meta device where that tells the same."""
     if autocast is None:  # which the meta device does not know
         try:
-            chain = captured(model, given, where, casting, "meta")
+            chain = captured(model, given, where, loss, casting, "meta")
             if not chain.unlike_on_meta:
                 return chain, "meta"
         except CaptureError:
             raise
         except Exception as error:  # the model's own code, which may name a device or look at values
             logger.debug("not on the meta device: %s", error)
-    return captured(model, given, where, casting), "cpu"
+    try:
+        return captured(model, given, where, loss, casting), "cpu"
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise CaptureError(
+            f"the model or its loss looks at the values of tensors, of which a plan knows none ({error})"
+        ) from None
 
 
 def autocast_in_force(model: nn.Module) -> torch.dtype | None:

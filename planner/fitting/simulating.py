@@ -73,14 +73,20 @@ def _told(tensor: Tensor) -> _Told:
 
 
 def captured(
-    model: nn.Module, given: Given, device: Device, casting: Casting = nullcontext, where: str = "cpu"
+    model: nn.Module,
+    given: Given,
+    device: Device,
+    loss: Loss | None = None,
+    casting: Casting = nullcontext,
+    where: str = "cpu",
 ) -> Captured:
     """The chain of a model, on a copy without data."""
+    loss = loss or mean_of_squares
     with simulated(device, where=where), real_tensors_too():
         copy = fake_copy(model, where=where)
         args, kwargs = given.made(where)
         with casting():
-            return capture(copy, lambda: copy(*args, **kwargs))
+            return capture(copy, lambda: loss(copy(*args, **kwargs)))
 
 
 @dataclass(frozen=True)
