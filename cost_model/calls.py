@@ -108,9 +108,14 @@ def _traced(
     casting: Casting,
     where: str,
 ) -> list[StepCost]:
-    with simulated(device, where=where) as trace:
-        tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
-        return [tracing.cost(strategy) for strategy in strategies_of(call, module)]
+    try:
+        with simulated(device, where=where) as trace:
+            tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
+            return [tracing.cost(strategy) for strategy in strategies_of(call, module)]
+    except Exception:  # somebody else's code, which may want another device
+        if where == "cpu":
+            raise
+    return _traced(call, module, live, device, casting, "cpu")
 
 
 class CallTracing:

@@ -96,15 +96,13 @@ def test_every_strategy_of_every_block(name: str) -> None:
 def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
     """From the least budget to the largest: within it, and not much below what was predicted."""
     given = case(name)
-    fitted = evoplan.fit(*given)
+    fitted = given.fit()
     least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
-    fitted.remove()
     assert least < most
     for part in range(3):
         budget = least + (most - least) * part // 2
-        fitted = evoplan.fit(given.model, given.args, given.kwargs, budget, given.loss)
+        fitted.replan(budget)
         found = fitted.verify(given.args, given.kwargs)
-        fitted.remove()
         assert found.ok, found
         assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
         assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
@@ -113,19 +111,19 @@ def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
 
 def test_one_byte_below_the_least_is_refused_and_says_so() -> None:
     given = case("gpt")
-    fitted = evoplan.fit(given.model, given.args)
+    fitted = given.fit()
     least = fitted.plan.least_feasible_bytes
     fitted.remove()
-    evoplan.fit(given.model, given.args, budget=least).remove()
+    given.fit(least).remove()
     with pytest.raises(evoplan.NoPlanError, match=r"the least that does is .*blocks\.\d") as error:
-        evoplan.fit(given.model, given.args, budget=least - 1)
+        given.fit(least - 1)
     assert error.value.least_feasible_bytes == least
     assert "forward" not in given.model.__dict__  # nothing half done
 
 
 def test_more_budget_is_never_slower() -> None:
     given = case("pairs")
-    fitted = evoplan.fit(*given)
+    fitted = given.fit()
     frontier = fitted.frontier(8)
     assert [p.peak_bytes for p in frontier] == sorted(p.peak_bytes for p in frontier)
     assert [p.step_seconds for p in frontier] == sorted((p.step_seconds for p in frontier), reverse=True)
@@ -136,10 +134,10 @@ def test_more_budget_is_never_slower() -> None:
 
 def test_a_plan_is_saved_read_and_refused_by_another_model(tmp_path: Any) -> None:
     given, path = case("gpt"), tmp_path / "plan.json"
-    fitted = evoplan.fit(given.model, given.args, budget=10**7)
+    fitted = given.fit(10**7)
     fitted.plan.save(path)
     fitted.remove()
-    again = evoplan.fit(given.model, given.args, plan=path)
+    again = given.fit(plan=path)
     assert again.plan == fitted.plan
     assert "blocks.0" in again.report()
     again.remove()
@@ -147,7 +145,7 @@ def test_a_plan_is_saved_read_and_refused_by_another_model(tmp_path: Any) -> Non
         evoplan.fit(case("sequential").model, case("sequential").args, plan=path)
     path.write_text(path.read_text().replace('"adamw"', '"sgd"'))
     with pytest.raises(ValueError, match="altered since it was made"):
-        evoplan.fit(given.model, given.args, plan=path)
+        given.fit(plan=path)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,9 @@ Loop = Callable[[nn.Module, Case], dict[str, Tensor]]
 @contextmanager
 def fitted(given: Case, share: float = 0.3, **options: Any) -> Iterator[Fitted]:
     """The case's model within a budget that makes it recompute most blocks."""
-    free = evoplan.fit(*given)
-    least, most = free.plan.least_feasible_bytes, free.plan.predicted.peak_bytes
-    free.remove()
-    budget = int(least + share * (most - least))
-    under = evoplan.fit(given.model, given.args, given.kwargs, budget, given.loss, **options)
+    under = given.fit(**options)
+    least, most = under.plan.least_feasible_bytes, under.plan.predicted.peak_bytes
+    under.replan(int(least + share * (most - least)))
     try:
         yield under
     finally:
@@ -308,12 +306,12 @@ def test_autocast() -> None:
         return gradients(model)
 
     expected = loop(copy.deepcopy(given.model))
-    free = evoplan.fit(given.model, given.args, autocast=torch.bfloat16)
+    free = given.fit(autocast=torch.bfloat16)
     least, most = free.plan.least_feasible_bytes, free.plan.predicted.peak_bytes
     free.remove()
     for budget in (least, (least + most) // 2, most):
         with torch.autocast("cpu", torch.bfloat16):
-            under = evoplan.fit(given.model, given.args, budget=budget)
+            under = given.fit(budget)
         assert under.plan.precision == "bfloat16 mixed"
         assert_same(expected, loop(given.model), 1e-2)
         found = under.verify(given.args)

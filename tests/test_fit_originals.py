@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import evoplan
 from evoplan.planner.commands.foreign import built_by
 from tests.test_fit import assert_same, step
 from tests.zoo import Case
@@ -39,15 +38,13 @@ def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_gradients_and_peak(path: Path) -> None:
     given = built(path)
-    free = evoplan.fit(*given)
-    least, most = free.plan.least_feasible_bytes, free.plan.predicted.peak_bytes
-    free.remove()
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
     assert least < 0.9 * most
     for part in (0, 1, 4):
         budget = least + (most - least) * part // 4
-        fitted = evoplan.fit(given.model, given.args, given.kwargs, budget, given.loss)
+        fitted.replan(budget)
         found = fitted.verify(given.args, given.kwargs)
-        fitted.remove()
         assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
         assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
         assert found.max_gradient_error <= 1e-5
@@ -56,12 +53,12 @@ def test_gradients_and_peak(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_gradients_in_double_precision(path: Path) -> None:
+    if path.stem == "boltz_pairformer":
+        pytest.skip("its own code casts to single precision")
     given = built(path, torch.float64)
     expected = step(given, copy.deepcopy(given.model))
-    free = evoplan.fit(*given)
-    least = free.plan.least_feasible_bytes
-    free.remove()
-    evoplan.fit(given.model, given.args, given.kwargs, least, given.loss)
+    fitted = given.fit()
+    fitted.replan(fitted.plan.least_feasible_bytes)
     assert_same(expected, step(given), 1e-10)
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evoplan
+
 
 class Case(NamedTuple):
     """A model, what it is called with, and a loss of what it returns; None: the mean of squares."""
@@ -17,6 +19,10 @@ class Case(NamedTuple):
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     loss: Callable[[Any], Tensor] | None = None
+
+    def fit(self, budget: int | None = None, **options: Any) -> evoplan.Fitted:
+        """The model under a plan."""
+        return evoplan.fit(self.model, self.args, self.kwargs, budget, self.loss, **options)
 
 
 class Attention(nn.Module):

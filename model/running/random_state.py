@@ -37,11 +37,14 @@ class ImaginedState:
 
     def __init__(self, where: torch.device | str = "cpu") -> None:
         self._state = torch.empty(STATE_BYTES, dtype=torch.uint8, device=where)
+        self._before: list[Tensor] = []
 
     def __enter__(self) -> ImaginedState:
+        self._before.append(torch.empty_like(self._state))
         return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        self._before.pop()
 
 
 class Draws(TorchDispatchMode):

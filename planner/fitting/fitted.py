@@ -55,6 +55,19 @@ class Fitted:
         """What can be had: peak and time of the fastest plans, from the least memory on."""
         return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
 
+    def replan(self, budget: str | int | None) -> None:
+        """Run under another budget from now on, on the costs that are known.
+
+        Raises:
+            NoPlanError: nothing fits; the model runs on as it did.
+        """
+        self.plan = _planned(self._fitting, None if budget is None else parse_size(budget))
+        self._patched.remove()
+        self._patched = Patched(
+            self.model, self._fitting.captured, self.plan.schedule, self._patched.on_change
+        )
+        self._patched.install()
+
     def remove(self) -> None:
         """The model as it was."""
         self._patched.remove()
@@ -113,19 +126,25 @@ def fit(
                 "fit this model and these inputs anew"
             )
         return Fitted(fitting, known, on_change)
+    return Fitted(fitting, _planned(fitting, size), on_change)
+
+
+def _planned(fitting: Fitting, budget: int | None) -> FitPlan:
     begun = time.perf_counter()
-    found = fastest(fitting, size)
-    made = FitPlan(
-        model=type(model).__name__,
+    found = fastest(fitting, budget)
+    seconds = time.perf_counter() - begun
+    loss = fitting.loss
+    return FitPlan(
+        model=type(fitting.model).__name__,
         chain_digest=fitting.captured.digest,
         blocks=tuple(call.name for call in fitting.captured.calls),
         device=fitting.device.name,
-        precision=fitting.precision if autocast is None else f"{fitting.precision} mixed",
-        optimizer=optimizer,
-        loss="mean_of_squares" if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
-        budget_bytes=size,
+        precision=fitting.precision if fitting.autocast is None else f"{fitting.precision} mixed",
+        optimizer=fitting.optimizer,
+        loss=getattr(loss, "__qualname__", type(loss).__qualname__),
+        budget_bytes=budget,
         costs={"memory": "traced", "time": fitting.times, "torch": torch.__version__.split("+")[0]},
-        solver=SolverReport(name="dp", seconds=time.perf_counter() - begun),
+        solver=SolverReport(name="dp", seconds=seconds),
         predicted=found.predicted,
         static=fitting.static,
         baselines=baselines(fitting),
@@ -133,4 +152,3 @@ def fit(
         notes=fitting.captured.notes,
         schedule=found.schedule,
     )
-    return Fitted(fitting, made, on_change)

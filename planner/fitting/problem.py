@@ -129,7 +129,9 @@ def fitting_of(
     if all(map(has_data, (*leaves, *parameters))):
         with nullcontext() if autocast is None else torch.autocast(kind, autocast):
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
-    table = calls_table(model, chain, where, dtype, casting, place)
+    # The blocks alone may do without data where the model around them does not.
+    of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
+    table = calls_table(model, chain, where, dtype, casting, of_blocks)
     return Fitting(model, given, loss, optimizer, where, dtype, times, place, autocast, casting, chain, table)
 
 
