@@ -18,7 +18,7 @@ from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace, fake_copy
 from evoplan.model.foreign.calls import Call, Layout, Made, Value
-from evoplan.model.foreign.capture import Captured
+from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, levels_of
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.kinds import LEAN, REDOS, WHOLE
@@ -112,6 +112,8 @@ def _traced(
         with simulated(device, where=where) as trace:
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
             return [tracing.cost(strategy) for strategy in strategies_of(call, module)]
+    except CaptureError:
+        raise
     except Exception:  # somebody else's code, which may want another device
         if where == "cpu":
             raise
@@ -187,7 +189,11 @@ class CallTracing:
         backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0)
         backward_work = trace.work()
         del run, found, grads, more, others
-        assert trace.live_bytes == base, f"{call.name} under {strategy} leaves tensors behind"
+        if trace.live_bytes != base:
+            raise CaptureError(
+                f"{call.name}, or a hook in it, keeps tensors when it has run; they would be cut off from "
+                "the rest of the graph: have it return them"
+            )
         of_bytes = forward_bytes, preserved_bytes, backward_bytes, self.discard_bytes
         works = self.discard_work, forward_work, backward_work
         return StepCost(strategy, *of_bytes, *works, keeps_made=keeps)

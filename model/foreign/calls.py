@@ -92,8 +92,15 @@ class Passed:
     position: int
 
 
+@dataclass(frozen=True)
+class Same:
+    """A leaf of the results that is another one of them, by its place among those that are made."""
+
+    number: int
+
+
 Argument = FromState | Constant | Value
-Result = Made | Passed | Value
+Result = Made | Passed | Same | Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +208,7 @@ class Call:
         tensors = iter(made)
         whole = [
             next(tensors) if isinstance(result, Made)
+            else made[result.number] if isinstance(result, Same)
             else given[result.position] if isinstance(result, Passed)
             else leaf
             for result, leaf in zip(self.results, leaves, strict=True)

@@ -26,11 +26,12 @@ from evoplan.model.foreign.calls import (
     Made,
     Passed,
     Result,
+    Same,
     Value,
 )
 from evoplan.model.foreign.finding import blocks_in
 from evoplan.model.foreign.visits import Visit, keys_of
-from evoplan.model.running.internals import storage_key
+from evoplan.model.running.internals import has_saving_hooks, storage_key
 from evoplan.model.running.unchanged import marks
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
@@ -133,11 +134,16 @@ class _Watch(TorchDispatchMode):
             before = marks(dict(module.named_buffers()))
             self._open[-1].children.append(visit)
             self._open.append(visit)
+            visit.hooked = has_saving_hooks()
             result = forward(*args, **kwargs)
             self._open.pop()
             visit.stop = len(self.operators)
             visit.results, visit.returned = pytree.tree_flatten(result)
-            visit.out_keys, visit.writes = keys_of(visit.results), keys_of(leaves) != visit.keys
+            visit.out_keys = keys_of(visit.results)
+            now, structure_now = pytree.tree_flatten((args, kwargs))
+            visit.writes = (
+                structure_now != structure or keys_of(leaves) != visit.keys or len(now) != len(leaves)
+            )
             after = marks(dict(module.named_buffers()))
             visit.changes = _with_siblings(
                 module, [name for name in after if after[name] != before.get(name)]
@@ -197,7 +203,7 @@ def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -
         reads.append(found)
         last_read |= dict.fromkeys(found.values(), index)
         for at, key in enumerate(visit.out_keys):
-            if key is not None and key not in visit.keys and _is_floating(visit.results[at]):
+            if key is not None and key not in visit.keys and key not in visit.out_keys[:at]:
                 versions[key] = index, at
     end = len(visits)
     after = operators[visits[-1].stop :]
@@ -210,10 +216,6 @@ def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -
     return Captured(
         calls, tuple(names[version] for version in read_after), tuple(_notes(calls)), unlike_on_meta=False
     )
-
-
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _names(
@@ -254,7 +256,8 @@ def _calls(
         name = visit.path if seen[visit.path] == 1 else f"{visit.path}#{seen[visit.path]}"
         of_state = {at: names[version] for at, version in read.items()}
         arguments = [_argument(visit, at, of_state, name) for at in range(len(visit.arguments))]
-        results = [_result(visit, at, (index, at) in names) for at in range(len(visit.results))]
+        of_call = {at for other, at in names if other == index}
+        results = [_result(visit, at, of_call.__contains__) for at in range(len(visit.results))]
         ran = operators[visit.start : visit.stop]
         assert visit.returned is not None
         yield Call(
@@ -274,10 +277,15 @@ def _calls(
 
 def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argument:
     leaf = visit.arguments[at]
+    if visit.hooked:
+        raise CaptureError(
+            f"{name} is called under torch.utils.checkpoint, or other saved-tensor hooks; turn the model's "
+            "own checkpointing off: a plan takes its place"
+        )
     if visit.writes:
         raise CaptureError(
-            f"{name} writes into what it is given, in place: run again it would find something else; "
-            "have it make a new tensor"
+            f"{name} writes into what it is given, in place, or changes its lists or dictionaries: run again "
+            "it would find something else; have it make new ones"
         )
     if at in read:
         return FromState(read[at], Layout.of(leaf), visit.wanted[at])
@@ -291,16 +299,24 @@ def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argu
     return Value(leaf)
 
 
-def _result(visit: Visit, at: int, made: bool) -> Result:
+def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
     leaf = visit.results[at]
-    if made:
+    if made(at):
         storages = [None if key is None else key[0] for key in visit.keys]
         own = storage_key(leaf)
         return Made(Layout.of(leaf), leaf.requires_grad, storages.index(own) if own in storages else None)
     key = visit.out_keys[at]
     if key is not None and key in visit.keys:
         return Passed(visit.keys.index(key))
-    return Value(None if isinstance(leaf, Tensor) else leaf)
+    if key is not None:
+        first = visit.out_keys.index(key)
+        return Same([at for at in range(first + 1) if made(at)].index(first))
+    if not isinstance(leaf, PLAIN):
+        raise CaptureError(
+            f"{visit.path} returns a {type(leaf).__name__}; have it return tensors, in tuples, lists or "
+            "dictionaries"
+        )
+    return Value(leaf)
 
 
 def _notes(calls: Sequence[Call]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.calls import Made, Passed, Value
+from evoplan.model.foreign.calls import Call, Made, Value
 from evoplan.model.foreign.capture import Captured, captured_again
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.random_state import RandomState
@@ -72,7 +72,8 @@ class _Rehearsal:
                 raise _Enough
             leaves, structure = pytree.tree_flatten((args, kwargs))
             visit = Visit(path, block, leaves, structure)
-            visit.results, visit.returned = [_imagined(r, leaves) for r in call.results], call.returned
+            made = [_imagined(result, leaves) for result in call.made]
+            visit.results, visit.returned = _whole(call, made, leaves), call.returned
             visit.out_keys = keys_of(visit.results)
             self.visits.append(visit)
             if len(self.visits) == len(self.calls):
@@ -82,16 +83,17 @@ class _Rehearsal:
         return noting
 
 
-def _imagined(result: Made | Passed | Value, leaves: list[Any]) -> Any:
-    if isinstance(result, Passed):
-        return leaves[result.position] if result.position < len(leaves) else None
-    if isinstance(result, Value):
-        return result.value
+def _whole(call: Call, made: list[Tensor], leaves: list[Any]) -> list[Any]:
+    """All leaves of what a call returns."""
+    rest = [result.value if isinstance(result, Value) else None for result in call.results]
+    return pytree.tree_leaves(call.result_of(made, rest, leaves))
+
+
+def _imagined(made: Made, leaves: list[Any]) -> Tensor:
     device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
-    layout = result.layout
-    empty = torch.zeros(layout.shape, dtype=layout.dtype, device=device)
+    empty = torch.zeros(made.layout.shape, dtype=made.layout.dtype, device=device)
     # No leaf: the model may go on to write into it.
-    return empty.requires_grad_().clone() if result.differentiable else empty
+    return empty.requires_grad_().clone() if made.differentiable else empty
 
 
 @contextmanager

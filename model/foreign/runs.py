@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.lean import remaking_operators
-from evoplan.model.running.internals import has_data, put_buffer
+from evoplan.model.running.internals import has_data, put_buffer, without_hooks
 from evoplan.model.running.kinds import LEAN
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
@@ -90,7 +90,7 @@ class CallRun:
         trained = self.parameters.trained
         edges, given = zip(*pairs, strict=True)
         try:
-            with self.parameters.installed():
+            with self.parameters.installed(), without_hooks(trained.values()):
                 inputs = [*self.inputs.values(), *trained.values()]
                 found = list(torch.autograd.grad(edges, inputs, given, keep, allow_unused=True))
         except RuntimeError as error:
@@ -108,14 +108,19 @@ class CallRun:
 
 
 @contextmanager
-def other_buffers(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """The module with copies of these values for its buffers of those names; what it writes is dropped.
+def other_buffers(
+    module: nn.Module, values: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The module with copies of these values for its buffers of those names, of which what it writes is
+    dropped; and with these others themselves.
 
-    The buffers themselves are not touched: autograd may have saved them.
+    The buffers are not touched: autograd may have saved them.
     """
-    present = {name: module.get_buffer(name) for name in values}
+    present = {name: module.get_buffer(name) for name in (*values, *others)}
     for name, value in values.items():
         put_buffer(module, name, value.clone())
+    for name, buffer in others.items():
+        put_buffer(module, name, buffer)
     try:
         yield
     finally:

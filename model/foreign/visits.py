@@ -23,6 +23,7 @@ class Visit:
         wanted: which of the arguments require a gradient.
         changes: names of the buffers that were written into.
         writes: whether it wrote into one of its arguments.
+        hooked: whether something else keeps tensors in autograd's place there: a checkpoint around it, say.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Visit:
     out_keys: list[Key | None] = field(default_factory=list)
     changes: tuple[str, ...] = ()
     writes: bool = False
+    hooked: bool = False
 
     def __post_init__(self) -> None:
         self.keys = keys_of(self.arguments)

@@ -18,8 +18,8 @@ class _MeanSquare(torch.autograd.Function):
         # Over the root of the count, so that half-precision gradients do not vanish.
         root: float = count**0.5
         flat = x.flatten()
-        # On a CPU a product of vectors in bfloat16 takes 64 KiB of scratch for each thread; a norm, none.
-        squares = torch.linalg.vector_norm(flat).square() if x.dtype == torch.bfloat16 else flat.dot(flat)
+        # On a CPU a product of vectors in half precision may take 64 KiB of scratch per thread; a norm, none.
+        squares = torch.linalg.vector_norm(flat).square() if x.itemsize == 2 else flat.dot(flat)
         return squares / root
 
     @staticmethod

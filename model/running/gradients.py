@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.context import Context
+from evoplan.model.running.internals import without_hooks
 from evoplan.model.running.slices import view
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -63,7 +64,8 @@ class Gradients:
             return dict.fromkeys(leaves)
         edge = torch.autograd.graph.get_gradient_edge(made)
         del made
-        with self._outside:  # backward's operators run under what backward was called under
+        # Backward's operators run under what backward was called under.
+        with self._outside, without_hooks(self.parameters.values()):
             grads = torch.autograd.grad(
                 edge, [*leaves.values(), *self.parameters.values()], grad, allow_unused=True
             )

@@ -5,6 +5,9 @@ Checked with torch 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,6 +45,25 @@ def storage_key(tensor: Tensor) -> int:
     """Equal for tensors that share a storage, while one of them lives."""
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Leaves whose own hooks do not run: a parameter's do once, when its gradient is added up."""
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    saved = [dict(of_one) for of_one in hooks]
+    for of_one in hooks:
+        of_one.clear()
+    try:
+        yield
+    finally:
+        for of_one, before in zip(hooks, saved, strict=True):
+            of_one.update(before)
+
+
+def has_saving_hooks() -> bool:
+    """Whether something else keeps tensors in autograd's place: a checkpoint around this code, say."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import random
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RandomState:
-    """The default generators as they are now; inside `with` they stand so again, and are put back after."""
+    """The generators as they are now: torch's default ones, Python's and NumPy's.
+
+    Inside `with` they stand so again, and are put back after.
+    """
 
     def __init__(self) -> None:
         self._state = _read()
-        self._before: list[list[Tensor]] = []
+        self._others = _others()
+        self._before: list[tuple[list[Tensor], _Others]] = []
 
     def moved(self) -> bool:
         """Whether something has been drawn since."""
-        return any(not torch.equal(then, now) for then, now in zip(self._state, _read(), strict=True))
+        if any(not torch.equal(then, now) for then, now in zip(self._state, _read(), strict=True)):
+            return True
+        return repr(self._others) != repr(_others())
 
     def __enter__(self) -> RandomState:
-        self._before.append(_read())
+        self._before.append((_read(), _others()))
         _write(self._state)
+        _put_others(self._others)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _write(self._before.pop())
+        state, others = self._before.pop()
+        _write(state)
+        _put_others(others)
 
 
 class ImaginedState:
@@ -62,6 +73,22 @@ class Draws(TorchDispatchMode):
 
 
 STATE_BYTES = torch.get_rng_state().nbytes  # of the CPU's generator
+
+
+# States of Python's and of NumPy's generator.
+_Others = tuple[Any, Any]
+
+
+def _others() -> _Others:
+    kind, numbers, *rest = np.random.get_state(legacy=True)
+    assert isinstance(numbers, np.ndarray)
+    return random.getstate(), (kind, numbers.tobytes(), *rest)
+
+
+def _put_others(states: _Others) -> None:
+    random.setstate(states[0])
+    kind, numbers, *rest = states[1]
+    np.random.set_state((kind, np.frombuffer(numbers, np.uint32), *rest))
 
 
 def _read() -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
-from evoplan.model.running.internals import has_data
+from evoplan.model.running.internals import has_data, without_hooks
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import COMPILED, Strategy
@@ -119,7 +119,7 @@ class WholeRun(Run):
             return {}, {}
         trained = self.parameters.trained
         inputs = [*self.leaves.values(), *trained.values()]
-        with self._named_changes(), self.parameters.installed():
+        with self._named_changes(), self.parameters.installed(), without_hooks(trained.values()):
             self.check()
             grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)
         of_parameters = zip(trained, grads[len(self.leaves) :], strict=True)

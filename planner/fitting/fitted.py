@@ -18,9 +18,10 @@ from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
 from evoplan.planner.fitting.verifying import FitVerification, verify_fit
 from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
-from evoplan.planner.sizes import parse_size
+from evoplan.planner.sizes import exact_size, parse_size
 
 
 class Fitted:
@@ -61,7 +62,7 @@ class Fitted:
         Raises:
             NoPlanError: nothing fits; the model runs on as it did.
         """
-        self.plan = _planned(self._fitting, None if budget is None else parse_size(budget))
+        self.plan = _planned(self._fitting, _bytes(budget))
         self._patched.remove()
         self._patched = Patched(
             self.model, self._fitting.captured, self.plan.schedule, self._patched.on_change
@@ -114,7 +115,7 @@ def fit(
     """
     if on_change not in ("error", "unplanned"):
         raise ValueError(f"on_change is {on_change!r}; choose error or unplanned")
-    size = None if budget is None else parse_size(budget)
+    size = _bytes(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
     fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast, device)
@@ -125,8 +126,23 @@ def fit(
                 f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
                 "fit this model and these inputs anew"
             )
+        predicted = fitting.predict(known.schedule)
+        if predicted.peak_bytes != known.predicted.peak_bytes:
+            raise CaptureError(
+                f"the plan's peak is {exact_size(known.predicted.peak_bytes)}, that of this model, loss, "
+                f"optimizer and device {exact_size(predicted.peak_bytes)}; fit anew"
+            )
+        if size is not None and predicted.peak_bytes > size:
+            needs = exact_size(predicted.peak_bytes)
+            raise NoPlanError(f"the plan needs {needs}, the budget is {exact_size(size)}; fit anew", size)
         return Fitted(fitting, known, on_change)
     return Fitted(fitting, _planned(fitting, size), on_change)
+
+
+def _bytes(budget: str | int | None) -> int | None:
+    if isinstance(budget, float):
+        raise ValueError(f"the budget is {budget}; give bytes as a whole number, or text such as 8GiB")
+    return None if budget is None else parse_size(budget)
 
 
 def _planned(fitting: Fitting, budget: int | None) -> FitPlan:

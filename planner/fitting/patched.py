@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from torch import nn
 
 from evoplan.cost_model.calls import liveness_of
 from evoplan.model.foreign.calls import Call, ChangedCallError, key_of
-from evoplan.model.foreign.capture import Captured
+from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.running.chain import State
+from evoplan.model.running.internals import has_saving_hooks
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.fitting.runs import CallRuns, Forward, Planned
 from evoplan.planner.schedules.schedule import Sequence, actions
@@ -41,11 +43,26 @@ class Patched:
         self.make_runs, self.liveness = runs, liveness_of(captured)
         self.todo = tuple(actions(schedule))
         self.blocks: dict[str, Planned] = {}  # by path, whatever lies there later
-        self.current: _Pass | None = None
+        self._local = threading.local()  # a forward of another thread is another's
         self._before: dict[nn.Module, Any] = {}
 
+    @property
+    def current(self) -> _Pass | None:
+        """The forward that this thread is in."""
+        return getattr(self._local, "current", None)
+
+    @current.setter
+    def current(self, value: _Pass | None) -> None:
+        self._local.current = value
+
     def install(self) -> None:
-        """Put the patches on."""
+        """Put the patches on.
+
+        Raises:
+            CaptureError: there are others.
+        """
+        if any(isinstance(module.__dict__.get("forward"), _Forward) for module in self.model.modules()):
+            raise CaptureError("the model is under a plan already; `remove()` that first, or `replan()` it")
         for path in dict.fromkeys(call.path for call in self.captured.calls):
             block = self.model.get_submodule(path)
             self.blocks[path] = Planned(block, block.forward)
@@ -126,6 +143,10 @@ class _Pass:
     def step(self, block: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call that is next, if it is this one."""
         try:
+            if has_saving_hooks():
+                raise ChangedCallError(
+                    f"a checkpoint or other saved-tensor hooks lie around {type(block).__name__}"
+                )
             call = self._next(block)
             keys = {name: key_of(self.state[name]) for name in call.reads if name in self.state}
             leaves = self.runs.accepted(call, args, kwargs, keys)

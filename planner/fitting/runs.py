@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Call, FromState, Key, Value
 from evoplan.model.foreign.runs import CallRun, discarded, keeping, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
-from evoplan.model.running.internals import storage_key
+from evoplan.model.running.internals import has_data, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
@@ -33,10 +35,13 @@ class MetCall:
         given: leaves of its arguments; None in place of what comes from the state.
         wanted: positions of those that a gradient is wanted of.
         context: what the call runs under.
-        marks: of the tensors among `given`, and of buffers that it does not write into.
-        buffers: values of those that it does write into, as they were before.
+        marks: of the tensors among `given`.
+        attributes: flags and numbers of its modules, as they were before.
+        buffers: values of those that it writes into, as they were before.
+        others: its other buffers, and `of_others` their marks.
         random: where the generators stood; None where it has drawn nothing.
         returned: what it returned and did not make, until the caller has it.
+        fingerprint: of what it made, where it will run again.
     """
 
     given: list[Any]
@@ -44,9 +49,13 @@ class MetCall:
     parameters: Parameters
     context: Context
     marks: dict[str, Mark]
+    attributes: Attributes
     buffers: dict[str, Tensor]
+    others: dict[str, Tensor]
+    of_others: dict[str, Mark]
     random: RandomState | None
     returned: list[Any] = field(default_factory=list)
+    fingerprint: tuple[tuple[float, float], ...] = ()
 
     @property
     def differentiable(self) -> bool:
@@ -91,13 +100,17 @@ class CallRuns:
             for leaf, argument in zip(leaves, call.arguments, strict=True)
         ]  # fmt: skip
         parameters = Parameters(module)
+        others = {name: buffer for name, buffer in module.named_buffers() if name not in call.changes}
         met = MetCall(
             given,
             wanted,
             parameters,
             Context.of_steps(),
             marks(_tensors(given)),
+            Attributes(module),
             {name: module.get_buffer(name).detach().clone() for name in call.changes},
+            others,
+            marks(others),
             self.random_state(call),
         )
         self.met[call.index] = met
@@ -112,24 +125,22 @@ class CallRuns:
     ) -> tuple[Record | None, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
         met, module = self.met[call.index], self.blocks[call.path].module
-        before = self._other_buffers(call, module)
         kept, made, met.returned = self._run(call, strategy, recorded, state)
+        if not recorded or not met.differentiable:
+            met.fingerprint = fingerprint(made)
         if met.random is not None and not met.random.moved():
             met.random = None
         if met.random is not None and not call.draws:
             raise ValueError(
                 f"{call.name} draws random numbers, as it did not when the plan was made; fit the model again"
             )
-        for name, then in before.items():
+        for name, then in met.of_others.items():
             if mark(name, module.get_buffer(name)) != then:
                 raise ValueError(
                     f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
                     "fit the model again"
                 )
         return kept, made
-
-    def _other_buffers(self, call: Call, module: nn.Module) -> dict[str, Mark]:
-        return marks({name: b for name, b in module.named_buffers() if name not in call.changes})
 
     def _run(
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
@@ -163,19 +174,33 @@ class CallRuns:
         self, call: Call, action: Action, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs | None]:
         """As `planner.execution.tape.Runs` has it."""
-        met, module = self.met[call.index], self.blocks[call.path].module
+        met = self.met[call.index]
         assert action.run is not None
         met.parameters.check(call.name)
-        with met.parameters.installed(), met.random or nullcontext(), other_buffers(module, met.buffers):
+        with self._as_met(call), met.parameters.installed(), met.random or nullcontext():
             kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
+        if not _alike(fingerprint(made), met.fingerprint):
+            raise RuntimeError(
+                f"{call.name} does not do the same when it runs again: it draws random numbers that are not "
+                "torch's, or changes something of its own; have it made `whole` by a plan without a budget"
+            )
         return kept, made
+
+    @contextmanager
+    def _as_met(self, call: Call) -> Iterator[None]:
+        """The block as forward found it, but for its parameters; ChangedError where that is not known."""
+        met, module = self.met[call.index], self.blocks[call.path].module
+        check(met.of_others, met.others, call.name)
+        with met.attributes.installed(), other_buffers(module, met.buffers, met.others):
+            yield
 
     def vjp(
         self, call: Call, kept: Any, grads: tuple[Tensor | None, ...], keep: bool
     ) -> tuple[Tensor | None, ...]:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
-        of_inputs, of_parameters = kept.vjp(grads, keep)
+        with self._as_met(call):
+            of_inputs, of_parameters = kept.vjp(grads, keep)
         return (
             *(of_inputs.get(at) for at in met.wanted),
             *(of_parameters.get(name) for name in met.parameters.trained),
@@ -190,6 +215,25 @@ class CallRuns:
         """As `planner.execution.tape.Runs` has it."""
         for call in calls:
             perform(call, state)
+
+
+def fingerprint(made: Outputs) -> tuple[tuple[float, float], ...]:
+    """Of what a block made: the norm of each tensor, and to which part of it kernels repeat themselves."""
+    return tuple(
+        (float(torch.linalg.vector_norm(tensor.detach())), _REPEATED.get(tensor.dtype, 1e-2))
+        for tensor in made
+        if tensor.is_floating_point() and has_data(tensor)
+    )
+
+
+_REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def _alike(one: tuple[tuple[float, float], ...], other: tuple[tuple[float, float], ...]) -> bool:
+    return all(
+        math.isclose(a, b, rel_tol=part) or not (math.isfinite(a) or math.isfinite(b))
+        for (a, part), (b, _) in zip(one, other, strict=True)
+    )
 
 
 def _tensors(leaves: Sequence[Any]) -> dict[str, Tensor]:

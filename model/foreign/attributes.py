@@ -1,0 +1,53 @@
+"""What modules keep besides tensors - flags, numbers, generators - as one forward found it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+
+class Attributes:
+    """Plain attributes and generators of a block's modules as they are now.
+
+    The mode (`training`) among them. A block may be run in one mode and differentiated in another, count its
+    own calls, or be given another number for the next forward: inside `installed` it is as it was.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._found = [
+            (own.__dict__, {n: _as_it_is(v) for n, v in own.__dict__.items() if _is_kept(n, v)})
+            for own in module.modules()
+        ]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The modules with these attributes; afterwards with those that they have now."""
+        present = [(own, {name: own.get(name) for name in then}) for own, then in self._found]
+        for own, then in self._found:
+            own.update({name: _as_it_is(value) for name, value in then.items()})
+        try:
+            yield
+        finally:
+            for own, now in present:
+                own.update(now)
+
+
+def _is_kept(name: str, value: Any) -> bool:
+    return not name.startswith("_") and isinstance(value, (*_PLAIN, *_GENERATORS))
+
+
+def _as_it_is(value: Any) -> Any:
+    """A generator that draws the same as this one will; what is plain, itself."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return copy.deepcopy(value) if isinstance(value, _GENERATORS) else value
