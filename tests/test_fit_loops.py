@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import evoplan
+from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.unchanged import ChangedError
 from evoplan.planner.fitting.fitted import Fitted
-from tests.test_fit import assert_same, step
+from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
+from tests.test_fit import assert_same, chain_of, step
 from tests.zoo import GPT, Block, Case, case, random
 
 Loop = Callable[[nn.Module, Case], dict[str, Tensor]]
@@ -346,6 +350,184 @@ def test_a_block_that_writes_into_its_argument_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 16), *(Writes(16) for _ in range(3)))
     with pytest.raises(evoplan.CaptureError, match=r"1 writes into what it is given, in place"):
         evoplan.fit(model, (torch.ones(2, 3, 8),))
+
+
+class Odd(nn.Module):
+    """A stack of blocks of some kind."""
+
+    def __init__(self, kind: type[Block]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(kind(16) for _ in range(4))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def odd(kind: type[Block]) -> Case:
+    return Case(Odd(kind).train(), (random(2, 6, 16).requires_grad_(),))
+
+
+class Counts(Block):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class Scales(Block):
+    scale = 1.0
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, dropout=0.2)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_what_modules_are_is_what_they_were_in_forward() -> None:
+    """The mode and plain attributes, of two forwards before one backward; a count of calls."""
+
+    def modes(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        one = model(*given.args)
+        model.eval()
+        for block in model.blocks:
+            block.scale = 2.0
+        (one * model(*given.args)).square().mean().backward()
+        assert not model.training
+        model.train()
+        for block in model.blocks:
+            block.scale = 1.0
+        return gradients(model)
+
+    for given, loop in ((odd(Scales), modes), (odd(Counts), lambda model, given: step(given, model))):
+        expected = loop(copy.deepcopy(given.model), given)
+        with fitted(given, share=0.0):
+            assert_same(expected, loop(given.model, given))
+
+
+class Draws(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(np.random.rand())
+
+
+class Remembers(Block):
+    """Does something else each time, in a way that nobody can see from outside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1.0)
+        return super().forward(x) * len(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Draws, "default generator"), (Remembers, "does not do the same when it runs again")]
+)
+def test_what_would_do_otherwise_when_it_runs_again_is_an_error(kind: type[Block], says: str) -> None:
+    given = odd(kind)
+    chain = chain_of(given)
+    whole = Checkpoint(Sequence(tuple(Run(at, WHOLE) for at in range(4))), (WHOLE,) * 4)
+    Patched(given.model, chain, Sequence((whole,))).install()
+    with pytest.raises((ValueError, RuntimeError), match=says):
+        step(given)
+
+
+def test_parameters_hooks_run_once() -> None:
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        handle = model.blocks[1].mlp.up.weight.register_hook(lambda grad: grad * 5)
+        found = step(given, model)
+        handle.remove()
+        return found
+
+    both(loop)
+    both(loop, share=1.0)
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    given = case("pairs")
+    with fitted(given):
+        s, _ = given.model(*given.args, **given.kwargs)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(s.sum(), given.args[0], create_graph=True)
+
+
+def test_losses_that_do_not_reach_each_other() -> None:
+    """The early one first: its backward comes past the records of the later blocks."""
+
+    class Local(Odd):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second, third, fourth = self.blocks
+            x = second(first(x))
+            return x, fourth(third(x.detach()))
+
+    torch.manual_seed(0)
+    given = odd(Block)._replace(model=Local(Block).train())
+
+    def losses(model: nn.Module) -> dict[str, Tensor]:
+        early, late = model(*given.args)
+        early.square().mean().backward()
+        late.square().mean().backward()
+        return gradients(model)
+
+    expected = losses(copy.deepcopy(given.model))
+    chain = chain_of(given)
+    runs = tuple(Run(at, WHOLE) for at in range(4))
+    for parts in (runs, (*runs[:2], Checkpoint(Sequence(runs[2:]), (WHOLE,) * 2))):
+        model = copy.deepcopy(given.model)
+        Patched(model, chain, Sequence(parts)).install()
+        assert_same(expected, losses(model))
+
+
+def test_one_plan_at_a_time() -> None:
+    given = case("gpt")
+    with fitted(given), pytest.raises(evoplan.CaptureError, match="under a plan already"):
+        given.fit()
+
+
+def test_a_models_own_checkpoints_are_to_be_turned_off() -> None:
+    class Checkpointed(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return x
+
+    with pytest.raises(evoplan.CaptureError, match="turn the model's own checkpointing off"):
+        odd(Block)._replace(model=Checkpointed(Block)).fit()
+
+
+def test_a_block_that_returns_a_tensor_twice_and_numbers() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Returns(16) for _ in range(4))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = x
+            for block in self.blocks:
+                x, same, places, number = block(x)
+                total = total + same * number + places.sum()
+            return total
+
+    class Returns(Block):
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            y = super().forward(x)
+            return y, y, y.argmax(-1), 0.5
+
+    torch.manual_seed(0)
+    given = Case(Twice().train(), (random(2, 6, 16).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given, share=0.0):
+        assert_same(expected, step(given))
 
 
 def test_compiled_around() -> None:

@@ -24,22 +24,33 @@ class Attributes:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._found = [
-            (own.__dict__, {n: _as_it_is(v) for n, v in own.__dict__.items() if _is_kept(n, v)})
-            for own in module.modules()
-        ]
+        self._found = [(own.__dict__, _kept(own.__dict__)) for own in module.modules()]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The modules with these attributes; afterwards with those that they have now."""
-        present = [(own, {name: own.get(name) for name in then}) for own, then in self._found]
+        present = [
+            (own, {name: value for name, value in own.items() if name in then or _is_kept(name, value)})
+            for own, then in self._found
+        ]
         for own, then in self._found:
-            own.update({name: _as_it_is(value) for name, value in then.items()})
+            _put(own, then)
         try:
             yield
         finally:
             for own, now in present:
+                _put(own, {})
                 own.update(now)
+
+
+def _kept(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: _as_it_is(value) for name, value in own.items() if _is_kept(name, value)}
+
+
+def _put(own: dict[str, Any], values: dict[str, Any]) -> None:
+    for name in [name for name, value in own.items() if _is_kept(name, value) and name not in values]:
+        del own[name]  # it has come since: a class has one of that name, or will have made it anew
+    own.update({name: _as_it_is(value) for name, value in values.items()})
 
 
 def _is_kept(name: str, value: Any) -> bool:

@@ -27,7 +27,7 @@ class RandomState:
         """Whether something has been drawn since."""
         if any(not torch.equal(then, now) for then, now in zip(self._state, _read(), strict=True)):
             return True
-        return repr(self._others) != repr(_others())
+        return self._others != _others()
 
     def __enter__(self) -> RandomState:
         self._before.append((_read(), _others()))

@@ -159,6 +159,13 @@ def _captured(
         raise CaptureError(
             f"the model or its loss looks at the values of tensors, of which a plan knows none ({error})"
         ) from None
+    except CaptureError:
+        raise
+    except Exception as error:  # the model's own code, or a copy that cannot be made of it
+        said = str(error).partition("\n")[0][:300]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied or run without data ({type(error).__name__}: {said})"
+        ) from None
 
 
 def autocast_in_force(model: nn.Module) -> torch.dtype | None:

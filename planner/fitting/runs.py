@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -99,6 +100,12 @@ class CallRuns:
             else leaf
             for leaf, argument in zip(leaves, call.arguments, strict=True)
         ]  # fmt: skip
+        if any(inner._forward_hooks for inner in module.modules() if inner is not module):
+            warnings.warn(
+                f"hooks inside of {call.name} see tensors that are cut off from the graph of the model; what "
+                "they keep has no gradient there",
+                stacklevel=2,
+            )
         parameters = Parameters(module)
         others = {name: buffer for name, buffer in module.named_buffers() if name not in call.changes}
         met = MetCall(
@@ -132,7 +139,8 @@ class CallRuns:
             met.random = None
         if met.random is not None and not call.draws:
             raise ValueError(
-                f"{call.name} draws random numbers, as it did not when the plan was made; fit the model again"
+                f"{call.name} draws random numbers, as it did not when the plan was made; fit the model "
+                "again, and have it draw with torch's default generator"
             )
         for name, then in met.of_others.items():
             if mark(name, module.get_buffer(name)) != then:
