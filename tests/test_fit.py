@@ -14,11 +14,12 @@ import evoplan
 from evoplan.cost_model.calls import strategies_of
 from evoplan.cost_model.devices import device
 from evoplan.model.foreign.capture import Captured
+from evoplan.model.foreign.lean import remaking_operators
 from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.fitting.simulating import Given, captured, mean_of_squares
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, shape_of
-from tests.zoo import CASES, Case, case
+from tests.zoo import CASES, Case, case, random
 
 
 def chain_of(case: Case) -> Captured:
@@ -107,6 +108,27 @@ def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
         assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
         assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
         assert found.max_gradient_error < 1e-15  # sums of two in another order, at most
+
+
+def test_what_is_made_again_is_made_of_what_was_there() -> None:
+    """Operators that write into what others were made of; also for a second backward."""
+
+    def made(x: Tensor, weight: Tensor) -> Tensor:
+        a = x @ weight
+        y = torch.sigmoid(a)
+        z = (y * 3) @ weight
+        a.add_(1.0)
+        v = torch.tanh(a) * y
+        a.mul_(2)
+        return (z * v * torch.relu(a + v)).sum()
+
+    x, weight = random(5, 5).requires_grad_(), random(5, 5, seed=1).requires_grad_()
+    expected = torch.autograd.grad(made(x, weight), (x, weight))
+    with remaking_operators():
+        total = made(x, weight)
+    for keep in (True, False):
+        got = torch.autograd.grad(total, (x, weight), retain_graph=keep)
+        assert all(a.equal(b) for a, b in zip(expected, got, strict=True))
 
 
 def test_one_byte_below_the_least_is_refused_and_says_so() -> None:

@@ -461,7 +461,7 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
 
 
 def test_losses_that_do_not_reach_each_other() -> None:
-    """The early one first: its backward comes past the records of the later blocks."""
+    """The late one first, or the graph kept; else the early one drops records that it comes past: an error."""
 
     class Local(Odd):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -472,10 +472,14 @@ def test_losses_that_do_not_reach_each_other() -> None:
     torch.manual_seed(0)
     given = odd(Block)._replace(model=Local(Block).train())
 
-    def losses(model: nn.Module) -> dict[str, Tensor]:
-        early, late = model(*given.args)
-        early.square().mean().backward()
-        late.square().mean().backward()
+    def losses(model: nn.Module, early_first: bool = False) -> dict[str, Tensor]:
+        early, late = (out.square().mean() for out in model(*given.args))
+        if early_first:
+            early.backward()
+            late.backward()
+        else:
+            late.backward()
+            early.backward()
         return gradients(model)
 
     expected = losses(copy.deepcopy(given.model))
@@ -485,6 +489,8 @@ def test_losses_that_do_not_reach_each_other() -> None:
         model = copy.deepcopy(given.model)
         Patched(model, chain, Sequence(parts)).install()
         assert_same(expected, losses(model))
+        with pytest.raises(RuntimeError, match="came past it from a loss of earlier steps"):
+            losses(model, early_first=True)
 
 
 def test_one_plan_at_a_time() -> None:

@@ -14,7 +14,7 @@ from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.running.dropout import dropout_mask
 from evoplan.planner import NoPlanError, apply_plan, make_plan, simulate_plan, verify_plan
 from evoplan.planner.checking.verify import Verification
-from evoplan.planner.execution.tape import Tape
+from evoplan.planner.execution.submodules import SubmoduleRuns
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import Costed, cost_problem
@@ -162,13 +162,14 @@ def test_masks_do_not_depend_on_the_dtype() -> None:
 ])  # fmt: skip
 def test_gradients_are_compared(monkeypatch: pytest.MonkeyPatch, dtype: str, factor: float, ok: bool) -> None:
     problem = Problem(model="custom", config=replace(CONFIG, n_block=1), shape=InputShape(3, 4), dtype=dtype)
-    backward = Tape.backward
+    vjp = SubmoduleRuns.vjp
 
-    def wrong(tape, step, grad):
-        state, parameters = backward(tape, step, grad)
-        return state, {name: g * factor for name, g in parameters.items()}
+    def wrong(runs, step, kept, grads, keep):
+        found = vjp(runs, step, kept, grads, keep)
+        of_state = len(step.reads)
+        return *found[:of_state], *(g * factor for g in found[of_state:])
 
-    monkeypatch.setattr(Tape, "backward", wrong)
+    monkeypatch.setattr(SubmoduleRuns, "vjp", wrong)
     assert verify_plan(None, solve(cost_problem(problem)), repeats=1).ok == ok
 
 
@@ -176,14 +177,16 @@ def test_gradients_are_compared(monkeypatch: pytest.MonkeyPatch, dtype: str, fac
 def test_nan_is_no_gradient(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """In one gradient, and not the first: max() passes over it."""
     problem = Problem(model="custom", config=replace(CONFIG, n_block=1), shape=InputShape(3, 4), dtype=dtype)
-    backward = Tape.backward
+    vjp = SubmoduleRuns.vjp
 
-    def wrong(tape, step, grad):
-        state, parameters = backward(tape, step, grad)
-        last = {name: g * (float("nan") if name == "linear_2.bias" else 1) for name, g in parameters.items()}
-        return state, last
+    def wrong(runs, step, kept, grads, keep):
+        found = vjp(runs, step, kept, grads, keep)
+        names = [*step.reads, *runs.met[step.index].parameters.trained]
+        return tuple(
+            g * float("nan") if name == "linear_2.bias" else g for name, g in zip(names, found, strict=True)
+        )
 
-    monkeypatch.setattr(Tape, "backward", wrong)
+    monkeypatch.setattr(SubmoduleRuns, "vjp", wrong)
     found = verify_plan(None, solve(cost_problem(problem)), repeats=1)
     assert found.max_gradient_error == math.inf
     assert not found.ok

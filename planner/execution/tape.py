@@ -118,7 +118,6 @@ class Tape:
     def __init__(self, steps: tuple[Any, ...], liveness: Liveness, runs: Runs[Any]) -> None:
         self.steps, self.liveness, self.runs = steps, liveness, runs
         self._records: list[_RecordedStep | _KeptEntry] = []
-        self._skipped: list[_RecordedStep | _KeptEntry] = []
         self._kept: list[_RecordedStep | _KeptEntry] | None = None
         self._pass: int | None = None
 
@@ -170,7 +169,6 @@ class Tape:
     def backward(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of a step's inputs from those of what it made; steps come last to first."""
         keep = self._begin()
-        self._bring_back(step)
         while self._records:
             top = self._records.pop()
             if isinstance(top, _KeptEntry) and step.index in top.part.span:
@@ -180,22 +178,12 @@ class Tape:
                 with region(f"{step.name} backward"):
                     return self.runs.vjp(step, top.kept, grads, keep and top.forward)
             elif top.first < step.index:
-                self._records.append(top)
                 break
-            else:  # no gradient has reached the steps of this record: another backward may
-                self._skipped.append(top)
+            # Else no gradient reached the steps of this record: nothing depends on them.
         raise RuntimeError(
-            f"{step.name} has no record any more: backward was here before; "
-            "call forward again, or backward(retain_graph=True) the first time"
+            f"{step.name} has no record any more: backward was here before, or came past it from a loss of "
+            "earlier steps; call forward again, or backward(retain_graph=True) the first time"
         )
-
-    def _bring_back(self, step: Placed) -> None:
-        """Put a record on top that an earlier backward, of something else, came past."""
-        for at, record in enumerate(self._skipped):
-            own = isinstance(record, _RecordedStep) and record.step is step
-            if own or (isinstance(record, _KeptEntry) and step.index in record.part.span):
-                self._records.append(self._skipped.pop(at))
-                return
 
     def _begin(self) -> bool:
         """Take the records up as forward left them, if a new backward begins; whether to keep them so."""
