@@ -461,7 +461,7 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
 
 
 def test_losses_that_do_not_reach_each_other() -> None:
-    """The late one first, or the graph kept; else the early one drops records that it comes past: an error."""
+    """The late one first; else the early one drops records that it comes past, and the late one says so."""
 
     class Local(Odd):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
