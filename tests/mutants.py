@@ -377,7 +377,7 @@ MUTANTS = [
         "if isinstance(argument, FromState) and key_of(leaf) != latest.get(argument.name):",
         "if False:",
         "a block that is given another tensor than it was planned for goes unnoticed",
-        ("fit_loops.py::test_a_hook_on_a_block",),
+        ("fit_loops.py::test_a_hook_on_a_block_that_changes_what_the_next_is_given",),
     ),
     Mutant(
         "fit-as-met",
@@ -393,7 +393,7 @@ MUTANTS = [
         "met.parameters.installed(), met.random or nullcontext():",
         "met.parameters.installed():",
         "a block that drops drops something else when it runs again",
-        ("fit.py::test_gradients_are",),
+        ("fit.py::test_gradients_are_the_models_own_under_any_schedule",),
     ),
     Mutant(
         "fit-does-not-repeat",
@@ -401,7 +401,7 @@ MUTANTS = [
         "if not _alike(fingerprint(made), met.fingerprint):",
         "if False:",
         "a block that does something else when it runs again has a wrong gradient",
-        ("fit_loops.py::test_what_would_do_otherwise",),
+        ("fit_loops.py::test_what_would_do_otherwise_when_it_runs_again_is_an_error",),
     ),
     Mutant(
         "fit-spares",
@@ -417,7 +417,7 @@ MUTANTS = [
         "                self.remaking.writes(storage_key(tensor))",
         "                storage_key(tensor)",
         "what is made again is made of what has been written over",
-        ("fit.py::test_what_is_made_again",),
+        ("fit.py::test_what_is_made_again_is_made_of_what_was_there",),
     ),
     Mutant(
         "executor-writes-over-what-a-hook-keeps",

@@ -10,11 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.model.foreign.calls import (
     Argument,
@@ -30,24 +27,15 @@ from evoplan.model.foreign.calls import (
     Value,
 )
 from evoplan.model.foreign.finding import blocks_in
-from evoplan.model.foreign.visits import Visit, keys_of
-from evoplan.model.running.internals import has_saving_hooks, storage_key
-from evoplan.model.running.unchanged import marks
+from evoplan.model.foreign.visits import Visit
+from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
+from evoplan.model.running.internals import storage_key
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
 
 
 class CaptureError(ValueError):
     """A model cannot be planned; the message says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator that ran: what tells it from others, whether it draws, and the storages that it read."""
-
-    about: str
-    draws: bool
-    read: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
     Raises:
         CaptureError: no blocks are found, or they are given what cannot be checked.
     """
-    with _Watch(model) as watch, _Functions() as functions:
+    with Watch(model) as watch, Functions() as functions:
         result = run()
     visits = [visit for visit in blocks_in(watch.root) if visit.recorded]
     if len(visits) < 2:
@@ -92,86 +80,8 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
             "a plan is for a stack of blocks, in an nn.ModuleList or an nn.Sequential"
         )
     chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
-    unlike = functions.attention or any(re.match(_UNLIKE, operator.about) for operator in watch.operators)
+    unlike = functions.attention or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
     return replace(chain, unlike_on_meta=unlike)
-
-
-# Kernels whose results, or choice among several, depend on the device.
-_UNLIKE = (
-    r"aten\._?(native_)?(\w*conv|\w*batch_norm|\w*group_norm|scaled_dot|\w*pool|\w*fft|lstm|gru|rnn|upsample)"
-)
-
-
-class _Functions(TorchFunctionMode):
-    """Whether torch's attention is called, which is another operator on each device."""
-
-    attention = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-            self.attention = True
-        return func(*args, **(kwargs or {}))
-
-
-class _Watch(TorchDispatchMode):
-    """Notes every call of a module and every operator of a forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operators: list[Operator] = []
-        self.root = Visit("", model, [], pytree.tree_structure(None))
-        self._open = [self.root]
-        for path, module in model.named_modules():
-            if path and not isinstance(module, torch.jit.ScriptModule):
-                module.__dict__["forward"] = self._watched(path, module, module.forward)
-
-    def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = pytree.tree_flatten((args, kwargs))
-            visit = Visit(path, module, leaves, structure, len(self.operators))
-            before = marks(dict(module.named_buffers()))
-            self._open[-1].children.append(visit)
-            self._open.append(visit)
-            visit.hooked = has_saving_hooks()
-            result = forward(*args, **kwargs)
-            self._open.pop()
-            visit.stop = len(self.operators)
-            visit.results, visit.returned = pytree.tree_flatten(result)
-            visit.out_keys = keys_of(visit.results)
-            now, structure_now = pytree.tree_flatten((args, kwargs))
-            visit.writes = (
-                structure_now != structure or keys_of(leaves) != visit.keys or len(now) != len(leaves)
-            )
-            after = marks(dict(module.named_buffers()))
-            visit.changes = _with_siblings(
-                module, [name for name in after if after[name] != before.get(name)]
-            )
-            return result
-
-        return watched
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        about = f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        read = frozenset(map(storage_key, tensors))
-        self.operators.append(Operator(about, draws, read))
-        return out
-
-
-def _told(leaf: Any) -> str:
-    return str(Layout.of(leaf)) if isinstance(leaf, Tensor) else repr(leaf)[:80]
-
-
-def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
-    """All buffers of the layers that have written into one: kernels write into some without telling."""
-    layers = {name.rpartition(".")[0] for name in names}
-    return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in layers)
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:

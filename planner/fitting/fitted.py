@@ -119,24 +119,28 @@ def fit(
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
     fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast, device)
-    if plan is not None:
-        known = plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
-        if known.chain_digest != fitting.captured.digest:
-            raise CaptureError(
-                f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
-                "fit this model and these inputs anew"
-            )
-        predicted = fitting.predict(known.schedule)
-        if predicted.peak_bytes != known.predicted.peak_bytes:
-            raise CaptureError(
-                f"the plan's peak is {exact_size(known.predicted.peak_bytes)}, that of this model, loss, "
-                f"optimizer and device {exact_size(predicted.peak_bytes)}; fit anew"
-            )
-        if size is not None and predicted.peak_bytes > size:
-            needs = exact_size(predicted.peak_bytes)
-            raise NoPlanError(f"the plan needs {needs}, the budget is {exact_size(size)}; fit anew", size)
-        return Fitted(fitting, known, on_change)
-    return Fitted(fitting, _planned(fitting, size), on_change)
+    made = _planned(fitting, size) if plan is None else _made_before(fitting, plan, size)
+    return Fitted(fitting, made, on_change)
+
+
+def _made_before(fitting: Fitting, plan: str | Path | FitPlan, size: int | None) -> FitPlan:
+    """A plan, if it is for this model and what it is called with, and its figures are right for it."""
+    known = plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
+    if known.chain_digest != fitting.captured.digest:
+        raise CaptureError(
+            f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
+            "fit this model and these inputs anew"
+        )
+    predicted = fitting.predict(known.schedule)
+    if predicted.peak_bytes != known.predicted.peak_bytes:
+        raise CaptureError(
+            f"the plan's peak is {exact_size(known.predicted.peak_bytes)}, that of this model, loss, "
+            f"optimizer and device {exact_size(predicted.peak_bytes)}; fit anew"
+        )
+    if size is not None and predicted.peak_bytes > size:
+        needs = exact_size(predicted.peak_bytes)
+        raise NoPlanError(f"the plan needs {needs}, the budget is {exact_size(size)}; fit anew", size)
+    return known
 
 
 def _bytes(budget: str | int | None) -> int | None:
