@@ -1,4 +1,4 @@
-"""evoplan: the fastest way to run an Evoformer within a memory budget.
+"""evoplan: the fastest way to run an Evoformer, or any model, within a memory budget.
 
 The packages inside are the project's top-level folders. Names are imported on first use, so that
 `import evoplan` and the command line answer before torch is loaded.

@@ -8,8 +8,8 @@ Peaks are above parameters, gradients and inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evoplan
 from evoplan.cost_model import measure
+from evoplan.model.running.internals import other_forwards
 from evoplan.planner.commands.flags import json_option
 from evoplan.planner.commands.terminal import run_command
 from evoplan.planner.files import check_writable, write_json
@@ -99,16 +100,9 @@ def _squares(out: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([tensor.square().mean() for tensor in out]).sum()
 
 
-@contextmanager
-def checkpointed(blocks: nn.ModuleList) -> Iterator[None]:
+def checkpointed(blocks: nn.ModuleList) -> AbstractContextManager[None]:
     """Every block under torch.utils.checkpoint, as people do it by hand."""
-    for block in blocks:
-        block.__dict__["forward"] = _checkpointed(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
+    return other_forwards({block: _checkpointed(block.forward) for block in blocks})
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

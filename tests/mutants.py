@@ -412,6 +412,22 @@ MUTANTS = [
         ("fit.py", "fit_originals.py"),
     ),
     Mutant(
+        "trace-forgets-what-a-block-keeps-of-its-own",
+        "cost_model/calls.py",
+        "return StepCost(strategy, *of_bytes, *works, keeps_made=keeps)",
+        "return StepCost(strategy, *of_bytes, *works)",
+        "a block that reads what it has made holds it to its backward, uncounted",
+        ("fit.py::test_what_a_block_keeps_of_what_it_makes_counts_once",),
+    ),
+    Mutant(
+        "replay-forgets-what-a-step-keeps-of-its-own",
+        "planner/schedules/replay.py",
+        "            self.keep(record.own)\n",
+        "            record.own = ()\n",
+        "a step that keeps what it has made holds it to its backward, uncounted",
+        ("replay.py::test_a_step_that_keeps_what_it_has_made",),
+    ),
+    Mutant(
         "lean-forgets-what-is-written",
         "model/foreign/lean.py",
         "                self.remaking.writes(storage_key(tensor))",

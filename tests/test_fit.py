@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import evoplan
-from evoplan.cost_model.calls import strategies_of
+from evoplan.cost_model.calls import calls_table, strategies_of
 from evoplan.cost_model.devices import device
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.lean import remaking_operators
@@ -108,6 +108,17 @@ def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
         assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
         assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
         assert found.max_gradient_error < 1e-15  # sums of two in another order, at most
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("cnn", (0,)), ("pairs", (1,)), ("gpt", ())])
+def test_what_a_block_keeps_of_what_it_makes_counts_once(name: str, keeps: tuple[int, ...]) -> None:
+    """The result of a relu; the pair representation that the single one is made from."""
+    given = case(name)
+    table = calls_table(given.model, chain_of(given), device("cpu"), "float64")
+    for options in table.options:
+        assert options[0].strategy == WHOLE
+        assert options[0].keeps_made == keeps
+        assert options[0].preserved_bytes > 0
 
 
 def test_what_is_made_again_is_made_of_what_was_there() -> None:

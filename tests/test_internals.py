@@ -17,12 +17,16 @@ from evoplan.model.running.internals import (
     backward_pass,
     has_data,
     has_hooks,
+    has_saving_hooks,
     is_plain,
+    other_forwards,
     parametrization_cache,
+    put_buffer,
     put_parameter,
     set_parametrization_cache,
     share_state,
     storage_key,
+    without_hooks,
 )
 
 
@@ -278,3 +282,49 @@ def test_a_view_of_a_module_with_a_full_backward_hook_calls_it() -> None:
     assert view.training  # which is each one's own
     module.eval()
     assert view.training
+
+
+def test_a_parameters_hooks_rest_and_are_there_again() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda grad: grad * 5)
+    with without_hooks([weight]):
+        (alone,) = torch.autograd.grad((weight * 3).sum(), weight)
+    assert alone.tolist() == [3, 3]
+    (weight * 3).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [15, 15]
+
+
+def test_saving_hooks_are_seen_where_they_are() -> None:
+    assert not has_saving_hooks()
+    with torch.autograd.graph.save_on_cpu():
+        assert has_saving_hooks()
+    seen: list[bool] = []
+
+    def noting(x: torch.Tensor) -> torch.Tensor:
+        seen.append(has_saving_hooks())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(noting, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]
+    assert not has_saving_hooks()
+
+
+def test_any_tensor_can_be_a_buffer() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    other = torch.full((3,), 7.0)
+    put_buffer(model, "0.running_mean", other)
+    assert model[0].running_mean is other
+    assert list(model.state_dict()) == list(nn.Sequential(nn.BatchNorm1d(3)).state_dict())
+
+
+def test_other_forwards_go_again_also_where_there_was_one() -> None:
+    plain, changed = nn.Linear(2, 2), nn.Linear(2, 2)
+    own = changed.forward = lambda x: x + 1
+    x = torch.ones(2)
+    with other_forwards({plain: lambda x: x * 2, changed: lambda x: x * 3}):
+        assert plain(x).tolist() == [2, 2]
+        assert changed(x).tolist() == [3, 3]
+    assert "forward" not in plain.__dict__
+    assert changed.forward is own

@@ -315,3 +315,27 @@ def test_every_schedule_of_three_steps(table: CostTable) -> None:
         assert [moment.step for moment in backward] == [2, 1, 0]
         assert backward[-1].held_bytes == sum(last[name] for name in table.state_bytes)
         assert Counter(forward) == forward_runs(schedule)
+
+
+def test_a_step_that_keeps_what_it_has_made() -> None:
+    """The first makes m and e, which only its own backward reads; the second keeps its m, the output."""
+    first = replace(cost(20, 3, 30, 15, (1, 2)), keeps_made=(1,))
+    second = replace(cost(12, 2, 25, 11, (1, 2)), keeps_made=(0,), backward_held_bytes=40)
+    table = CostTable(
+        options=((first,), (second,)),
+        step_reads=(("m",), ("m",)),
+        groups=(range(2),),
+        state_bytes={"m": 10, "e": 4},
+        loss_bytes=10,
+        training=True,
+        outputs=("m",),
+        step_makes=(("m", "e"), ("m",)),
+    )
+    played = replay(Sequence(saved(0, 1)), table)
+    assert [(m.phase, m.step, m.held_bytes, m.peak_bytes) for m in played.moments] == [
+        ("forward", 0, 0, 20),
+        ("forward", 1, 3 + 10 + 4, 17 + 12),
+        ("loss", None, 17 + 2 + 10, 29 + 10),
+        ("backward", 1, 29 - 2, 27 + 40),  # its m is held at the end, too
+        ("backward", 0, 10, 10 + 30),  # of e nobody else knows
+    ]

@@ -7,7 +7,7 @@ nothing, say. So what blocks are given is noted once more on the tensors that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from evoplan.model.foreign.calls import Call, Made, Value
 from evoplan.model.foreign.capture import Captured, captured_again
 from evoplan.model.foreign.visits import Visit, keys_of
+from evoplan.model.running.internals import other_forwards
 from evoplan.model.running.random_state import RandomState
 
 
@@ -45,21 +46,10 @@ class _Rehearsal:
         self.model, self.calls = model, captured.calls
         self.visits: list[Visit] = []
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Blocks return what they would make, without values."""
-        blocks = {path: self.model.get_submodule(path) for path in dict.fromkeys(c.path for c in self.calls)}
-        before = {path: block.__dict__.get("forward") for path, block in blocks.items()}
-        for path, block in blocks.items():
-            block.__dict__["forward"] = self._noting(path, block)
-        try:
-            yield
-        finally:
-            for path, forward in before.items():
-                if forward is None:
-                    del blocks[path].__dict__["forward"]
-                else:
-                    blocks[path].__dict__["forward"] = forward
+        blocks = {path: self.model.get_submodule(path) for path in (call.path for call in self.calls)}
+        return other_forwards({block: self._noting(path, block) for path, block in blocks.items()})
 
     def _noting(self, path: str, block: nn.Module) -> Callable[..., Any]:
         forward = block.forward

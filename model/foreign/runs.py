@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.lean import remaking_operators
-from evoplan.model.running.internals import has_data, put_buffer, without_hooks
+from evoplan.model.running.internals import has_data, other_forwards, put_buffer, without_hooks
 from evoplan.model.running.kinds import LEAN
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
@@ -153,8 +153,7 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-@contextmanager
-def recomputed(module: nn.Module, depth: int, draws: bool) -> Iterator[None]:
+def recomputed(module: nn.Module, depth: int, draws: bool) -> AbstractContextManager[None]:
     """While installed, each call of a module of so many levels below keeps its inputs, and backward runs it
     again, the modules below it likewise.
 
@@ -162,17 +161,7 @@ def recomputed(module: nn.Module, depth: int, draws: bool) -> Iterator[None]:
         draws: whether any of them draws random numbers.
     """
     children = dict.fromkeys(_below(module)) if depth else {}
-    before = {child: child.__dict__.get("forward") for child in children}
-    for child in children:
-        child.__dict__["forward"] = _Recomputed(child, child.forward, depth - 1, draws)
-    try:
-        yield
-    finally:
-        for child, forward in before.items():
-            if forward is None:
-                del child.__dict__["forward"]
-            else:
-                child.__dict__["forward"] = forward
+    return other_forwards({c: _Recomputed(c, c.forward, depth - 1, draws) for c in children})
 
 
 class _Recomputed:

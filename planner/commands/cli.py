@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="evoplan")
 def cli() -> None:
-    """Plan, run and verify Evoformer stacks within a memory budget."""
+    """Plan, run and verify Evoformer stacks, and any other model's blocks, within a memory budget."""
 
 
 cli.add_command(roofline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 from evoplan.cost_model.calls import liveness_of
 from evoplan.model.foreign.calls import Call, ChangedCallError, key_of
 from evoplan.model.foreign.capture import Captured, CaptureError
+from evoplan.model.foreign.runs import Forward
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import has_saving_hooks
+from evoplan.model.running.internals import has_saving_hooks, other_forwards
 from evoplan.planner.execution.tape import Tape
-from evoplan.planner.fitting.runs import CallRuns, Forward, Planned
+from evoplan.planner.fitting.runs import CallRuns, Planned
 from evoplan.planner.schedules.schedule import Sequence, actions
 
 OnChange = Literal["error", "unplanned"]
@@ -44,7 +46,7 @@ class Patched:
         self.todo = tuple(actions(schedule))
         self.blocks: dict[str, Planned] = {}  # by path, whatever lies there later
         self._local = threading.local()  # a forward of another thread is another's
-        self._before: dict[nn.Module, Any] = {}
+        self._installed = ExitStack()
 
     @property
     def current(self) -> _Pass | None:
@@ -63,24 +65,17 @@ class Patched:
         """
         if any(isinstance(module.__dict__.get("forward"), _Forward) for module in self.model.modules()):
             raise CaptureError("the model is under a plan already; `remove()` that first, or `replan()` it")
+        forwards: dict[nn.Module, Forward] = {}
         for path in dict.fromkeys(call.path for call in self.captured.calls):
             block = self.model.get_submodule(path)
             self.blocks[path] = Planned(block, block.forward)
-            self._put(block, _BlockForward(self, block, block.forward))
-        self._put(self.model, _ModelForward(self, self.model, self.model.forward))
-
-    def _put(self, module: nn.Module, forward: Any) -> None:
-        self._before[module] = module.__dict__.get("forward")
-        module.__dict__["forward"] = forward
+            forwards[block] = _BlockForward(self, block, block.forward)
+        forwards[self.model] = _ModelForward(self, self.model, self.model.forward)
+        self._installed.enter_context(other_forwards(forwards))
 
     def remove(self) -> None:
         """Take them off."""
-        for module, forward in self._before.items():
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
-        self._before.clear()
+        self._installed.close()
 
 
 class _Forward:

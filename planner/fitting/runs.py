@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Call, FromState, Key, Value
-from evoplan.model.foreign.runs import CallRun, discarded, keeping, other_buffers
+from evoplan.model.foreign.runs import CallRun, Forward, discarded, keeping, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
 from evoplan.model.running.internals import has_data, storage_key
@@ -24,8 +24,6 @@ from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, mark, marks
 from evoplan.planner.execution.tape import Outputs
 from evoplan.planner.schedules.schedule import Action
-
-Forward = Callable[..., Any]
 
 
 @dataclass
