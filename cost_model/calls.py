@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.casting import Casting
+from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.liveness import Liveness
+from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost
-from evoplan.cost_model.trace import Trace, fake_copy
-from evoplan.model.foreign.calls import Call, Layout, Made, Value
+from evoplan.cost_model.trace import Trace, Work, fake_copy
+from evoplan.model.foreign.attributes import Settings
+from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError
-from evoplan.model.foreign.runs import CallRun, discarded, keeping, levels_of
+from evoplan.model.foreign.inside import Inside
+from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.running.internals import storage_key
-from evoplan.model.running.kinds import LEAN, REDOS, WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import Strategy
 
@@ -50,10 +55,10 @@ def calls_table(
         layouts |= dict(zip(call.makes, (made.layout for made in call.made), strict=True))
         live = {version.tensor: layouts[version.tensor] for version in liveness.alive(call.index + 1)}
         module = model.get_submodule(call.path)
-        key = _signature(call, module), repr(live)
+        key = signature(call, module), repr(live)
         if key not in known:
             found = _traced(call, module, live, device, casting, where)
-            known[key] = tuple(_timed(cost, device, precision) for cost in found)
+            known[key] = _needed([_timed(cost, device, precision) for cost in found])
         options.append(known[key])
     state_bytes = {name: device.in_blocks(layout.nbytes) for name, layout in layouts.items()}
     return CostTable(
@@ -74,23 +79,6 @@ def liveness_of(captured: Captured) -> Liveness:
     return Liveness([call.reads for call in calls], captured.outputs, [call.makes for call in calls])
 
 
-def _signature(call: Call, module: nn.Module) -> tuple[object, ...]:
-    """Equal for calls that cost the same."""
-    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
-    return call.work, call.arguments, call.results, call.structure, call.reads, call.makes, parameters
-
-
-def strategies_of(call: Call, module: nn.Module) -> list[Strategy]:
-    """What a call can run under. Children that change their buffers are not run again one by one."""
-    offered, before = [WHOLE, LEAN], 0
-    for strategy in () if call.changes else REDOS:
-        count = levels_of(module, strategy.way.recomputed_depth)
-        if count > before:
-            offered.append(strategy)
-        before = count
-    return offered
-
-
 def _timed(cost: StepCost, device: Device, precision: str) -> StepCost:
     return replace(
         cost,
@@ -98,6 +86,26 @@ def _timed(cost: StepCost, device: Device, precision: str) -> StepCost:
         forward_seconds=seconds(cost.forward_work, device, precision),
         backward_seconds=seconds(cost.backward_work, device, precision),
     )
+
+
+def _needed(costs: list[StepCost]) -> tuple[StepCost, ...]:
+    """Without those that another one is better than in all; `whole` stays."""
+    first, *others = costs
+    kept = [first]
+    for cost in others:
+        if not any(_better(other, cost) for other in costs if other is not cost):
+            kept.append(cost)
+    return tuple(kept)
+
+
+def _better(one: StepCost, other: StepCost) -> bool:
+    return one != other and all(a <= b for a, b in zip(_figures(one), _figures(other), strict=True))
+
+
+def _figures(cost: StepCost) -> tuple[float, ...]:
+    memory = cost.forward_bytes, cost.preserved_bytes, cost.backward_bytes, cost.discard_bytes
+    held = max(cost.backward_bytes, cost.backward_held_bytes), len(cost.keeps_made)
+    return *memory, *held, cost.discard_seconds, cost.forward_seconds, cost.backward_seconds
 
 
 def _traced(
@@ -108,10 +116,11 @@ def _traced(
     casting: Casting,
     where: str,
 ) -> list[StepCost]:
+    offered = strategies_of(call.children)  # for which modules may be run on real tensors
     try:
         with simulated(device, where=where) as trace:
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
-            return [tracing.cost(strategy) for strategy in strategies_of(call, module)]
+            return [tracing.cost(strategy) for strategy in offered]
     except CaptureError:
         raise
     except Exception:  # somebody else's code, which may want another device
@@ -137,17 +146,25 @@ class CallTracing:
         where: str = "cpu",
     ) -> None:
         self.call, self.module, self.live, self.trace = call, module, live, trace
-        self.casting, self.where = casting, where
+        self.casting, self.where, self.settings = casting, where, Settings(module)
         self.leaves = [
             argument.value if isinstance(argument, Value) else argument.layout.empty(where)
             for argument in call.arguments
         ]
-        base = trace.live_bytes
-        trace.reset()
-        with torch.no_grad(), casting():  # the same under every strategy
-            ran = discarded(call, module.forward, self.leaves)
-        self.discard_bytes, self.discard_work = trace.peak_bytes - base, trace.work()
-        del ran
+        self._whole = self._discarded(WHOLE)
+
+    def _discarded(self, strategy: Strategy) -> tuple[int, Work]:
+        """A run that keeps nothing: its peak and its work. Only slices make it another one."""
+        if not any(how.startswith("chunk") for _, how in strategy.within) and strategy != WHOLE:
+            return self._whole
+        base = self.trace.live_bytes
+        self.trace.reset()
+        with torch.no_grad(), self.casting():
+            discarded(self.call, self.module.forward, self.leaves, self._inside(strategy))
+        return self.trace.peak_bytes - base, self.trace.work()
+
+    def _inside(self, strategy: Strategy) -> Inside:
+        return Inside(strategy, self.module, self.call.children, self.settings)
 
     def cost(self, strategy: Strategy) -> StepCost:
         """Its cost under one strategy."""
@@ -163,10 +180,11 @@ class CallTracing:
             held: whether others hold what it makes, above which the backward counts then.
         """
         call, trace, base = self.call, self.trace, self.trace.live_bytes
+        discard_bytes, discard_work = self._discarded(strategy)
         trace.reset()
-        how = keeping(strategy, self.module, call.draws)
+        inside, parameters = self._inside(strategy), Parameters(self.module)
         with self.casting():
-            run = CallRun(call, self.module.forward, self.leaves, call.wanted, Parameters(self.module), how)
+            run = CallRun(call, self.module.forward, self.leaves, call.wanted, parameters, inside)
         number_bytes = trace.kept_number_bytes
         made, returned = run.take()
         forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()
@@ -194,8 +212,8 @@ class CallTracing:
                 f"{call.name}, or a hook in it, keeps tensors when it has run; they would be cut off from "
                 "the rest of the graph: have it return them"
             )
-        of_bytes = forward_bytes, preserved_bytes, backward_bytes, self.discard_bytes
-        works = self.discard_work, forward_work, backward_work
+        of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
+        works = discard_work, forward_work, backward_work
         return StepCost(strategy, *of_bytes, *works, keeps_made=keeps)
 
 

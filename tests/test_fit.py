@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import evoplan
-from evoplan.cost_model.calls import calls_table, strategies_of
+from evoplan.cost_model.calls import calls_table
+from evoplan.cost_model.children import with_children
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.menus import strategies_of
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.lean import remaking_operators
 from evoplan.model.running.kinds import WHOLE
@@ -23,7 +25,10 @@ from tests.zoo import CASES, Case, case, random
 
 
 def chain_of(case: Case) -> Captured:
-    return captured(case.model, Given.of(case.args, case.kwargs), device("cpu"))
+    cpu = device("cpu")
+    return with_children(
+        case.model, captured(case.model, Given.of(case.args, case.kwargs), cpu), cpu, "float64"
+    )
 
 
 def step(case: Case, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -59,17 +64,17 @@ def random_schedule(rng: Random, offered: list[list[Any]], span: range, depth: i
         else:
             stop = rng.randint(at + 1, span.stop)
             body = random_schedule(rng, offered, range(at, stop), depth + 1)
-            parts.append(Checkpoint(body, (WHOLE,) * (stop - at)))
+            parts.append(Checkpoint(body, tuple(rng.choice(offered[step]) for step in range(at, stop))))
             at = stop
     return Sequence(tuple(parts))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_the_models_own_under_any_schedule(name: str) -> None:
-    """Exactly: the same operators run on the same numbers. Random states and buffers are theirs, too."""
+    """The same operators on the same numbers, or on slices. Random states and buffers are theirs, too."""
     given, rng = case(name), Random(name)
     chain = chain_of(given)
-    offered = [strategies_of(call, given.model.get_submodule(call.path)) for call in chain.calls]
+    offered = [strategies_of(call.children) for call in chain.calls]
     expected = step(given, copy.deepcopy(given.model))
     for _ in range(8):
         model = copy.deepcopy(given.model)
@@ -85,7 +90,7 @@ def test_every_strategy_of_every_block(name: str) -> None:
     given = case(name)
     chain = chain_of(given)
     expected = step(given, copy.deepcopy(given.model))
-    offered = [strategies_of(call, given.model.get_submodule(call.path)) for call in chain.calls]
+    offered = [strategies_of(call.children) for call in chain.calls]
     for number in range(max(map(len, offered))):
         model = copy.deepcopy(given.model)
         runs = (Run(at, some[min(number, len(some) - 1)]) for at, some in enumerate(offered))
@@ -107,7 +112,7 @@ def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
         assert found.ok, found
         assert found.measured_peak_bytes <= found.predicted_peak_bytes <= budget
         assert found.measured_peak_bytes >= 0.98 * found.predicted_peak_bytes
-        assert found.max_gradient_error < 1e-15  # sums of two in another order, at most
+        assert found.max_gradient_error < 1e-12  # sums in another order, at most
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("cnn", (0,)), ("pairs", (1,)), ("gpt", ())])

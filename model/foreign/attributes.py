@@ -43,6 +43,27 @@ class Attributes:
                 own.update(now)
 
 
+class Settings:
+    """What decides, besides its parameters, what a block does: classes of its modules, flags and numbers."""
+
+    def __init__(self, block: nn.Module | None = None) -> None:
+        named = [] if block is None else list(block.named_modules(remove_duplicate=False))
+        self._of = {path: settings_of(module) for path, module in named}
+
+    def hold(self, path: str, module: nn.Module) -> bool:
+        """Whether they are still those of the module of a path in it, and of all in that."""
+        return all(
+            self._of.get(f"{path}.{name}".strip(".")) == settings_of(inner)
+            for name, inner in module.named_modules(remove_duplicate=False)
+        )
+
+
+def settings_of(module: nn.Module) -> tuple[type, dict[str, Any]]:
+    """Of one module, without those that it has in it."""
+    plain = {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}
+    return type(module), {name: value for name, value in plain.items() if not name.startswith("_")}
+
+
 def _kept(own: dict[str, Any]) -> dict[str, Any]:
     return {name: _as_it_is(value) for name, value in own.items() if _is_kept(name, value)}
 

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from evoplan.model.running.internals import storage_key
-
-Key = tuple[Any, ...]
-
-
-class ChangedCallError(RuntimeError):
-    """A block is called otherwise than when the plan was made; the message says what differs."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Of a tensor: what memory follows from."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """That of a tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
-
-    def empty(self, where: str = "cpu") -> Tensor:
-        """A tensor laid out so."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from its first element to its last."""
-        if 0 in self.shape:
-            return 0
-        reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (reach + 1) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+from evoplan.model.foreign.attributes import Settings
+from evoplan.model.foreign.children import Child
+from evoplan.model.foreign.leaves import ChangedCallError, Key, Layout, Value, key_of
 
 
 @dataclass(frozen=True)
@@ -63,13 +29,6 @@ class Constant:
 
     layout: Layout
     differentiable: bool
-
-
-@dataclass(frozen=True)
-class Value:
-    """A leaf that is no tensor."""
-
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -117,6 +76,8 @@ class Call:
         changes: names of the buffers that it writes into.
         draws: whether it draws random numbers.
         work: equal for calls that run the same operators on the same shapes.
+        children: the modules that it calls in turn, by path in the block; `.` is the block itself.
+        settings: of its modules when these were looked into.
     """
 
     index: int
@@ -130,6 +91,8 @@ class Call:
     changes: tuple[str, ...]
     draws: bool
     work: str
+    children: Mapping[str, Child] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -214,9 +177,3 @@ class Call:
             for result, leaf in zip(self.results, leaves, strict=True)
         ]  # fmt: skip
         return pytree.tree_unflatten(whole, self.returned)
-
-
-def key_of(tensor: Tensor) -> Key:
-    """Equal for tensors that show the same numbers: the same place in memory, not written in between."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), version

@@ -13,20 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.calls import (
-    Argument,
-    Call,
-    Constant,
-    FromState,
-    Key,
-    Layout,
-    Made,
-    Passed,
-    Result,
-    Same,
-    Value,
-)
+from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
 from evoplan.model.foreign.finding import blocks_in
+from evoplan.model.foreign.leaves import Key, Layout, Value
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
 from evoplan.model.running.internals import storage_key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from evoplan.model.running.context import Context
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.remake import Remaking
 
+_as_written: ContextVar[bool] = ContextVar("as_written", default=False)
 _aten = torch.ops.aten
 _NORM = _aten.native_layer_norm.default
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
@@ -32,6 +34,16 @@ def remaking_operators() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside `remaking_operators`, what runs here is kept as it is: something else decides on it."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
+
+
 class _Operators(TorchDispatchMode):
     def __init__(self, remaking: Remaking) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -42,10 +54,10 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for tensor in _written(func, args, kwargs):
+            for tensor in written(func, args, kwargs):
                 self.remaking.writes(storage_key(tensor))
         out = func(*args, **kwargs)
-        if not _is_cheap(func):
+        if not _is_cheap(func) or _as_written.get():
             return out
         made = out[0] if func is _NORM else out
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -60,7 +72,7 @@ class _Operators(TorchDispatchMode):
         return out
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What an operator writes into."""
     schema = func._schema.arguments
     names = {argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.calls import Call, Made, Value
+from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, captured_again
+from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import other_forwards
 from evoplan.model.running.random_state import RandomState

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.calls import Key, key_of
+from evoplan.model.foreign.leaves import Key, key_of
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoplan.model.foreign.calls import Layout
+from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import has_saving_hooks, storage_key
 from evoplan.model.running.unchanged import marks
@@ -90,10 +90,22 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         about = f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
-        draws = torch.Tag.nondeterministic_seeded in func.tags
+        draws = draws_numbers(func, args, kwargs or {})
         read = frozenset(map(storage_key, tensors))
         self.operators.append(Operator(about, draws, read))
         return out
+
+
+def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator draws random numbers: attention with dropout does, without it does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    at = names.index("dropout_p")
+    part = kwargs.get("dropout_p", args[at] if at < len(args) else func._schema.arguments[at].default_value)
+    return bool(part)
 
 
 def _told(leaf: Any) -> str:

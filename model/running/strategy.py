@@ -14,7 +14,10 @@ from torch import Tensor
 
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
-_PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?")
+_PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
+_INNER = re.compile(r"([^=,\[\]]+)=(redo|chunk\(\d+, \d+\))(?:, |$)")
+
+Within = tuple[tuple[str, str], ...]
 
 EAGER = "eager"  # attention as the formula is written
 COMPILED = "compiled"  # the same, the whole submodule through torch.compile
@@ -38,14 +41,12 @@ class Kind:
         axis: the sort of axis that it cuts; None: it cuts nothing, and keeps what backward needs.
         pays_in_inference: False where it differs from `whole` in backward alone.
         takes_kernels: whether attention may run with another kernel under it.
-        recomputed_depth: of a block that somebody else wrote: how many levels of modules are recomputed.
     """
 
     name: str
     axis: type[Axis] | None = None
     pays_in_inference = True
     takes_kernels = True
-    recomputed_depth = 0
 
     def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
         """Its strategies for a submodule whose target has a shape."""
@@ -64,6 +65,8 @@ class Kind:
 
     def check(self, submodule: Submodule, strategy: Strategy, shape: Sequence[int]) -> None:
         """ValueError where the submodule, its target of that shape, cannot run so; says why."""
+        if strategy.within:
+            raise ValueError("modules within are for blocks of models that were written elsewhere")
         if strategy.axis is None:
             return
         axis = submodule.axis(strategy.axis)
@@ -111,12 +114,15 @@ class Strategy:
         axis: name of the axis that is cut; None where nothing is.
         n: number of pieces.
         kernel: of `model.running.kernels`; printed after a plus unless it is eager.
+        within: of a block that somebody else wrote: modules of it, by path, that are run otherwise (see
+            `model.foreign.inside`): `redo`, or `chunk(dim, n)`; the block itself is `.`.
     """
 
     kind: str = "whole"
     axis: str | None = None
     n: int = 1
     kernel: str = EAGER
+    within: Within = ()
 
     def __post_init__(self) -> None:
         kind = KINDS.get(self.kind)
@@ -137,7 +143,8 @@ class Strategy:
 
     def __str__(self) -> str:
         how = f"{self.kind}({self.axis}, {self.n})" if self.in_pieces else self.kind
-        return how if self.kernel == EAGER else f"{how}+{self.kernel}"
+        inner = ", ".join(f"{path}={inner}" for path, inner in self.within)
+        return how + ("" if self.kernel == EAGER else f"+{self.kernel}") + (f"[{inner}]" if inner else "")
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
@@ -150,4 +157,17 @@ class Strategy:
                 f"{text!r} is no strategy; expected {', '.join(others)} or {last}, "
                 "and +kernel where it is not eager"
             )
-        return cls(match[1], match[2], int(match[3] or 1), match[4] or EAGER)
+        return cls(match[1], match[2], int(match[3] or 1), match[4] or EAGER, _within(match[5] or ""))
+
+
+def _within(text: str) -> Within:
+    found, at = [], 0
+    while at < len(text):
+        match = _INNER.match(text, at)
+        if match is None:
+            raise ValueError(
+                f"{text[at:]!r} is no way to run a module; expected path=redo or path=chunk(dim, n)"
+            )
+        found.append((match[1], match[2]))
+        at = match.end()
+    return tuple(found)

@@ -21,6 +21,7 @@ from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
+from evoplan.planner.schedules.schedule import strategies_used
 from evoplan.planner.sizes import exact_size, parse_size
 
 
@@ -131,6 +132,10 @@ def _made_before(fitting: Fitting, plan: str | Path | FitPlan, size: int | None)
             f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
             "fit this model and these inputs anew"
         )
+    for step, used in strategies_used(known.schedule).items():
+        offered = {cost.strategy for cost in fitting.table.options[step]}
+        for strategy in used - offered:
+            raise CaptureError(f"{known.blocks[step]} cannot be run {strategy} here; fit anew")
     predicted = fitting.predict(known.schedule)
     if predicted.peak_bytes != known.predicted.peak_bytes:
         raise CaptureError(

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
-from evoplan.model.foreign.calls import Argument, Call, Key, Made, Value
+from evoplan.model.foreign.calls import Argument, Call, Made
+from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy

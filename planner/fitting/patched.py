@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from evoplan.cost_model.calls import liveness_of
-from evoplan.model.foreign.calls import Call, ChangedCallError, key_of
+from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, CaptureError
-from evoplan.model.foreign.runs import Forward
+from evoplan.model.foreign.inside import Forward
+from evoplan.model.foreign.leaves import ChangedCallError, key_of
 from evoplan.model.running.chain import State
 from evoplan.model.running.internals import has_saving_hooks, other_forwards
 from evoplan.planner.execution.tape import Tape

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.calls import calls_table
 from evoplan.cost_model.casting import Casting, casting_of
+from evoplan.cost_model.children import with_children
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device, device
 from evoplan.cost_model.local import local_cuda
@@ -131,6 +132,7 @@ def fitting_of(
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
+    chain = with_children(model, chain, where, dtype, casting, of_blocks)
     table = calls_table(model, chain, where, dtype, casting, of_blocks)
     return Fitting(model, given, loss, optimizer, where, dtype, times, place, autocast, casting, chain, table)
 

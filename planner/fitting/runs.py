@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.model.foreign.attributes import Attributes
-from evoplan.model.foreign.calls import Call, FromState, Key, Value
-from evoplan.model.foreign.runs import CallRun, Forward, discarded, keeping, other_buffers
+from evoplan.model.foreign.calls import Call, FromState
+from evoplan.model.foreign.inside import Forward, Inside
+from evoplan.model.foreign.leaves import Key, Value
+from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
 from evoplan.model.running.internals import has_data, storage_key
@@ -155,14 +157,14 @@ class CallRuns:
         met, (module, forward) = self.met[call.index], self.blocks[call.path]
         leaves = self.leaves(call, state)
         with met.context:
+            inside = Inside(strategy, module, call.children, call.settings)
             if recorded and met.differentiable:
-                how = keeping(strategy, module, call.draws)
-                kept = CallRun(call, forward, leaves, met.wanted, met.parameters, how)
+                kept = CallRun(call, forward, leaves, met.wanted, met.parameters, inside)
                 made, returned = kept.take()
             else:
                 kept = None
                 with torch.no_grad():
-                    made, returned = discarded(call, forward, leaves)
+                    made, returned = discarded(call, forward, leaves, inside)
         rest = [
             leaf if isinstance(result, Value) else None
             for leaf, result in zip(returned, call.results, strict=True)

@@ -19,8 +19,8 @@ from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
-from evoplan.model.foreign.calls import Layout
 from evoplan.model.foreign.capture import Captured, capture
+from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import storage_key
 from evoplan.planner.fitting.ghosts import GhostRuns

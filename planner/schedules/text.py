@@ -7,7 +7,7 @@ from typing import Any
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
-LONGEST_STRATEGY = 100  # characters
+LONGEST_STRATEGY = 2000  # characters
 
 
 def schedule_to_json(schedule: Sequence) -> list[Any]:

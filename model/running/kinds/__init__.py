@@ -3,11 +3,9 @@
 from evoplan.model.running.kinds.chunk import Chunk
 from evoplan.model.running.kinds.coshard import Coshard
 from evoplan.model.running.kinds.lean import Lean
-from evoplan.model.running.kinds.redo import Redo
 from evoplan.model.running.kinds.whole import Whole
 from evoplan.model.running.strategy import Strategy, register
 
-register(Whole(), Lean(), Chunk(), Coshard(), Redo(1), Redo(2), Redo(3))
+register(Whole(), Lean(), Chunk(), Coshard())
 
 WHOLE, LEAN = Strategy(Whole.name), Strategy(Lean.name)
-REDOS = tuple(Strategy(name) for name in ("redo", "redo2", "redo3"))

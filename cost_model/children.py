@@ -1,0 +1,237 @@
+"""What a block calls in turn, as a run without data shows it: who keeps how much, and who may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evoplan.cost_model.casting import Casting
+from evoplan.cost_model.devices import Device
+from evoplan.cost_model.roofline import seconds
+from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.trace import Trace, fake_copy
+from evoplan.model.foreign.attributes import Settings
+from evoplan.model.foreign.calls import Call
+from evoplan.model.foreign.capture import Captured
+from evoplan.model.foreign.children import SELF, Child, layouts_of
+from evoplan.model.foreign.independence import independent_axes
+from evoplan.model.foreign.lean import written
+from evoplan.model.foreign.leaves import Value
+from evoplan.model.foreign.watching import draws_numbers
+from evoplan.model.running.internals import storage_key
+from evoplan.model.running.unchanged import marks
+
+
+def with_children(
+    model: nn.Module,
+    captured: Captured,
+    device: Device,
+    precision: str,
+    casting: Casting = nullcontext,
+    where: str = "cpu",
+) -> Captured:
+    """A chain whose calls know which modules they call; equal calls are looked into once.
+
+    Args:
+        precision: what products are done in, by the name of a dtype: for times.
+        casting: what forward runs under.
+        where: what tensors without data claim to be on (see `cost_model.simulation`).
+    """
+    known: dict[tuple[object, ...], dict[str, Child]] = {}
+    calls = []
+    for call in captured.calls:
+        module = model.get_submodule(call.path)
+        key = signature(call, module)
+        if key not in known:
+            known[key] = _children_of(call, module, device, precision, casting, where)
+        calls.append(replace(call, children=known[key], settings=Settings(module)))
+    return replace(captured, calls=tuple(calls))
+
+
+def signature(call: Call, module: nn.Module) -> tuple[object, ...]:
+    """Equal for calls that cost the same, but for what lives beside them."""
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
+    return call.work, call.arguments, call.results, call.structure, call.reads, call.makes, parameters
+
+
+def _children_of(
+    call: Call, module: nn.Module, device: Device, precision: str, casting: Casting, where: str
+) -> dict[str, Child]:
+    """By path in the block, in the order of their first calls; itself first."""
+    try:
+        found = _watched(call, module, device, precision, casting, where)
+    except Exception:  # somebody else's code, which may want another device
+        if where == "cpu":
+            raise
+        found = _watched(call, module, device, precision, casting, "cpu")
+    return {
+        path: replace(
+            child, prove=partial(independent_axes, module if path == SELF else module.get_submodule(path))
+        )
+        for path, child in found.items()
+    }
+
+
+def _watched(
+    call: Call, module: nn.Module, device: Device, precision: str, casting: Casting, where: str
+) -> dict[str, Child]:
+    with simulated(device, where=where) as trace:
+        copy = fake_copy(module, where=where)
+        watch = _Children(copy, trace, lambda: seconds(trace.work(), device, precision))
+        leaves = [
+            argument.value if isinstance(argument, Value) else argument.layout.empty(where)
+            for argument in call.arguments
+        ]
+        for at in call.wanted:
+            leaves[at].requires_grad_()
+        args, kwargs = call.arguments_from(leaves)
+        trace.reset()
+        with torch.enable_grad(), casting(), watch:
+            watch.run(SELF, copy, copy.forward, args, kwargs)
+    return {
+        path: replace(child, plain=child.plain and stays, stays=stays)
+        for path, child in watch.found.items()
+        for stays in [path not in watch.rewritten]
+    }
+
+
+@dataclass
+class _Frame:
+    """A call that has not returned yet.
+
+    Attributes:
+        known: storages that it may read: its arguments, parameters, buffers, and what was made in it.
+    """
+
+    path: str
+    base: int
+    begun: float
+    known: set[int]
+    peak: int = 0
+    draws: bool = False
+    reads_more: bool = False
+    children: list[str] = field(default_factory=list)
+
+
+class _Children(TorchDispatchMode):
+    """Notes calls of modules and what each takes.
+
+    Args:
+        block: without data; its modules' forwards are written over.
+        clock: predicted seconds of what has run so far.
+    """
+
+    def __init__(self, block: nn.Module, trace: Trace, clock: Callable[[], float]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace, self.clock = trace, clock
+        self.found: dict[str, Child] = {}
+        self._open: list[_Frame] = []
+        # Who was given a storage, and who was given one that was written into afterwards.
+        self._given: dict[int, set[str]] = {}
+        self.rewritten: set[str] = set()
+        for path, module in block.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["forward"] = self._watched(path, module, module.forward)
+
+    def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.run(path, module, forward, args, kwargs)
+
+    def run(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """A call of a module."""
+        leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        own = [*module.parameters(), *module.buffers()]
+        before, wanted = marks(dict(module.named_buffers())), tuple(map(_wants, leaves))
+        known = {storage_key(tensor) for tensor in (*given, *own)}
+        frame = _Frame(path, self.trace.live_bytes, self.clock(), known)
+        place = len(self.found)
+        self._open.append(frame)
+        result = forward(*args, **kwargs)
+        self._open.pop()
+        for tensor in given:
+            self._given.setdefault(storage_key(tensor), set()).add(path)
+        returned, structure_returned = pytree.tree_flatten(result)
+        made = [leaf for leaf in returned if isinstance(leaf, Tensor)]
+        of_given = {storage_key(tensor) for tensor in given}
+        apart = {storage_key(tensor) for tensor in made}
+        plain = (
+            not frame.draws
+            and not frame.reads_more
+            and marks(dict(module.named_buffers())) == before
+            and len(apart) == len(made) > 0
+            and apart.isdisjoint(of_given | {storage_key(tensor) for tensor in own})
+        )
+        made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in made)
+        first = self.found.get(path)
+        child = Child(
+            path=path,
+            parent=self._open[-1].path if self._open else "",
+            calls=1,
+            structure=structure,
+            arguments=layouts_of(leaves),
+            wanted=wanted,
+            returned=structure_returned,
+            results=layouts_of(returned),
+            plain=plain,
+            stays=True,
+            draws=frame.draws,
+            changes=marks(dict(module.named_buffers())) != before,
+            kept_bytes=max(0, self.trace.live_bytes - frame.base - made_bytes),
+            peak_bytes=frame.peak,
+            given_bytes=sum(tensor.untyped_storage().nbytes() for tensor in given if _wants(tensor)),
+            made_bytes=made_bytes,
+            seconds=self.clock() - frame.begun,
+        )
+        if first is not None:
+            self.found[path] = replace(
+                first,
+                calls=first.calls + 1,
+                plain=False,
+                draws=first.draws or child.draws,
+                changes=first.changes or child.changes,
+                kept_bytes=first.kept_bytes + child.kept_bytes,
+                seconds=first.seconds + child.seconds,
+            )
+        else:
+            entries = list(self.found.items())
+            self.found = dict([*entries[:place], (path, child), *entries[place:]])
+        return result
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [storage_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [storage_key(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        if func._schema.is_mutable:
+            for tensor in written(func, args, kwargs or {}):
+                self.rewritten |= self._given.get(storage_key(tensor), set())
+        for key in set(made).difference(read):  # a new one, where an old one may have been
+            self._given.pop(key, None)
+        draws = draws_numbers(func, args, kwargs or {})
+        live = self.trace.live_bytes
+        for frame in self._open:
+            frame.reads_more |= not frame.known.issuperset(read)
+            frame.known.update(made)
+            frame.peak = max(frame.peak, live - frame.base)
+            frame.draws |= draws
+        return out
+
+
+def _wants(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad

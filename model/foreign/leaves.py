@@ -1,0 +1,113 @@
+"""Leaves of what modules are given and return: layouts of tensors, plain values, and which are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evoplan.model.running.internals import storage_key
+
+Key = tuple[Any, ...]
+
+
+class ChangedCallError(RuntimeError):
+    """A block is called otherwise than when the plan was made; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a tensor: what memory follows from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
+
+    def empty(self, where: str | torch.device = "cpu") -> Tensor:
+        """A tensor laid out so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers there are in it."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
+        if 0 in self.shape:
+            return 0
+        reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (reach + 1) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A leaf that is no tensor."""
+
+    value: Any
+
+
+def key_of(tensor: Tensor) -> Key:
+    """Equal for tensors that show the same numbers: the same place in memory, not written in between."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), version
+
+
+class Distinct(NamedTuple):
+    """Leaves whose tensors are listed once each.
+
+    Attributes:
+        tensors: without those that are the same object.
+        about: what is said of each.
+        places: of each leaf its place among them; None where it is no tensor.
+        rest: the leaves that are none; None elsewhere.
+    """
+
+    tensors: list[Tensor]
+    about: list[Any]
+    places: list[int | None]
+    rest: list[Any]
+
+    def without(self) -> Distinct:
+        """The same, holding no tensor."""
+        return self._replace(tensors=[])
+
+    def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The leaves with others in place of the tensors."""
+        return [
+            rest if place is None else tensors[place]
+            for rest, place in zip(self.rest, self.places, strict=True)
+        ]
+
+
+def distinct(leaves: Sequence[Any], about: Sequence[Any] | None = None) -> Distinct:
+    """Leaves with each tensor once, since a module may ask whether two are the same.
+
+    Args:
+        about: something that is said of each leaf; a tensor of which more is said is listed more than once.
+    """
+    found = Distinct([], [], [], [])
+    known: dict[tuple[int, Any], int] = {}
+    for leaf, said in zip(leaves, about or [None] * len(leaves), strict=True):
+        place = None
+        if isinstance(leaf, Tensor):
+            place = known.setdefault((id(leaf), said), len(found.tensors))
+            if place == len(found.tensors):
+                found.tensors.append(leaf)
+                found.about.append(said)
+        found.places.append(place)
+        found.rest.append(None if isinstance(leaf, Tensor) else leaf)
+    return found
