@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from evoplan.model.foreign.calls import Constant, FromState
+from evoplan.model.foreign.calls import Call, Constant, FromState
+from evoplan.model.foreign.children import SELF, Child
 from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import least_fit
@@ -18,6 +20,8 @@ from evoplan.planner.problems.problem import Optimizer
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.sizes import exact_size, format_size
 from evoplan.planner.solvers import BASELINES
+
+MATTERS = 0.05  # of a block's peak: modules that take less need not be run otherwise
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Found:
         given, makes: its tensors, as `float32 [2, 5, 16]`; those of earlier blocks by name.
         kept_bytes: what autograd keeps of it from forward to backward.
         strategies: how it can be run.
+        axes: of the block (`.`) and of modules in it, by path: the dimensions of what each makes along which
+            it does the same for each part, and how long they are. Modules of little memory are left out.
     """
 
     name: str
@@ -37,6 +43,31 @@ class Found:
     makes: tuple[str, ...]
     kept_bytes: int
     strategies: tuple[str, ...]
+    axes: dict[str, dict[int, int]]
+
+    def report(self, name: str) -> list[str]:
+        """In words, under a name."""
+        axes = "; ".join(
+            f"{path} along {', '.join(f'{dim} ({length})' for dim, length in found.items())}"
+            for path, found in self.axes.items()
+        )
+        return [
+            f"  {name}: {self.module}, {self.parameters:,} parameters, "
+            f"keeps {format_size(self.kept_bytes)} each",
+            f"    given {', '.join(self.given) or 'no tensors'}; makes {', '.join(self.makes)}",
+            f"    can run {', '.join(self._plain)}; of its modules recomputed {self._ways('redo')}; "
+            f"in slices {self._ways('chunk')}",
+            f"    independent {axes or 'nowhere'}",
+        ]
+
+    @property
+    def _plain(self) -> list[str]:
+        return [strategy for strategy in self.strategies if "[" not in strategy]
+
+    def _ways(self, how: str) -> str:
+        """Modules that some strategy runs so."""
+        within = [pair for strategy in self.strategies for pair in Strategy.parse(strategy).within]
+        return ", ".join(dict.fromkeys(path for path, way in within if way.startswith(how))) or "none"
 
 
 @dataclass(frozen=True)
@@ -65,12 +96,7 @@ class Inspection:
             while stop < len(self.blocks) and _alike(block, self.blocks[stop]):
                 stop += 1
             name = block.name if stop == at + 1 else f"{block.name} to {self.blocks[stop - 1].name}"
-            lines += [
-                f"  {name}: {block.module}, {block.parameters:,} parameters, "
-                f"keeps {format_size(block.kept_bytes)} each",
-                f"    given {', '.join(block.given) or 'no tensors'}; makes {', '.join(block.makes)}",
-                f"    can run {', '.join(block.strategies)}",
-            ]
+            lines += block.report(name)
             at = stop
         lines += [
             f"static    {exact_size(self.static_bytes)}: parameters, gradients, optimizer, inputs",
@@ -134,7 +160,14 @@ def _found(fitting: Fitting, index: int) -> Found:
         makes=tuple(makes),
         kept_bytes=whole.preserved_bytes,
         strategies=tuple(str(cost.strategy) for cost in costs),
+        axes={path: axes for path, child in call.children.items() if (axes := _axes(child, call))},
     )
+
+
+def _axes(child: Child, call: Call) -> dict[int, int]:
+    if child.peak_bytes < MATTERS * call.children[SELF].peak_bytes or child.kept_bytes == 0:
+        return {}
+    return {axis.dim: axis.length for axis in child.axes}
 
 
 def _alike(one: Found, other: Found) -> bool:
