@@ -113,6 +113,14 @@ MUTANTS = [
         ("dp.py",),
     ),
     Mutant(
+        "frontier-forgets-rounding",
+        "planner/solvers/frontier.py",
+        "-(-self.spans[index] // unit) + rounded",
+        "-(-self.spans[index] // unit)",
+        "a finer grid is left out by what a coarser one would find if it rounded nothing",
+        ("frontier.py::test_grids_that_are_not_solved_have_no_answer",),
+    ),
+    Mutant(
         "grid-rounds-down",
         "planner/solvers/grid.py",
         "size_bytes // self.unit_bytes if self.optimistic else -(-size_bytes // self.unit_bytes)",
