@@ -307,6 +307,14 @@ MUTANTS = [
         ("trace.py",),
     ),
     Mutant(
+        "meta-calls-forget-values",
+        "cost_model/meta_calls.py",
+        "if value.constant is not None:",
+        "if False:",
+        "a fake tensor that has a value is made again without it",
+        ("trace.py::test_fake_tensors_are_made_again_where_they_were",),
+    ),
+    Mutant(
         "families-layout",
         "model/modules/triangle_attention.py",
         "self.transposes = transposed_bias and not self.starting",
