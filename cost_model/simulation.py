@@ -46,7 +46,7 @@ def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iter
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (
         fake_tensors() if where == "cpu" else nullcontext(),
-        kind(blocks, scratch) if where == "cpu" else kind(blocks, scratch, _CALLS) as trace,
+        kind(blocks, scratch, _CALLS) as trace,
         sampled_pieces(trace),
     ):
         yield trace

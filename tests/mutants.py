@@ -113,6 +113,14 @@ MUTANTS = [
         ("dp.py",),
     ),
     Mutant(
+        "frontier-forgets-rounding",
+        "planner/solvers/frontier.py",
+        "-(-self.spans[index] // unit) + rounded",
+        "-(-self.spans[index] // unit)",
+        "a finer grid is left out by what a coarser one would find if it rounded nothing",
+        ("frontier.py::test_grids_that_are_not_solved_have_no_answer",),
+    ),
+    Mutant(
         "grid-rounds-down",
         "planner/solvers/grid.py",
         "size_bytes // self.unit_bytes if self.optimistic else -(-size_bytes // self.unit_bytes)",
@@ -297,6 +305,14 @@ MUTANTS = [
         "    return value  #",
         "1 and 1.0 make different dtypes",
         ("trace.py",),
+    ),
+    Mutant(
+        "meta-calls-forget-values",
+        "cost_model/meta_calls.py",
+        "if value.constant is not None:",
+        "if False:",
+        "a fake tensor that has a value is made again without it",
+        ("trace.py::test_fake_tensors_are_made_again_where_they_were",),
     ),
     Mutant(
         "families-layout",

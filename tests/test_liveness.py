@@ -10,6 +10,7 @@ import torch
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
 from evoplan.model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
 from evoplan.model.modules.representations import ALPHAFOLD
@@ -20,6 +21,8 @@ from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.solvers import Frontier
 from tests.conftest import TINY, TINY_EXTRA, random_inputs, randomise
+
+CALLS = MetaCalls()
 
 # e is rewritten from z and read by z's step; then z and m go on, and nobody reads e again.
 READS = [("e", "z"), ("z", "e"), ("m", "z"), ("z", "m")]
@@ -60,7 +63,7 @@ def test_a_version_that_nobody_reads() -> None:
 
 def simulated_peak(model: torch.nn.Module, schedule, shapes) -> int:
     """The schedule run on fake tensors: its peak above parameters, gradients and inputs."""
-    with fake_tensors(), Trace(1) as trace:
+    with fake_tensors(), Trace(1, call=CALLS) as trace:
         model = fake_copy(model, torch.float64)
         inputs = {name: torch.empty(s, dtype=torch.float64, requires_grad=True) for name, s in shapes.items()}
         for parameter in model.parameters():
@@ -81,7 +84,7 @@ def check_plans(model: torch.nn.Module, shapes, inputs, deepest: int) -> None:
     table = build_cost_table(empty, shapes, "float64", replace(device("a100-40gb"), block_bytes=1))
     frontier = Frontier(table)
     depths = set()
-    for budget in frontier.budgets(4):
+    for budget in frontier.budgets(3):
         schedule = frontier.schedule(budget)
         depths.add(depth(schedule))
         predicted = replay(schedule, table).peak_bytes

@@ -91,8 +91,7 @@ def test_a_plan_halves_the_peak_and_changes_no_loss() -> None:
     "recipe",
     [
         Recipe(TinyOpenFoldConfig(n_block=2, c_m=24, c_z=20), InputShape(3, 9, batch=2)),
-        CASES[4],
-        pytest.param(CASES[3], marks=pytest.mark.slow),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES[4], CASES[3])),
     ],
     ids=["even smaller", "small", "odd"],
 )
@@ -113,7 +112,7 @@ def test_every_budget_is_kept() -> None:
     with pytest.raises(NoPlanError) as error:
         plan_for(recipe, problem(recipe), 1)
     least = error.value.least_feasible_bytes
-    for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
+    for share in (0.0, 0.02, 0.3, 0.7, 0.98):
         budget = int(least + share * (peak - least))
         assert predict(recipe, where, plan_for(recipe, problem(recipe), budget)).peak_bytes <= budget
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from evoplan.cost_model import simulation
 from evoplan.cost_model.costs import build_cost_table
@@ -15,7 +16,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import trace_step
-from evoplan.cost_model.trace import Trace
+from evoplan.cost_model.trace import Trace, fake_tensors
 from evoplan.model.build import build_model, model_without_data
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig
@@ -65,17 +66,37 @@ def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape
 def test_what_is_made_again_is_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs with operators' results remembered, in a cache that others have filled, and with none."""
     config = CONFIGS["main"]
-    shapes = config.state_shapes(InputShape(5, 9))
+    shapes = config.state_shapes(InputShape(3, 4))
+    monkeypatch.setenv("EVOPLAN_TRACES", "")
 
-    def costs(dtype: str, where: str) -> tuple:
-        monkeypatch.setenv("EVOPLAN_TRACES", "")
-        return build_cost_table(model_without_data(config), shapes, dtype, device(where)).options
+    def costs(*about: Any) -> tuple:
+        dtype, where, autocast = about
+        model = model_without_data(config)
+        return build_cost_table(model, shapes, dtype, device(where), autocast=autocast).options
 
-    for dtype, where in (("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "a100-40gb")):
-        remembered = costs(dtype, where)
+    # Under autocast tensors are fake; else they are on the meta device.
+    for about in (("bfloat16", "cpu", None), ("float32", "cpu", "bfloat16")):
+        remembered = costs(*about)
         with monkeypatch.context() as patched:
             patched.setattr(simulation, "_CALLS", lambda func, args, kwargs: func(*args, **kwargs))
-            assert costs(dtype, where) == remembered
+            assert costs(*about) == remembered
+
+
+def test_fake_tensors_are_made_again_where_they_were() -> None:
+    """And of their own mode; what is known to hold a value is worked out every time."""
+    calls, aten = MetaCalls(), torch.ops.aten
+    with fake_tensors() as mode:
+        number, x = torch.tensor(2), torch.empty(4, 6).t()
+        for _ in range(2):
+            made = calls(aten.mul.Tensor, (x, 0.5), {})
+            assert isinstance(made, FakeTensor)
+            assert (made.fake_mode, made.fake_device.type) == (mode, "cpu")
+            assert (made.shape, made.stride(), made.dtype) == (x.shape, x.stride(), x.dtype)
+            assert len(calls._known) == 1
+        assert calls(aten.add.Tensor, (number, number), {}).item() == 4
+        assert len(calls._known) == 1
+    with fake_tensors() as another:
+        assert calls(aten.mul.Tensor, (torch.empty(4, 6).t(), 0.5), {}).fake_mode is another
 
 
 def test_what_shares_its_input_is_not_made_again() -> None:

@@ -21,7 +21,7 @@ from evoplan.planner.commands.flags import (
     times_option,
 )
 from evoplan.planner.commands.foreign import inspect, plan_from, shown_as_fit
-from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, loading, progress, run_command
 from evoplan.planner.commands.times import profile, roofline
 from evoplan.planner.files import check_writable, picture_format, write_json
 
@@ -69,9 +69,10 @@ def plan(
         return
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
-    from evoplan.planner.plans.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
-    from evoplan.planner.reports.plans import print_plan
-    from evoplan.planner.solvers import solver
+    with loading():
+        from evoplan.planner.plans.planning import NoPlanError, cost_and_solve, solve_for_fewest_ranks
+        from evoplan.planner.reports.plans import print_plan
+        from evoplan.planner.solvers import solver
 
     solver(solver_name)  # a wrong name is said before the work
     try:

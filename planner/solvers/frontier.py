@@ -27,6 +27,7 @@ from evoplan.planner.solvers.reading import Reader
 # schedules hold the most parts, has up to three times as many.
 UNITS = 8_192
 SPAN = 4  # each grid's range over the last
+ROUNDING = 1e-9  # more than sums of the same times in another order differ by, as a share
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
@@ -97,15 +98,35 @@ class Frontier:
     def _answers(self, budget_bytes: int) -> list[tuple[float, int, int]]:
         """(seconds, grid, memory in its units) of every grid asked for a budget."""
         memory = budget_bytes - self.output_bytes
+        last = next((i for i, span in enumerate(self.spans) if span >= memory), len(self.spans) - 1)
         answers = []
-        for index, span in enumerate(self.spans):
+        for index in range(last + 1):
+            if index < last and self._beaten(index, last, memory):
+                continue
             times = self._grid_times(index)
             units = min(memory // self._units[index], len(times) - 1)
             if units >= 0:
                 answers.append((float(times[units]), index, units))
-            if span >= memory:
-                break
         return answers
+
+    def _beaten(self, index: int, last: int, memory: int) -> bool:
+        """Whether a coarser grid, as far as that is known without solving the finer one, has a faster answer.
+
+        A schedule of the finer grid fits the coarser one too, with a unit more for each size that is rounded
+        there: its time is no less than the coarser grid's with so much. Where rounding may take all there is,
+        nothing is known, and the coarser grid is not solved to see.
+        """
+        tensors = len(self.table.state_bytes)
+        # Parts that are held together cover different steps, and keep a record or state; besides, what one
+        # step needs, gradients and state.
+        rounded = len(self.table.options) * tensors + 2 * tensors + 2
+        unit = self._units[last]
+        asked = min(memory, self.spans[last]) // unit
+        there = -(-self.spans[index] // unit) + rounded
+        if there >= asked:
+            return False
+        times = self._grid_times(last)
+        return bool(times[there] * (1 - ROUNDING) > times[asked])
 
     def seconds(self, budget_bytes: int) -> float:
         """Least time within a budget; inf where nothing fits."""

@@ -117,7 +117,8 @@ class SeedProgram:
         """For each step, least seconds from it on by memory left for what is preserved."""
         unit = unit_bytes(memory, UNITS, self.table)
         size = memory // unit + 1
-        choices = {id(o): self._within(step, inter, unit) for step, o in enumerate(self.options)}
+        alike = {id(o): step for step, o in enumerate(self.options)}  # one of the steps that share options
+        choices = {key: self._within(step, inter, unit) for key, step in alike.items()}
         needed = sum(choices[id(o)][0][0] if choices[id(o)] else size for o in self.options)
         if needed >= size:
             return None
