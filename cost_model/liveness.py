@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
+import networkx as nx
+
 INPUT = -1  # the maker of the versions that the chain starts from
 
 
@@ -28,6 +30,10 @@ class Liveness:
         step_reads: for each step, the tensors it reads.
         outputs: the tensors whose last versions are wanted at the end; None for all.
         step_makes: for each step, the tensors that it makes anew; the first it reads if not given.
+
+    Attributes:
+        graph: edges from each version to the steps that read it, and from each step to what it makes.
+            Steps are numbers; the step after the last is whoever reads the outputs.
     """
 
     def __init__(
@@ -41,29 +47,31 @@ class Liveness:
         self.end = len(step_reads)
         names = dict.fromkeys(name for reads in step_reads for name in reads)
         current = {name: Version(name, INPUT) for name in names}
-        # For each step, the versions that it reads and those that it makes.
-        self._reads: list[tuple[Version, ...]] = []
-        self._made_by: list[tuple[Version, ...]] = []
-        # For each version, in the order in which they are met, the last step that reads it: the step after
-        # the last is whoever reads the outputs. The step that made it, where none does.
-        self._last_reader: dict[Version, int] = {}
+        self.graph = nx.DiGraph()
         for step, (reads, makes) in enumerate(zip(step_reads, makes_of, strict=True)):
-            self._reads.append(tuple(dict.fromkeys(current[name] for name in reads)))
-            self._last_reader |= dict.fromkeys(self._reads[-1], step)
-            self._made_by.append(tuple(dict.fromkeys(Version(name, step) for name in makes)))
-            self._last_reader |= dict.fromkeys(self._made_by[-1], step)
-            current |= {version.tensor: version for version in self._made_by[-1]}
+            self.graph.add_node(step)
+            self.graph.add_edges_from((current[name], step) for name in reads)
+            current |= {name: Version(name, step) for name in makes}
+            self.graph.add_edges_from((step, current[name]) for name in makes)
         wanted = names if outputs is None else outputs
-        self._last_reader |= {current.get(name, Version(name, INPUT)): self.end for name in wanted}
+        self.graph.add_node(self.end)
+        self.graph.add_edges_from((current.get(name, Version(name, INPUT)), self.end) for name in wanted)
 
     @cached_property
     def _alive(self) -> list[tuple[Version, ...]]:
         """For each position between steps, the versions made before and read after it."""
         alive: list[list[Version]] = [[] for _ in range(self.end + 1)]
-        for version, last in sorted(self._last_reader.items(), key=lambda item: item[0].maker):
+        versions = [node for node in self.graph if isinstance(node, Version)]
+        for version in sorted(versions, key=lambda version: version.maker):
+            last = max(self.graph.successors(version), default=version.maker)
             for position in range(version.maker + 1, last + 1):
                 alive[position].append(version)
         return [tuple(versions) for versions in alive]
+
+    @cached_property
+    def _reads(self) -> list[tuple[Version, ...]]:
+        """For each step, the versions it reads."""
+        return [tuple(self.graph.predecessors(step)) for step in range(self.end)]
 
     def alive(self, position: int) -> tuple[Version, ...]:
         """Versions made before step `position` that it or a later one reads.
@@ -88,6 +96,10 @@ class Liveness:
     def made(self, start: int, position: int) -> tuple[Version, ...]:
         """Versions alive at a position that the steps from `start` on made."""
         return tuple(version for version in self._alive[position] if version.maker >= start)
+
+    @cached_property
+    def _made_by(self) -> list[tuple[Version, ...]]:
+        return [tuple(self.graph.successors(step)) for step in range(self.end)]
 
     def made_by(self, step: int) -> tuple[Version, ...]:
         """The versions that a step makes."""
