@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from evoplan.model.foreign.children import SELF, Child, layouts_of
 from evoplan.model.foreign.independence import independent_axes
 from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
-from evoplan.model.foreign.watching import draws_numbers
+from evoplan.model.foreign.watching import about_operator, draws_numbers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -118,7 +119,7 @@ class _Frame:
     peak: int = 0
     draws: bool = False
     reads_more: bool = False
-    children: list[str] = field(default_factory=list)
+    work: Any = field(default_factory=hashlib.sha256)
 
 
 class _Children(TorchDispatchMode):
@@ -182,6 +183,7 @@ class _Children(TorchDispatchMode):
             path=path,
             parent=self._open[-1].path if self._open else "",
             calls=1,
+            work=frame.work.hexdigest(),
             structure=structure,
             arguments=layouts_of(leaves),
             wanted=wanted,
@@ -224,8 +226,9 @@ class _Children(TorchDispatchMode):
         for key in set(made).difference(read):  # a new one, where an old one may have been
             self._given.pop(key, None)
         draws = draws_numbers(func, args, kwargs or {})
-        live = self.trace.live_bytes
+        live, told = self.trace.live_bytes, about_operator(func, args, kwargs).encode()
         for frame in self._open:
+            frame.work.update(told)
             frame.reads_more |= not frame.known.issuperset(read)
             frame.known.update(made)
             frame.peak = max(frame.peak, live - frame.base)

@@ -41,6 +41,7 @@ class Child:
         path: in the block.
         parent: the path of the module that has called it.
         calls: how often it was called; what else is said here holds for the first.
+        work: equal for calls that run the same operators on the same shapes.
         structure, arguments: of what it was given, flattened.
         wanted: which of the arguments required a gradient.
         returned, results: of what it returned.
@@ -59,6 +60,7 @@ class Child:
     path: str
     parent: str
     calls: int
+    work: str
     structure: pytree.TreeSpec
     arguments: tuple[Layout | Value, ...]
     wanted: tuple[bool, ...]

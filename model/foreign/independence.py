@@ -56,7 +56,7 @@ def independent_axes(module: nn.Module, child: Child) -> tuple[Axis, ...]:
         (name, tensor.shape, tensor.requires_grad)
         for name, tensor in chain(module.named_parameters(), module.named_buffers())
     ]
-    told = str(layers), str(tensors), child.structure, child.arguments, child.results
+    told = child.work, str(layers), str(tensors), child.structure, child.arguments, child.results
     if told not in _known:
         _known[told] = _found(child, module)
     return _known[told]

@@ -89,7 +89,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        about = f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
+        about = about_operator(func, args, kwargs)
         draws = draws_numbers(func, args, kwargs or {})
         read = frozenset(map(storage_key, tensors))
         self.operators.append(Operator(about, draws, read))
@@ -106,6 +106,11 @@ def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     at = names.index("dropout_p")
     part = kwargs.get("dropout_p", args[at] if at < len(args) else func._schema.arguments[at].default_value)
     return bool(part)
+
+
+def about_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
+    """An operator and the layouts and values that it is called with."""
+    return f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
 
 
 def _told(leaf: Any) -> str:
