@@ -25,7 +25,7 @@ import numpy as np
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
-from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, different_segments
+from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, Through, different_segments
 from evoplan.planner.solvers.tables import Integers, TimesTable
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
@@ -233,16 +233,22 @@ class Program:
         return Race(len(self.table.groups) + 1, self._first.blocks)
 
     def _redo_from(self, group: int, end: int, depth: Depth, race: Race) -> Times:
-        size = len(self.table.groups[group])
         if end == group + 1:
-            return self.inside(group, size, depth)[0]
-        after = self.redo_of(group + 1, end, depth)
-        which = self.costs.redo(self.table.groups[end - 1].stop)
-        best = self.through(group, size, after, which, False, depth)[0]
+            return self.inside(group, len(self.table.groups[group]), depth)[0]
+        which, row = self.costs.redo(self.table.groups[end - 1].stop), int(self._numbers[group + 1, end])
+        way = self._way(group, self._redo[depth], row, which, depth)
         segments = self.redo_segments(group, end, depth)
-        if segments is not None:
-            race.relax(segments, best)
-        return best
+        return way.solve() if segments is None else race.minimum(self.size, segments, way)
+
+    def _way(self, group: int, after: TimesTable, row: int, which: Pass, depth: Depth) -> Through:
+        """Through all steps of a group, to a row of what follows."""
+        size = len(self.table.groups[group])
+        outputs = () if which.redo else self.costs.outputs_of(group)
+        steps = self.costs.kinds[group], which, outputs, depth
+        return Through(
+            steps, after, row,
+            lambda: self.through(group, size, after.row(row), which, False, depth)[0],
+        )  # fmt: skip
 
     def _solve_first(self) -> None:
         groups = self.table.groups
@@ -251,9 +257,7 @@ class Program:
         self._first.fill(len(groups), done)
         race = self._race()
         for group in reversed(range(len(groups))):
-            after, size = self._first.row(group + 1), len(groups[group])
-            best = self.through(group, size, after, FIRST, False, self.max_depth)[0]
+            way = self._way(group, self._first, group + 1, FIRST, self.max_depth)
             segments = self.first_segments(group)
-            if segments is not None:
-                race.relax(segments, best)
-            self._first.fill(group, best)
+            times = way.solve() if segments is None else race.minimum(self.size, segments, way)
+            self._first.fill(group, times, group + 1)
