@@ -19,7 +19,7 @@ from evoplan.cost_model.trace import Work
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.replay import replay
-from evoplan.planner.schedules.schedule import depth
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, depth
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times
 from evoplan.planner.solvers.reading import Reader
@@ -119,6 +119,17 @@ def writes_all(table: CostTable) -> bool:
     return all(
         {name for step in group for name in table.makes[step]} == set(table.state_bytes)
         for group in table.groups
+    )
+
+
+def stacked(table: CostTable, times: int) -> CostTable:
+    """A stack of equal groups, each all of the chain's steps."""
+    size = len(table.options)
+    return replace(
+        table,
+        options=table.options * times,
+        step_reads=table.step_reads * times,
+        groups=tuple(range(i, i + size) for i in range(0, times * size, size)),
     )
 
 
@@ -241,13 +252,7 @@ def test_more_depth_is_never_slower(table: CostTable) -> None:
 @given(tables(steps=(2, 4), most=3))
 def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTable) -> None:
     """Six equal groups cost the same where nothing tells the program that they are equal."""
-    size = len(table.options)
-    six = replace(
-        table,
-        options=table.options * 6,
-        step_reads=table.step_reads * 6,
-        groups=tuple(range(i, i + size) for i in range(0, 6 * size, size)),
-    )
+    six = stacked(table, 6)
     apart = replace(six, options=tuple(tuple(replace(cost) for cost in step) for step in six.options))
     shared = Program(six, 1, 2 * UNITS, max_depth)
     np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
@@ -284,6 +289,31 @@ def test_ends_that_are_not_looked_at_are_not_missed(
 def starts(groups: tuple[range, ...]) -> list[int]:
     """Where groups of those lengths start, one after another."""
     return [0, *accumulate(len(group) for group in groups)][:-1]
+
+
+def longest_checkpoint(part: Sequence | Checkpoint | Run) -> int:
+    """Steps of the longest checkpoint in a schedule."""
+    if isinstance(part, Run):
+        return 0
+    inside = part.parts if isinstance(part, Sequence) else (part.body,)
+    own = len(part.span) if isinstance(part, Checkpoint) else 0
+    return max(own, *(longest_checkpoint(inner) for inner in inside))
+
+
+@cases(60)
+@given(tables(steps=(1, 3), most=2), st.integers(1, 5), st.sampled_from([None, 1, 2]))
+def test_checkpoints_may_be_limited_in_length(table: CostTable, longest: int, max_depth: int | None) -> None:
+    """Cut in pieces they take no more time, and a state more memory for each cut."""
+    chain = stacked(replace(table, groups=(range(len(table.options)),)), 12)
+    limited = Program(chain, 1, 3 * UNITS, max_depth, longest=longest)
+    free = Program(chain, 1, 3 * UNITS, max_depth).times
+    assert np.all(limited.times >= free)
+    cuts = (12 // longest) * sum(table.state_bytes.values())
+    assert np.all(limited.times[cuts:] <= free[: len(free) - cuts])
+    check_schedules(limited, chain)
+    for memory in np.flatnonzero(np.isfinite(limited.times))[::17]:
+        schedule = Reader(limited).schedule(int(memory))
+        assert longest_checkpoint(schedule) <= longest * len(table.options)
 
 
 @cases(1)

@@ -80,6 +80,7 @@ class Program:
         units: the largest budget, in grid steps.
         max_depth: how deep checkpoints may nest; None for any depth.
         optimistic: round costs down: times are lower bounds then, and there are no schedules to read.
+        longest: how many groups a checkpoint over whole groups may hold; None for any number.
     """
 
     table: CostTable
@@ -87,6 +88,7 @@ class Program:
     units: int
     max_depth: Depth = None
     optimistic: bool = False
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         self.size = self.units + 1
@@ -173,14 +175,15 @@ class Program:
         if depth == 0 or end == group + 1:
             return None
         which = self.costs.redo(self.table.groups[end - 1].stop)
-        after_rows = self._numbers[group + 1 : end, end]
-        return self._segments(group, end - 1, which, depth, self._redo[depth], after_rows)
+        last = self._last_end(group, end - 1)
+        after_rows = self._numbers[group + 1 : last + 1, end]
+        return self._segments(group, last, which, depth, self._redo[depth], after_rows)
 
     def first_segments(self, group: int) -> Segments | None:
         """Checkpoints from `group` on, on the first pass."""
         if self.max_depth == 0:
             return None
-        last = len(self.table.groups)
+        last = self._last_end(group, len(self.table.groups))
         return self._segments(group, last, FIRST, self.max_depth, self._first, np.arange(group + 1, last + 1))
 
     def _segments(
@@ -194,6 +197,9 @@ class Program:
             after,
             after_rows,
         )
+
+    def _last_end(self, group: int, last: int) -> int:
+        return last if self.longest is None else min(last, group + self.longest)
 
     @staticmethod
     def below(depth: Depth) -> Depth:
@@ -213,6 +219,8 @@ class Program:
             self._race
         )  # by first group: the ends of its redo follow each other
         for group, end in self._runs:
+            if self._last_end(group, end) < end:
+                continue
             self._fill_redo(group, end, depth, self._redo_from(group, end, depth, races[group]))
 
     def _fill_redo(self, group: int, end: int, depth: Depth, times: Times) -> None:
