@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from random import Random
@@ -314,6 +316,40 @@ def test_checkpoints_may_be_limited_in_length(table: CostTable, longest: int, ma
     for memory in np.flatnonzero(np.isfinite(limited.times))[::17]:
         schedule = Reader(limited).schedule(int(memory))
         assert longest_checkpoint(schedule) <= longest * len(table.options)
+
+
+@contextmanager
+def ways_everywhere() -> Iterator[None]:
+    """Whole groups are rounded once in short chains as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.dp.MANY", 0)
+        yield
+
+
+@cases(150)
+@given(tables(), st.sampled_from([None, 0, 1]))
+def test_ways_through_a_group_are_as_good_as_its_steps(table: CostTable, max_depth: int | None) -> None:
+    with ways_everywhere():
+        check_optimum(table, max_depth)
+
+
+@cases(150)
+@given(tables(steps=(2, 4), most=3), st.integers(2, 7), st.integers(1, 6), st.sampled_from([None, 0, 1, 2]))
+def test_rounding_groups_once_keeps_budgets_and_wastes_less(
+    table: CostTable, unit: int, times: int, max_depth: int | None
+) -> None:
+    chain, units = stacked(replace(table, groups=(range(len(table.options)),)), times), -(-250 // unit)
+    by_parts = Program(chain, unit, units, max_depth).times
+    exact = Program(chain, 1, unit * units, max_depth).times
+    with ways_everywhere():
+        program = Program(chain, unit, units, max_depth)
+        assert np.all(program.times <= by_parts)
+        assert np.all(program.times >= exact[::unit])
+        check_schedules(program, chain)
+        bound = Program(chain, unit, units, max_depth, optimistic=True).times
+    below = Program(chain, unit, units, max_depth, optimistic=True).times
+    assert np.all(below <= bound)
+    assert np.all(np.repeat(bound, unit)[: len(exact)] <= exact)
 
 
 @cases(1)

@@ -27,6 +27,7 @@ from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
 from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, Through, different_segments
 from evoplan.planner.solvers.tables import Integers, TimesTable
+from evoplan.planner.solvers.ways import MANY, WayFinder, Ways
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 
@@ -94,7 +95,7 @@ class Program:
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
-        self._over_groups = SegmentCosts(self.costs)
+        self._over_groups, self._way_finder = SegmentCosts(self.costs), WayFinder(self.costs)
         self._runs, self._numbers = different_segments(tuple(self.costs.kinds))
         most = sum(self.costs.units(size) for size in self.table.state_bytes.values())  # of what is kept
 
@@ -152,10 +153,39 @@ class Program:
         """Least times from each position of a group up to `stop`; `after` is what follows."""
         times = [after] * (stop + 1)
         for at in reversed(range(stop)):
-            times[at] = np.full(self.size, np.inf)
+            times[at] = np.full(len(after), np.inf)
             for choice in self.choices(group, at, stop, which, ends, depth):
                 choice.relax(times[at], times[choice.stop], self._spare)
         return times
+
+    def ways(self, group: int, which: Pass, depth: Depth) -> Ways | None:
+        """Ways through a whole group where memory is plenty; None where they are not used."""
+
+        def make() -> Ways | None:
+            size = len(self.table.groups[group])
+            choices = [self.choices(group, at, size, which, False, depth) for at in range(size)]
+            checkpoints = {
+                (at, choice.stop): choice.addend
+                for at in range(size)
+                for choice in choices[at]
+                if choice.addend is not None
+            }
+            ways = self._way_finder.find(group, which, checkpoints)
+            few = len(ways.ways) <= sum(len(some) for some in choices) and ways.enough < self.size
+            return ways if few else None
+
+        if len(self.table.groups) <= MANY:
+            return None
+        outputs = () if which.redo else self.costs.outputs_of(group)
+        return self.costs.cached(("ways", self.costs.kinds[group], which, depth, outputs), make)
+
+    def through_all(self, group: int, after: Times, which: Pass, depth: Depth) -> Times:
+        """Least times through a whole group."""
+        size, ways = len(self.table.groups[group]), self.ways(group, which, depth)
+        if ways is None:
+            return self.through(group, size, after, which, False, depth)[0]
+        low = self.through(group, size, after[: ways.enough], which, False, depth)[0]
+        return np.concatenate([low, np.minimum(ways.through(after), low[-1])])
 
     def inside(self, group: int, stop: int, depth: Depth) -> list[Times]:
         """redo(i, stop) for every position i of one group."""
@@ -250,13 +280,9 @@ class Program:
 
     def _way(self, group: int, after: TimesTable, row: int, which: Pass, depth: Depth) -> Through:
         """Through all steps of a group, to a row of what follows."""
-        size = len(self.table.groups[group])
         outputs = () if which.redo else self.costs.outputs_of(group)
         steps = self.costs.kinds[group], which, outputs, depth
-        return Through(
-            steps, after, row,
-            lambda: self.through(group, size, after.row(row), which, False, depth)[0],
-        )  # fmt: skip
+        return Through(steps, after, row, lambda: self.through_all(group, after.row(row), which, depth))
 
     def _solve_first(self) -> None:
         groups = self.table.groups

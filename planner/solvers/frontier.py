@@ -22,6 +22,7 @@ from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times, unit_bytes
 from evoplan.planner.solvers.reading import Reader
+from evoplan.planner.solvers.ways import MANY
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.
@@ -29,7 +30,7 @@ UNITS = 8_192
 SPAN = 4  # each grid's range over the last
 # Beyond the first grid, checkpoints hold at most so many groups, or this often as many as there are for each
 # state that fits, whichever is more.
-LONG, SHARE = 256, 12
+LONG, SHARE = 96, 12
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
@@ -101,7 +102,7 @@ class Frontier:
         the one before does not span: they hold so many states that one is little.
         """
         groups = len(self.table.groups)
-        if index == 0 or groups <= LONG or not np.isfinite(self._grid_times(index - 1)[-1]):
+        if index == 0 or groups <= MANY or not np.isfinite(self._grid_times(index - 1)[-1]):
             return None  # nothing less is known to fit
         states = max(1, self.spans[index - 1] // sum(self.table.state_bytes.values()))
         longest = max(LONG, SHARE * groups // states)

@@ -90,19 +90,22 @@ class Race:
             behind = self._bounds(segments, ends)
             self._evaluate(segments, first, best, behind)
             slack = TOLERANCE * np.max(best, where=np.isfinite(best), initial=0.0)
-            rise = np.fmax.reduce(best - self._best, axis=1, initial=-np.inf)
-            if passed is None and not (passing - rise >= slack).all():
-                passed = self._pass(through, best)
-                rise = np.fmax.reduce(best - self._best, axis=1, initial=-np.inf)
-            behind -= np.where(first, 0.0, rise)
+            behind -= np.where(first, 0.0, self._rise(best))
             self._evaluate(segments, ~(behind >= slack) & ~first, best, behind)
             if passed is None:
-                passing -= np.fmax.reduce(best - self._best, axis=1, initial=-np.inf)
-            else:
+                passing -= self._rise(best)
+                if not (passing >= slack).all():
+                    passed = self._pass(through, best)
+            if passed is not None:
                 np.fmin.reduce(passed - best, axis=1, out=passing, initial=np.inf)
         self._behind[ends], self._passing, self._best = behind, passing, best
         times: Times = best.reshape(-1)[:size].copy()
         return times
+
+    def _rise(self, best: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much later the best is than the last one at most, in each block."""
+        rise: NDArray[np.float64] = np.fmax.reduce(best - self._best, axis=1, initial=-np.inf)
+        return rise
 
     def _passing_bounds(self, through: Through) -> NDArray[np.float64]:
         """By how much the way through is behind the last best at least, in each block."""
