@@ -88,10 +88,10 @@ class Race:
             if not (self._passing > 0).all():  # where it was fastest, it is looked at first
                 passed = self._pass(through, best)
             behind = self._bounds(segments, ends)
-            self._evaluate(segments, first, best, behind)
+            self._evaluate(segments, first, best, behind, True)
             slack = TOLERANCE * np.max(best, where=np.isfinite(best), initial=0.0)
             behind -= np.where(first, 0.0, self._rise(best))
-            self._evaluate(segments, ~(behind >= slack) & ~first, best, behind)
+            self._evaluate(segments, ~(behind >= slack) & ~first, best, behind, False)
             if passed is None:
                 passing -= self._rise(best)
                 if not (passing >= slack).all():
@@ -138,27 +138,35 @@ class Race:
 
     @staticmethod
     def _evaluate(
-        segments: Segments, which: NDArray[np.bool_], best: NDArray[np.float64], behind: NDArray[np.float64]
+        segments: Segments,
+        which: NDArray[np.bool_],
+        best: NDArray[np.float64],
+        behind: NDArray[np.float64],
+        faster: bool,
     ) -> None:
-        """Lower `best` by those ends (rows) in those blocks (columns), and set how far behind they are."""
+        """Lower `best` by those ends (rows) in those blocks (columns), and set how far behind they are.
+
+        Args:
+            faster: whether most of them are expected to be; otherwise they are compared with the best first.
+        """
         found = np.flatnonzero(np.ascontiguousarray(which.T))
         for some in (found[i : i + AT_ONCE] for i in range(0, len(found), AT_ONCE)):
             blocks, ends = np.divmod(some, len(which))
             times = segments.twice.at(segments.twice_rows[ends], blocks, 0)
             times += segments.after.at(segments.after_rows[ends], blocks, segments.kept[ends])
-            gaps = best[blocks]
-            np.subtract(times, gaps, out=gaps)
-            ahead = np.fmin.reduce(gaps, axis=1, initial=np.inf)
-            behind[ends, blocks] = ahead
-            faster = ahead < 0
-            if faster.any():
-                blocks, times = blocks[faster], times[faster]
-                stops = [*np.flatnonzero(np.diff(blocks)) + 1, len(blocks)]
-                for start, stop in pairwise([0, *stops]):
-                    row = best[blocks[start]]
-                    np.minimum(row, np.minimum.reduce(times[start:stop], axis=0), out=row)
-                    times[start:stop] -= row
-                behind[ends[faster], blocks] = np.fmin.reduce(times, axis=1, initial=np.inf)
+            if not faster:
+                ahead = np.fmin.reduce(times - best[blocks], axis=1, initial=np.inf)
+                behind[ends, blocks] = ahead
+                ahead = np.flatnonzero(ahead < 0)
+                if not ahead.size:
+                    continue
+                blocks, ends, times = blocks[ahead], ends[ahead], times[ahead]
+            stops = [*np.flatnonzero(np.diff(blocks)) + 1, len(blocks)]
+            for start, stop in pairwise([0, *stops]):
+                row = best[blocks[start]]
+                np.minimum(row, np.minimum.reduce(times[start:stop], axis=0), out=row)
+                times[start:stop] -= row
+            behind[ends, blocks] = np.fmin.reduce(times, axis=1, initial=np.inf)
 
 
 class SegmentCosts:
