@@ -26,6 +26,7 @@ from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times
 from evoplan.planner.solvers.reading import Reader
 from evoplan.planner.solvers.segments import Race, Segments, Through
+from evoplan.planner.solvers.tables import TimesTable
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 from tests.conftest import examples
 
@@ -262,10 +263,10 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
 
 
 @pytest.mark.parametrize("max_depth", [None, 2])
-@cases(40)
-@given(tables(steps=(1, 4), most=2), st.integers(0, 3), st.integers(1, 12))
+@cases(80)
+@given(tables(steps=(1, 4), most=2), st.integers(0, 3), st.integers(1, 12), st.integers(12, UNITS))
 def test_ends_that_are_not_looked_at_are_not_missed(
-    max_depth: int | None, table: CostTable, before: int, block: int
+    max_depth: int | None, table: CostTable, before: int, block: int, units: int
 ) -> None:
     """Against all ends of checkpoints at every memory; some groups in front are of another kind."""
     groups = (12 + before) * table.groups
@@ -283,9 +284,24 @@ def test_ends_that_are_not_looked_at_are_not_missed(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evoplan.planner.solvers.tables.BLOCK", block)
-        found = Program(chain, 1, UNITS, max_depth).times
+        found = Program(chain, 1, units, max_depth).times
         patch.setattr(Race, "minimum", minimum)
-        np.testing.assert_array_equal(found, Program(chain, 1, UNITS, max_depth).times)
+        np.testing.assert_array_equal(found, Program(chain, 1, units, max_depth).times)
+
+
+def test_the_way_through_is_looked_at_again_when_ends_get_later() -> None:
+    twice, after = TimesTable(2, 4, 0), TimesTable(2, 4, 0)
+    for row, seconds in enumerate((10.0, 15.0)):
+        twice.fill(row, np.full(4, seconds), row - 1)
+        after.fill(row, np.zeros(4), row - 1)
+    race, none = Race(1, after.blocks), np.zeros(1, np.int64)
+
+    def minimum(row: int) -> Times:
+        segments = Segments(range(1), none, twice, none + row, after, none)
+        return race.minimum(4, segments, Through("steps", after, row, lambda: np.full(4, 11.0)))
+
+    np.testing.assert_array_equal(minimum(0), 10.0)
+    np.testing.assert_array_equal(minimum(1), 11.0)
 
 
 def starts(groups: tuple[range, ...]) -> list[int]:
