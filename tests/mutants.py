@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant(
         "dp-rise",
         "planner/solvers/segments.py",
-        "behind -= np.where(first, 0.0, rise)",
+        "behind -= np.where(first, 0.0, self._rise(best))",
         "behind -= 0.0",
         "an end that was behind stays behind however late the best has become",
         ("dp.py",),
@@ -107,8 +107,8 @@ MUTANTS = [
     Mutant(
         "dp-shifted-rows",
         "planner/solvers/tables.py",
-        "self._lead - shift, self._padded.shape[1] - shift",
-        "self._lead, self._padded.shape[1]",
+        "self._lead - shift + first * BLOCK, self._padded.shape[1] - shift",
+        "self._lead + first * BLOCK, self._padded.shape[1]",
         "rows are compared at another memory than they are seen with",
         ("dp.py",),
     ),
@@ -119,6 +119,22 @@ MUTANTS = [
         "-(-self.spans[index] // unit)",
         "a finer grid is left out by what a coarser one would find if it rounded nothing",
         ("frontier.py::test_grids_that_are_not_solved_have_no_answer",),
+    ),
+    Mutant(
+        "dp-way-through",
+        "planner/solvers/segments.py",
+        "passing -= self._rise(best)",
+        "passing -= 0.0",
+        "a way through that was behind stays behind however late the best has become",
+        ("dp.py",),
+    ),
+    Mutant(
+        "dp-enough",
+        "planner/solvers/ways.py",
+        "return Ways(wanted + most",
+        "return Ways(wanted",
+        "a way through a group is taken with less memory than its last parts need",
+        ("dp.py",),
     ),
     Mutant(
         "grid-rounds-down",

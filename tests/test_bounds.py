@@ -17,18 +17,7 @@ from evoplan.planner.solvers.bounds import LowerBound
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.seed_dp import SeedProgram
 from tests.brute_force import by_charges, least_seconds
-from tests.test_dp import UNITS, cases, tables
-
-
-def repeated(table: CostTable, times: int) -> CostTable:
-    """A stack of equal groups, each all of the chain's steps."""
-    size = len(table.options)
-    return replace(
-        table,
-        options=table.options * times,
-        step_reads=table.step_reads * times,
-        groups=tuple(range(i, i + size) for i in range(0, times * size, size)),
-    )
+from tests.test_dp import UNITS, cases, stacked, tables
 
 
 def check(table: CostTable, memory: int, max_depth: int, expected: float) -> None:
@@ -61,7 +50,7 @@ def test_cp_sat_finds_the_optimum_by_counts(
     table: CostTable, times: int, max_depth: int, memory: int
 ) -> None:
     """Equal groups, in whichever order is best: the program keeps the chain's."""
-    stack = repeated(table, times)
+    stack = stacked(table, times)
     expected = Program(stack, 1, 2 * UNITS, max_depth).times[memory]
     steps, cp_sat.SHORT = cp_sat.SHORT, 0  # by counts, however short
     try:
@@ -73,7 +62,7 @@ def test_cp_sat_finds_the_optimum_by_counts(
 @cases(20)
 @given(tables(steps=(2, 3)), st.sampled_from([0, 1]))
 def test_cp_sat_by_counts_agrees_with_brute_force(table: CostTable, max_depth: int) -> None:
-    stack = repeated(table, 2) if len(table.options) == 2 else replace(table, groups=(range(3),))
+    stack = stacked(table, 2) if len(table.options) == 2 else replace(table, groups=(range(3),))
     optimum = least_seconds(stack, UNITS, by_charges, max_depth)
     steps, cp_sat.SHORT = cp_sat.SHORT, 0
     try:
@@ -113,6 +102,20 @@ def test_the_gap_is_small_on_real_costs(stack_table: CostTable) -> None:
     frontier, bound = Frontier(stack_table), LowerBound(stack_table)
     for budget in frontier.budgets(10)[1:]:
         assert frontier.seconds(budget) <= 1.01 * bound.seconds(budget)
+
+
+def test_limited_checkpoints_lose_little_on_real_costs(
+    stack_table: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the share of the chain's length that a thousand blocks have."""
+    chain = stacked(stack_table, 24)
+    free = Frontier(chain)
+    monkeypatch.setattr("evoplan.planner.solvers.frontier.LONG", 6)
+    limited = Frontier(chain)
+    for budget in free.budgets(60):
+        assert limited.seconds(budget) <= 1.001 * free.seconds(budget)
+    for budget in free.budgets(5):
+        assert replay(limited.schedule(budget), chain).peak_bytes <= budget
 
 
 @pytest.mark.parametrize("place", [2, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3))])
@@ -160,7 +163,7 @@ def test_cp_sat_bounds_stacks_of_more_blocks_than_grid_steps(stack_table: CostTa
         step_reads=stack_table.step_reads[:9],
         groups=(range(9),),
     )
-    deep = repeated(one, 700)
+    deep = stacked(one, 700)
     most = replay(BASELINES["none"](deep), deep)
     found = cp_sat.answer(deep, most.peak_bytes, max_depth=0, optimistic=True, limit=5)
     assert found.bound_seconds <= most.seconds

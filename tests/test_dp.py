@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from random import Random
@@ -19,11 +21,12 @@ from evoplan.cost_model.trace import Work
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.replay import replay
-from evoplan.planner.schedules.schedule import depth
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, depth
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times
 from evoplan.planner.solvers.reading import Reader
-from evoplan.planner.solvers.segments import Race, Segments
+from evoplan.planner.solvers.segments import Race, Segments, Through
+from evoplan.planner.solvers.tables import TimesTable
 from tests.brute_force import by_charges, by_replay, least_seconds, schedules
 from tests.conftest import examples
 
@@ -119,6 +122,17 @@ def writes_all(table: CostTable) -> bool:
     return all(
         {name for step in group for name in table.makes[step]} == set(table.state_bytes)
         for group in table.groups
+    )
+
+
+def stacked(table: CostTable, times: int) -> CostTable:
+    """A stack of equal groups, each all of the chain's steps."""
+    size = len(table.options)
+    return replace(
+        table,
+        options=table.options * times,
+        step_reads=table.step_reads * times,
+        groups=tuple(range(i, i + size) for i in range(0, times * size, size)),
     )
 
 
@@ -241,13 +255,7 @@ def test_more_depth_is_never_slower(table: CostTable) -> None:
 @given(tables(steps=(2, 4), most=3))
 def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTable) -> None:
     """Six equal groups cost the same where nothing tells the program that they are equal."""
-    size = len(table.options)
-    six = replace(
-        table,
-        options=table.options * 6,
-        step_reads=table.step_reads * 6,
-        groups=tuple(range(i, i + size) for i in range(0, 6 * size, size)),
-    )
+    six = stacked(table, 6)
     apart = replace(six, options=tuple(tuple(replace(cost) for cost in step) for step in six.options))
     shared = Program(six, 1, 2 * UNITS, max_depth)
     np.testing.assert_array_equal(shared.times, Program(apart, 1, 2 * UNITS, max_depth).times)
@@ -255,10 +263,10 @@ def test_equal_groups_share_their_solutions(max_depth: int | None, table: CostTa
 
 
 @pytest.mark.parametrize("max_depth", [None, 2])
-@cases(40)
-@given(tables(steps=(1, 4), most=2), st.integers(0, 3), st.integers(1, 12))
+@cases(80)
+@given(tables(steps=(1, 4), most=2), st.integers(0, 3), st.integers(1, 12), st.integers(12, UNITS))
 def test_ends_that_are_not_looked_at_are_not_missed(
-    max_depth: int | None, table: CostTable, before: int, block: int
+    max_depth: int | None, table: CostTable, before: int, block: int, units: int
 ) -> None:
     """Against all ends of checkpoints at every memory; some groups in front are of another kind."""
     groups = (12 + before) * table.groups
@@ -270,20 +278,94 @@ def test_ends_that_are_not_looked_at_are_not_missed(
         groups=tuple(range(at, at + len(g)) for g, at in zip(groups, starts(groups), strict=True)),
     )
 
-    def relax(_: Race, segments: Segments, best: Times) -> None:
-        for memory in range(len(best)):
-            best[memory] = min(best[memory], segments.at(memory).min())
+    def minimum(_: Race, size: int, segments: Segments, through: Through) -> Times:
+        best = through.solve()
+        return np.array([min(best[memory], segments.at(memory).min()) for memory in range(size)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evoplan.planner.solvers.tables.BLOCK", block)
-        found = Program(chain, 1, UNITS, max_depth).times
-        patch.setattr(Race, "relax", relax)
-        np.testing.assert_array_equal(found, Program(chain, 1, UNITS, max_depth).times)
+        found = Program(chain, 1, units, max_depth).times
+        patch.setattr(Race, "minimum", minimum)
+        np.testing.assert_array_equal(found, Program(chain, 1, units, max_depth).times)
+
+
+def test_the_way_through_is_looked_at_again_when_ends_get_later() -> None:
+    twice, after = TimesTable(2, 4, 0), TimesTable(2, 4, 0)
+    for row, seconds in enumerate((10.0, 15.0)):
+        twice.fill(row, np.full(4, seconds), row - 1)
+        after.fill(row, np.zeros(4), row - 1)
+    race, none = Race(1, after.blocks), np.zeros(1, np.int64)
+
+    def minimum(row: int) -> Times:
+        segments = Segments(range(1), none, twice, none + row, after, none)
+        return race.minimum(4, segments, Through("steps", after, row, lambda: np.full(4, 11.0)))
+
+    np.testing.assert_array_equal(minimum(0), 10.0)
+    np.testing.assert_array_equal(minimum(1), 11.0)
 
 
 def starts(groups: tuple[range, ...]) -> list[int]:
     """Where groups of those lengths start, one after another."""
     return [0, *accumulate(len(group) for group in groups)][:-1]
+
+
+def longest_checkpoint(part: Sequence | Checkpoint | Run) -> int:
+    """Steps of the longest checkpoint in a schedule."""
+    if isinstance(part, Run):
+        return 0
+    inside = part.parts if isinstance(part, Sequence) else (part.body,)
+    own = len(part.span) if isinstance(part, Checkpoint) else 0
+    return max(own, *(longest_checkpoint(inner) for inner in inside))
+
+
+@cases(60)
+@given(tables(steps=(1, 3), most=2), st.integers(1, 5), st.sampled_from([None, 1, 2]))
+def test_checkpoints_may_be_limited_in_length(table: CostTable, longest: int, max_depth: int | None) -> None:
+    """Cut in pieces they take no more time, and a state more memory for each cut."""
+    chain = stacked(replace(table, groups=(range(len(table.options)),)), 12)
+    limited = Program(chain, 1, 3 * UNITS, max_depth, longest=longest)
+    free = Program(chain, 1, 3 * UNITS, max_depth).times
+    assert np.all(limited.times >= free)
+    cuts = (12 // longest) * sum(table.state_bytes.values())
+    assert np.all(limited.times[cuts:] <= free[: len(free) - cuts])
+    check_schedules(limited, chain)
+    for memory in np.flatnonzero(np.isfinite(limited.times))[::17]:
+        schedule = Reader(limited).schedule(int(memory))
+        assert longest_checkpoint(schedule) <= longest * len(table.options)
+
+
+@contextmanager
+def ways_everywhere() -> Iterator[None]:
+    """Whole groups are rounded once in short chains as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.dp.MANY", 0)
+        yield
+
+
+@cases(150)
+@given(tables(), st.sampled_from([None, 0, 1]))
+def test_ways_through_a_group_are_as_good_as_its_steps(table: CostTable, max_depth: int | None) -> None:
+    with ways_everywhere():
+        check_optimum(table, max_depth)
+
+
+@cases(150)
+@given(tables(steps=(2, 4), most=3), st.integers(2, 7), st.integers(1, 6), st.sampled_from([None, 0, 1, 2]))
+def test_rounding_groups_once_keeps_budgets_and_wastes_less(
+    table: CostTable, unit: int, times: int, max_depth: int | None
+) -> None:
+    chain, units = stacked(replace(table, groups=(range(len(table.options)),)), times), -(-250 // unit)
+    by_parts = Program(chain, unit, units, max_depth).times
+    exact = Program(chain, 1, unit * units, max_depth).times
+    with ways_everywhere():
+        program = Program(chain, unit, units, max_depth)
+        assert np.all(program.times <= by_parts)
+        assert np.all(program.times >= exact[::unit])
+        check_schedules(program, chain)
+        bound = Program(chain, unit, units, max_depth, optimistic=True).times
+    below = Program(chain, unit, units, max_depth, optimistic=True).times
+    assert np.all(below <= bound)
+    assert np.all(np.repeat(bound, unit)[: len(exact)] <= exact)
 
 
 @cases(1)

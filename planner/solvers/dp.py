@@ -25,8 +25,9 @@ import numpy as np
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
-from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, different_segments
+from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, Through, different_segments
 from evoplan.planner.solvers.tables import Integers, TimesTable
+from evoplan.planner.solvers.ways import MANY, WayFinder, Ways
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 
@@ -80,6 +81,7 @@ class Program:
         units: the largest budget, in grid steps.
         max_depth: how deep checkpoints may nest; None for any depth.
         optimistic: round costs down: times are lower bounds then, and there are no schedules to read.
+        longest: how many groups a checkpoint over whole groups may hold; None for any number.
     """
 
     table: CostTable
@@ -87,12 +89,13 @@ class Program:
     units: int
     max_depth: Depth = None
     optimistic: bool = False
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
-        self._over_groups = SegmentCosts(self.costs)
+        self._over_groups, self._way_finder = SegmentCosts(self.costs), WayFinder(self.costs)
         self._runs, self._numbers = different_segments(tuple(self.costs.kinds))
         most = sum(self.costs.units(size) for size in self.table.state_bytes.values())  # of what is kept
 
@@ -150,10 +153,39 @@ class Program:
         """Least times from each position of a group up to `stop`; `after` is what follows."""
         times = [after] * (stop + 1)
         for at in reversed(range(stop)):
-            times[at] = np.full(self.size, np.inf)
+            times[at] = np.full(len(after), np.inf)
             for choice in self.choices(group, at, stop, which, ends, depth):
                 choice.relax(times[at], times[choice.stop], self._spare)
         return times
+
+    def ways(self, group: int, which: Pass, depth: Depth) -> Ways | None:
+        """Ways through a whole group where memory is plenty; None where they are not used."""
+
+        def make() -> Ways | None:
+            size = len(self.table.groups[group])
+            choices = [self.choices(group, at, size, which, False, depth) for at in range(size)]
+            checkpoints = {
+                (at, choice.stop): choice.addend
+                for at in range(size)
+                for choice in choices[at]
+                if choice.addend is not None
+            }
+            ways = self._way_finder.find(group, which, checkpoints)
+            few = len(ways.ways) <= sum(len(some) for some in choices) and ways.enough < self.size
+            return ways if few else None
+
+        if len(self.table.groups) <= MANY:
+            return None
+        outputs = () if which.redo else self.costs.outputs_of(group)
+        return self.costs.cached(("ways", self.costs.kinds[group], which, depth, outputs), make)
+
+    def through_all(self, group: int, after: Times, which: Pass, depth: Depth) -> Times:
+        """Least times through a whole group."""
+        size, ways = len(self.table.groups[group]), self.ways(group, which, depth)
+        if ways is None:
+            return self.through(group, size, after, which, False, depth)[0]
+        low = self.through(group, size, after[: ways.enough], which, False, depth)[0]
+        return np.concatenate([low, np.minimum(ways.through(after), low[-1])])
 
     def inside(self, group: int, stop: int, depth: Depth) -> list[Times]:
         """redo(i, stop) for every position i of one group."""
@@ -173,14 +205,15 @@ class Program:
         if depth == 0 or end == group + 1:
             return None
         which = self.costs.redo(self.table.groups[end - 1].stop)
-        after_rows = self._numbers[group + 1 : end, end]
-        return self._segments(group, end - 1, which, depth, self._redo[depth], after_rows)
+        last = self._last_end(group, end - 1)
+        after_rows = self._numbers[group + 1 : last + 1, end]
+        return self._segments(group, last, which, depth, self._redo[depth], after_rows)
 
     def first_segments(self, group: int) -> Segments | None:
         """Checkpoints from `group` on, on the first pass."""
         if self.max_depth == 0:
             return None
-        last = len(self.table.groups)
+        last = self._last_end(group, len(self.table.groups))
         return self._segments(group, last, FIRST, self.max_depth, self._first, np.arange(group + 1, last + 1))
 
     def _segments(
@@ -194,6 +227,9 @@ class Program:
             after,
             after_rows,
         )
+
+    def _last_end(self, group: int, last: int) -> int:
+        return last if self.longest is None else min(last, group + self.longest)
 
     @staticmethod
     def below(depth: Depth) -> Depth:
@@ -213,6 +249,8 @@ class Program:
             self._race
         )  # by first group: the ends of its redo follow each other
         for group, end in self._runs:
+            if self._last_end(group, end) < end:
+                continue
             self._fill_redo(group, end, depth, self._redo_from(group, end, depth, races[group]))
 
     def _fill_redo(self, group: int, end: int, depth: Depth, times: Times) -> None:
@@ -233,16 +271,18 @@ class Program:
         return Race(len(self.table.groups) + 1, self._first.blocks)
 
     def _redo_from(self, group: int, end: int, depth: Depth, race: Race) -> Times:
-        size = len(self.table.groups[group])
         if end == group + 1:
-            return self.inside(group, size, depth)[0]
-        after = self.redo_of(group + 1, end, depth)
-        which = self.costs.redo(self.table.groups[end - 1].stop)
-        best = self.through(group, size, after, which, False, depth)[0]
+            return self.inside(group, len(self.table.groups[group]), depth)[0]
+        which, row = self.costs.redo(self.table.groups[end - 1].stop), int(self._numbers[group + 1, end])
+        way = self._way(group, self._redo[depth], row, which, depth)
         segments = self.redo_segments(group, end, depth)
-        if segments is not None:
-            race.relax(segments, best)
-        return best
+        return way.solve() if segments is None else race.minimum(self.size, segments, way)
+
+    def _way(self, group: int, after: TimesTable, row: int, which: Pass, depth: Depth) -> Through:
+        """Through all steps of a group, to a row of what follows."""
+        outputs = () if which.redo else self.costs.outputs_of(group)
+        steps = self.costs.kinds[group], which, outputs, depth
+        return Through(steps, after, row, lambda: self.through_all(group, after.row(row), which, depth))
 
     def _solve_first(self) -> None:
         groups = self.table.groups
@@ -251,9 +291,7 @@ class Program:
         self._first.fill(len(groups), done)
         race = self._race()
         for group in reversed(range(len(groups))):
-            after, size = self._first.row(group + 1), len(groups[group])
-            best = self.through(group, size, after, FIRST, False, self.max_depth)[0]
+            way = self._way(group, self._first, group + 1, FIRST, self.max_depth)
             segments = self.first_segments(group)
-            if segments is not None:
-                race.relax(segments, best)
-            self._first.fill(group, best)
+            times = way.solve() if segments is None else race.minimum(self.size, segments, way)
+            self._first.fill(group, times, group + 1)

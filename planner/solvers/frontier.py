@@ -22,12 +22,16 @@ from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
 from evoplan.planner.solvers.grid import Times, unit_bytes
 from evoplan.planner.solvers.reading import Reader
+from evoplan.planner.solvers.ways import MANY
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.
 UNITS = 8_192
 SPAN = 4  # each grid's range over the last
 ROUNDING = 1e-9  # more than sums of the same times in another order differ by, as a share
+# Beyond the first grid, checkpoints hold at most so many groups, or this often as many as there are for each
+# state that fits, whichever is more.
+LONG, SHARE = 96, 12
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
@@ -86,10 +90,24 @@ class Frontier:
             unit = self._units[index]
             while sum(reader.program.nbytes for reader in self._readers.values()) > KEEP_BYTES:
                 del self._readers[next(iter(self._readers))]
-            program = Program(self.table, unit, -(-self.spans[index] // unit), self.max_depth)
+            units = -(-self.spans[index] // unit)
+            program = Program(self.table, unit, units, self.max_depth, longest=self._longest(index))
             self._readers[index] = Reader(program)
             self._times[index] = program.times.copy()
         return self._readers[index]
+
+    def _longest(self, index: int) -> int | None:
+        """How many groups a checkpoint over whole groups may hold on one grid; None for any number.
+
+        Cut in two, a long one takes no more time, and a state more memory. A grid is asked for budgets that
+        the one before does not span: they hold so many states that one is little.
+        """
+        groups = len(self.table.groups)
+        if index == 0 or groups <= MANY or not np.isfinite(self._grid_times(index - 1)[-1]):
+            return None  # nothing less is known to fit
+        states = max(1, self.spans[index - 1] // sum(self.table.state_bytes.values()))
+        longest = max(LONG, SHARE * groups // states)
+        return None if longest >= groups else longest
 
     def _grid_times(self, index: int) -> Times:
         """Least seconds on one grid, by budget in its units."""
@@ -114,8 +132,10 @@ class Frontier:
 
         A schedule of the finer grid fits the coarser one too, with a unit more for each size that is rounded
         there: its time is no less than the coarser grid's with so much. Where rounding may take all there is,
-        nothing is known, and the coarser grid is not solved to see.
+        nothing is known, and the coarser grid is not solved to see. Nor where long checkpoints are left out.
         """
+        if len(self.table.groups) > MANY:
+            return False
         tensors = len(self.table.state_bytes)
         # Parts that are held together cover different steps, and keep a record or state; besides, what one
         # step needs, gradients and state.

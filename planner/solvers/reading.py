@@ -9,6 +9,7 @@ from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from evoplan.planner.solvers.dp import Depth, Program
 from evoplan.planner.solvers.grid import FIRST, Pass, Times
 from evoplan.planner.solvers.segments import Segments
+from evoplan.planner.solvers.ways import Way
 
 Parts = list[Run | Checkpoint]
 
@@ -53,17 +54,47 @@ class Reader:
         depth: Depth,
     ) -> tuple[int, int]:
         """Append the best way on from a group; returns the next group and the memory left there."""
-        times = self._through(group, after, which, depth)
+        ways = self.program.ways(group, which, depth)
+        times = self._through(group, after if ways is None else after[: ways.enough], which, depth)
+        way, low = None, memory
+        if ways is not None and memory >= ways.enough:
+            way, low = ways.best(memory, after), ways.enough - 1
+            if times[0][low] < way.at(memory, after):  # as fast with less memory, rounded otherwise
+                way = None
+        seconds = times[0][low] if way is None else way.at(memory, after)
         if segments is not None:
             spans = segments.at(memory)
             best = int(spans.argmin())
-            if spans[best] < times[0][memory]:
+            if spans[best] < seconds:
                 body = self._redo_body(group, segments.ends[best], memory, self.program.below(depth))
                 discard = self.program.costs.discard_strategies(body.span, memory, which)
                 parts.append(Checkpoint(body, discard))
                 return segments.ends[best], memory - int(segments.kept[best])
+        if way is not None:
+            self._follow(parts, group, way, memory, which, depth)
+            return group + 1, memory - way.kept
         size = len(self.program.table.groups[group])
-        return group + 1, self._walk(parts, group, 0, size, memory, times, which, False, depth)
+        return group + 1, self._walk(parts, group, 0, size, low, times, which, False, depth)
+
+    def _follow(self, parts: Parts, group: int, way: Way, memory: int, which: Pass, depth: Depth) -> None:
+        """Append a way through a whole group, which has enough memory."""
+        steps, at, kept = self.program.table.groups[group], 0, 0
+        for part in way.parts:
+            if part.strategy is not None:
+                parts.append(Run(steps[at], part.strategy))
+            else:
+                left = memory - self.program.costs.units(kept)
+                parts.append(self._inside(group, at, part.stop, left, which, depth))
+            at, kept = part.stop, kept + part.preserved
+
+    def _inside(
+        self, group: int, start: int, stop: int, memory: int, which: Pass, depth: Depth
+    ) -> Checkpoint:
+        """The best checkpoint over some steps of a group."""
+        body: Parts = []
+        self._walk_redo(body, group, start, stop, memory, self.program.below(depth))
+        steps = self.program.table.groups[group][start:stop]
+        return Checkpoint(Sequence(tuple(body)), self.program.costs.discard_strategies(steps, memory, which))
 
     def _through(self, group: int, after: Times, which: Pass, depth: Depth) -> list[Times]:
         """`Program.through` for a whole group."""
@@ -103,9 +134,6 @@ class Reader:
             if best.strategy is not None:
                 parts.append(Run(steps[at], best.strategy))
             else:
-                body: Parts = []
-                self._walk_redo(body, group, at, best.stop, memory, program.below(depth))
-                discard = program.costs.discard_strategies(steps[at : best.stop], memory, which)
-                parts.append(Checkpoint(Sequence(tuple(body)), discard))
+                parts.append(self._inside(group, at, best.stop, memory, which, depth))
             at, memory = best.stop, memory - best.preserved
         return memory

@@ -8,8 +8,10 @@ is still behind by that account is not looked at. Nothing is lost by it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +46,25 @@ class Segments:
         return times
 
 
+@dataclass(frozen=True)
+class Through:
+    """The way on without such a checkpoint: through the steps of one group.
+
+    Attributes:
+        steps: equal where these steps may do the same.
+        after, row: least times of what follows.
+        solve: finds the least times.
+    """
+
+    steps: Hashable
+    after: TimesTable
+    row: int
+    solve: Callable[[], Times]
+
+
 class Race:
-    """One minimum over ends after another, where each end is made of what it was made of before, or later.
+    """One minimum after another, each over ends and a way through, where all are made of what they were
+    made of before, or later.
 
     Args:
         ends: how many there are at most.
@@ -55,24 +74,57 @@ class Race:
     def __init__(self, ends: int, blocks: tuple[int, int]) -> None:
         self._made_of = np.full((3, ends), -1)  # row of the two runs, row of the rest, what is kept
         self._behind = np.full((ends, blocks[0]), -np.inf)  # at least; beside the best of the last minimum
+        self._passed: tuple[Hashable, int] = None, -1  # steps of the last way through, row of what followed
+        self._passing = np.full(blocks[0], -np.inf)  # by how much it was behind, at least
         self._best = np.full(blocks, np.inf)
 
-    def relax(self, segments: Segments, best: Times) -> None:
-        """Lower `best` wherever one of the ends is faster."""
-        lowered = np.full(self._best.shape, best[-1])
-        lowered.reshape(-1)[: len(best)] = best
-        slack = TOLERANCE * np.max(best, where=np.isfinite(best), initial=0.0)
+    def minimum(self, size: int, segments: Segments, through: Through) -> Times:
+        """The least times over all ends and the way through, at `size` points of the grid."""
+        best = np.full(self._best.shape, np.inf)
         ends = slice(segments.ends.start, segments.ends.stop)
         first = self._behind[ends] <= 0  # the fastest of the last time, and new ends
         with np.errstate(invalid="ignore"):  # infinite less infinite: not a number, which bounds nothing
+            passing, passed = self._passing_bounds(through), None
+            if not (self._passing > 0).all():  # where it was fastest, it is looked at first
+                passed = self._pass(through, best)
             behind = self._bounds(segments, ends)
-            self._evaluate(segments, first, lowered, behind)
-            rise = np.fmax.reduce(lowered - self._best, axis=1, initial=-np.inf)
-            behind -= np.where(first, 0.0, rise)
-            self._evaluate(segments, ~(behind >= slack) & ~first, lowered, behind)
-        self._behind[ends] = behind
-        self._best = lowered
-        best[:] = lowered.reshape(-1)[: len(best)]
+            self._evaluate(segments, first, best, behind, True)
+            slack = TOLERANCE * np.max(best, where=np.isfinite(best), initial=0.0)
+            behind -= np.where(first, 0.0, self._rise(best))
+            self._evaluate(segments, ~(behind >= slack) & ~first, best, behind, False)
+            if passed is None:
+                passing -= self._rise(best)
+                if not (passing >= slack).all():
+                    passed = self._pass(through, best)
+            if passed is not None:
+                np.fmin.reduce(passed - best, axis=1, out=passing, initial=np.inf)
+        self._behind[ends], self._passing, self._best = behind, passing, best
+        times: Times = best.reshape(-1)[:size].copy()
+        return times
+
+    def _rise(self, best: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much later the best is than the last one at most, in each block."""
+        rise: NDArray[np.float64] = np.fmax.reduce(best - self._best, axis=1, initial=-np.inf)
+        return rise
+
+    def _passing_bounds(self, through: Through) -> NDArray[np.float64]:
+        """By how much the way through is behind the last best at least, in each block."""
+        steps, row = self._passed
+        self._passed = through.steps, through.row
+        if steps != through.steps:
+            return np.full(len(self._passing), -np.inf)
+        # Whatever its steps keep, what follows them is seen with no more memory than they have.
+        bounds: NDArray[np.float64] = self._passing + through.after.risen_below(through.row, row)
+        return bounds
+
+    @staticmethod
+    def _pass(through: Through, best: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Lower `best` by the way through; returns its times."""
+        solved = through.solve()
+        times = np.full(best.shape, solved[-1])
+        times.reshape(-1)[: len(solved)] = solved
+        np.minimum(best, times, out=best)
+        return times
 
     def _bounds(self, segments: Segments, ends: slice) -> NDArray[np.float64]:
         """By how much each end (rows) is behind the last best at least, in each block."""
@@ -86,26 +138,35 @@ class Race:
 
     @staticmethod
     def _evaluate(
-        segments: Segments, which: NDArray[np.bool_], best: NDArray[np.float64], behind: NDArray[np.float64]
+        segments: Segments,
+        which: NDArray[np.bool_],
+        best: NDArray[np.float64],
+        behind: NDArray[np.float64],
+        faster: bool,
     ) -> None:
-        """Lower `best` by those ends (rows) in those blocks (columns), and set how far behind they are."""
+        """Lower `best` by those ends (rows) in those blocks (columns), and set how far behind they are.
+
+        Args:
+            faster: whether most of them are expected to be; otherwise they are compared with the best first.
+        """
         found = np.flatnonzero(np.ascontiguousarray(which.T))
         for some in (found[i : i + AT_ONCE] for i in range(0, len(found), AT_ONCE)):
             blocks, ends = np.divmod(some, len(which))
             times = segments.twice.at(segments.twice_rows[ends], blocks, 0)
             times += segments.after.at(segments.after_rows[ends], blocks, segments.kept[ends])
-            gaps = best[blocks]
-            np.subtract(times, gaps, out=gaps)
-            ahead = np.fmin.reduce(gaps, axis=1, initial=np.inf)
-            behind[ends, blocks] = ahead
-            faster = ahead < 0
-            if faster.any():
-                blocks, times = blocks[faster], times[faster]
-                firsts = np.flatnonzero(np.diff(blocks, prepend=-1))
-                rows = blocks[firsts]
-                best[rows] = np.minimum(best[rows], np.minimum.reduceat(times, firsts, axis=0))
-                times -= best[blocks]
-                behind[ends[faster], blocks] = np.fmin.reduce(times, axis=1, initial=np.inf)
+            if not faster:
+                ahead = np.fmin.reduce(times - best[blocks], axis=1, initial=np.inf)
+                behind[ends, blocks] = ahead
+                ahead = np.flatnonzero(ahead < 0)
+                if not ahead.size:
+                    continue
+                blocks, ends, times = blocks[ahead], ends[ahead], times[ahead]
+            stops = [*np.flatnonzero(np.diff(blocks)) + 1, len(blocks)]
+            for start, stop in pairwise([0, *stops]):
+                row = best[blocks[start]]
+                np.minimum(row, np.minimum.reduce(times[start:stop], axis=0), out=row)
+                times[start:stop] -= row
+            behind[ends, blocks] = np.fmin.reduce(times, axis=1, initial=np.inf)
 
 
 class SegmentCosts:

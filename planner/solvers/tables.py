@@ -34,8 +34,10 @@ class TimesTable:
         self._windows = sliding_window_view(self._padded.reshape(-1), BLOCK)
         self._filled = 0
         self._before = np.full(rows, -1)
+        self._starts = np.full(rows, size)  # of what is not infinite
         self._shifts = np.zeros(rows, np.int64)
-        self._rises = np.full((rows, count), -np.inf)
+        self._rises = np.full((rows, count), -np.inf)  # seen with so much less memory
+        self._rises_below = np.full((rows, count), -np.inf)  # with no more memory than a block has
 
     @property
     def nbytes(self) -> int:
@@ -54,12 +56,22 @@ class TimesTable:
         self.rows[row] = times
         self._padded[row, self._lead + len(times) :] = times[-1]
         self._before[row], self._shifts[row] = before, shift
+        self._starts[row] = len(times) - int(times[::-1].searchsorted(np.inf))
         if before >= 0:
-            seen = slice(self._lead - shift, self._padded.shape[1] - shift)
-            with np.errstate(invalid="ignore"):
-                risen = self._padded[row, seen] - self._padded[before, seen]
-            # What is infinite in both, and so not a number here, stays infinite: any rise is a bound.
-            np.fmin.reduce(risen.reshape(-1, BLOCK), axis=1, out=self._rises[row], initial=np.inf)
+            rises = self._compare(row, before, 0)
+            np.minimum.accumulate(rises, out=self._rises_below[row])
+            self._rises[row] = self._compare(row, before, shift) if shift else rises
+
+    def _compare(self, row: int, before: int, shift: int) -> NDArray[np.float64]:
+        """How much later a row is than another at least, by block, both seen with `shift` less memory."""
+        rises = np.full(self.blocks[0], np.inf)
+        # What is infinite in both, and so not a number here, stays infinite: any rise is a bound.
+        first = min(self._starts[row], self._starts[before]) // BLOCK
+        seen = slice(self._lead - shift + first * BLOCK, self._padded.shape[1] - shift)
+        with np.errstate(invalid="ignore"):
+            risen = self._padded[row, seen] - self._padded[before, seen]
+        np.fmin.reduce(risen.reshape(-1, BLOCK), axis=1, out=rises[first:], initial=np.inf)
+        return rises
 
     def row(self, number: int) -> Times:
         """A row, which may be written into."""
@@ -80,4 +92,11 @@ class TimesTable:
         rises: NDArray[np.float64] = self._rises[rows]
         rises[np.flatnonzero((self._before[rows] != old) | (self._shifts[rows] != kept))] = -np.inf
         rises[np.flatnonzero(same)] = 0.0
+        return rises
+
+    def risen_below(self, row: int, before: int) -> NDArray[np.float64] | float:
+        """How much later a row is than another at least, with no more memory than each block has."""
+        if self._before[row] != before:
+            return -np.inf
+        rises: NDArray[np.float64] = self._rises_below[row]
         return rises
