@@ -19,6 +19,7 @@ from evoplan.model.running.internals import (
     has_hooks,
     has_saving_hooks,
     is_plain,
+    members,
     other_forwards,
     parametrization_cache,
     put_buffer,
@@ -328,3 +329,23 @@ def test_other_forwards_go_again_also_where_there_was_one() -> None:
         assert changed(x).tolist() == [3, 3]
     assert "forward" not in plain.__dict__
     assert changed.forward is own
+
+
+def test_members_are_what_a_modules_own_methods_find() -> None:
+    """In their order and by their names, shared ones once; what is not there is none."""
+    shared = nn.Linear(2, 2)
+    module = nn.Sequential(
+        nn.Sequential(shared, nn.BatchNorm1d(2)), nn.ModuleDict({"again": shared, "b": nn.ReLU()})
+    )
+    module.tied = nn.Linear(2, 2, bias=False)
+    module.tied.weight = shared.weight
+    module.register_module("none", None)
+    found = members(module)
+    assert found.modules == list(module.modules())
+    for ours, theirs in (
+        (found.parameters, module.named_parameters()),
+        (found.buffers, module.named_buffers()),
+    ):
+        for (name, tensor), (expected, same) in zip(ours.items(), theirs, strict=True):
+            assert name == expected
+            assert tensor is same

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+_NONE = object()
 _PLAIN = (bool, int, float, complex, str, type(None))
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_NOT_COPIED = (*_GENERATORS, torch.Tensor)
 
 
 class Attributes:
@@ -23,24 +26,38 @@ class Attributes:
     own calls, or be given another number for the next forward: inside `installed` it is as it was.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._found = [(own.__dict__, _kept(own.__dict__)) for own in module.modules()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._found = [(own.__dict__, _copy(own.__dict__)) for own in modules]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The modules with these attributes; afterwards with those that they have now."""
-        present = [
-            (own, {name: value for name, value in own.items() if name in then or _is_kept(name, value)})
-            for own, then in self._found
-        ]
+        present = [(own, _copy(own)) for own, _ in self._found]
         for own, then in self._found:
             _put(own, then)
         try:
             yield
         finally:
             for own, now in present:
-                _put(own, {})
-                own.update(now)
+                _put(own, now)
+
+
+def _copy(own: dict[str, Any]) -> dict[str, Any]:
+    """What a module has, but for tensors, which are not to be held here; generators as they stand."""
+    if any(issubclass(kind, _NOT_COPIED) for kind in set(map(type, own.values()))):
+        found = {name: value for name, value in own.items() if not isinstance(value, torch.Tensor)}
+        return {name: _as_it_is(value) for name, value in found.items()}
+    return own.copy()
+
+
+def _put(own: dict[str, Any], then: dict[str, Any]) -> None:
+    """Have a module's plain attributes and generators be what they were."""
+    if own.keys() == then.keys() and all(map(is_, own.values(), then.values())):
+        return  # nothing has changed: nearly always
+    for name in [name for name, value in own.items() if _is_kept(name, value) and name not in then]:
+        del own[name]  # it has come since: a class has one of that name, or will have made it anew
+    kept = {name: _as_it_is(value) for name, value in then.items() if _is_kept(name, value)}
+    own.update({name: value for name, value in kept.items() if own.get(name, _NONE) is not value})
 
 
 class Settings:
@@ -62,16 +79,6 @@ def settings_of(module: nn.Module) -> tuple[type, dict[str, Any]]:
     """Of one module, without those that it has in it."""
     plain = {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}
     return type(module), {name: value for name, value in plain.items() if not name.startswith("_")}
-
-
-def _kept(own: dict[str, Any]) -> dict[str, Any]:
-    return {name: _as_it_is(value) for name, value in own.items() if _is_kept(name, value)}
-
-
-def _put(own: dict[str, Any], values: dict[str, Any]) -> None:
-    for name in [name for name, value in own.items() if _is_kept(name, value) and name not in values]:
-        del own[name]  # it has come since: a class has one of that name, or will have made it anew
-    own.update({name: _as_it_is(value) for name, value in values.items()})
 
 
 def _is_kept(name: str, value: Any) -> bool:

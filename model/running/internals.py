@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,36 @@ def storage_key(tensor: Tensor) -> int:
     """Equal for tensors that share a storage, while one of them lives."""
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+class Members(NamedTuple):
+    """A module and those within it, each once; their parameters and buffers by the names that
+    `named_parameters` and `named_buffers` give them.
+    """
+
+    modules: list[nn.Module]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def members(module: nn.Module) -> Members:
+    """Those of a module, in one walk: a block may have hundreds of modules, and is asked at every step."""
+    paths: dict[nn.Module, str] = {}
+    todo = [(module, "")]
+    while todo:
+        inner, path = todo.pop()
+        if inner not in paths:
+            paths[inner] = path
+            below = [(child, f"{path}{name}.") for name, child in inner._modules.items() if child is not None]
+            todo += reversed(below)
+    found, known = Members(list(paths), {}, {}), set[int]()
+    for inner, path in paths.items():
+        for there, own in ((found.parameters, inner._parameters), (found.buffers, inner._buffers)):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in known:
+                    known.add(id(tensor))
+                    there[path + name] = tensor
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from evoplan.model.running.internals import put_parameter
+from evoplan.model.running.internals import members, put_parameter
 from evoplan.model.running.unchanged import check, marks
 
 
@@ -18,14 +18,17 @@ class Parameters:
     `torch.func.functional_call`), or have some frozen. Autograd goes on with those of the forward, and so
     does what runs `installed`.
 
+    Args:
+        of_module: its parameters by name, if they are known.
+
     Attributes:
         all: every parameter.
         trained: those that a gradient is wanted of.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, of_module: dict[str, Tensor] | None = None) -> None:
         self.module = module
-        self.all: dict[str, Tensor] = dict(module.named_parameters())
+        self.all: dict[str, Tensor] = members(module).parameters if of_module is None else of_module
         self.trained = {name: tensor for name, tensor in self.all.items() if tensor.requires_grad}
         self._marks = marks(self.all)
 
@@ -36,7 +39,7 @@ class Parameters:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The module with these parameters, trained as they were."""
-        present = dict(self.module.named_parameters())
+        present = members(self.module).parameters
         if present.keys() != self.all.keys():
             odd = ", ".join(sorted(present.keys() ^ self.all.keys()))
             raise RuntimeError(

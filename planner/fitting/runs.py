@@ -19,7 +19,7 @@ from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
-from evoplan.model.running.internals import has_data, storage_key
+from evoplan.model.running.internals import has_data, members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
@@ -100,21 +100,22 @@ class CallRuns:
             else leaf
             for leaf, argument in zip(leaves, call.arguments, strict=True)
         ]  # fmt: skip
-        if any(inner._forward_hooks for inner in module.modules() if inner is not module):
+        found = members(module)
+        if any(inner._forward_hooks for inner in found.modules if inner is not module):
             warnings.warn(
                 f"hooks inside of {call.name} see tensors that are cut off from the graph of the model; what "
                 "they keep has no gradient there",
                 stacklevel=2,
             )
-        parameters = Parameters(module)
-        others = {name: buffer for name, buffer in module.named_buffers() if name not in call.changes}
+        parameters = Parameters(module, found.parameters)
+        others = {name: buffer for name, buffer in found.buffers.items() if name not in call.changes}
         met = MetCall(
             given,
             wanted,
             parameters,
             Context.of_steps(),
             marks(_tensors(given)),
-            Attributes(module),
+            Attributes(found.modules),
             {name: module.get_buffer(name).detach().clone() for name in call.changes},
             others,
             marks(others),
