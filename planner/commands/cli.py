@@ -21,9 +21,10 @@ from evoplan.planner.commands.flags import (
     times_option,
 )
 from evoplan.planner.commands.foreign import inspect, plan_from, shown_as_fit
+from evoplan.planner.commands.sweeps import sweep
 from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, loading, progress, run_command
 from evoplan.planner.commands.times import profile, roofline
-from evoplan.planner.files import check_writable, picture_format, write_json
+from evoplan.planner.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from evoplan.planner.problems.timing import Times
@@ -38,6 +39,7 @@ def cli() -> None:
 cli.add_command(roofline)
 cli.add_command(profile)
 cli.add_command(inspect)
+cli.add_command(sweep)
 
 
 @cli.command()
@@ -196,52 +198,6 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
             print_verification(results[0], console)
             print_rank_verifications(results, console)
     sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
-
-
-@cli.command()
-@problem_options
-@times_option
-@cache_option
-@click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
-@click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
-@click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
-@json_option
-def sweep(
-    points: int,
-    times: Times,
-    cache: str | None,
-    out: str | None,
-    plot: str | None,
-    json_path: str | None,
-    **flags: Any,
-) -> None:
-    """The frontier of memory and time, baselines marked on it."""
-    check_writable(out, plot, json_path=json_path, reads=files_read(cache, **flags))
-    if plot is not None:
-        picture_format(plot)
-    problem = problem_of(**flags)
-    from evoplan.planner.plans.sweeping import sweep as sweep_frontier
-    from evoplan.planner.reports.plans import print_sweep
-    from evoplan.planner.reports.plot import plot_sweep
-
-    if not problem.training:
-        raise ValueError("sweep is for training; for inference ask plan for one budget after another")
-
-    with progress("loading torch") as update:
-        from evoplan.planner.problems.timing import cost_with_times
-
-        problem = problem.model_copy(update={"budget_bytes": None})
-        costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
-        update("solving")
-        document = sweep_frontier(costed, points, update)
-    for path in filter(None, (out, json_path)):
-        write_json(path, document)
-    if plot:
-        plot_sweep(document, plot)
-    console = console_for_output(json_path=json_path)
-    print_sweep(document, console)
-    if plot:
-        console.print(f"picture written to {plot}", highlight=False, soft_wrap=True)
 
 
 @cli.command()

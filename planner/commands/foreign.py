@@ -14,7 +14,7 @@ from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
 SOURCE = "FILE.py:FUNCTION, which returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss)"
-_TAKEN = {"memory", "optimizer", "device", "mixed"}  # flags of `evoplan plan` that go with --from
+_TAKEN = {"memory", "optimizer", "device", "mixed"}  # flags that go with --from
 
 
 def built_by(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
@@ -63,6 +63,37 @@ def plan_from(source: str, flags: dict[str, Any], out: str | None, json_path: st
     Args:
         flags: of `evoplan plan`; those that describe a preset have no place here.
     """
+    model, args, kwargs, loss, options = _asked_for(source, flags)
+    from evoplan.planner.fitting.fitted import fit
+
+    with progress("planning"):
+        fitted = fit(model, args, kwargs, flags["memory"], loss, **options)
+    for path in filter(None, (out, json_path)):
+        fitted.plan.save(path)
+    console = console_for_output(json_path=json_path)
+    console.print(fitted.report(), highlight=False, soft_wrap=True)
+    if out:
+        console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
+
+
+def swept_from(source: str, flags: dict[str, Any], points: int) -> dict[str, Any]:
+    """The frontier of the model that a file builds, as `planner.plans.sweeping.sweep` has that of our own.
+
+    Args:
+        flags: of `evoplan sweep`.
+        points: how many budgets are tried.
+    """
+    if flags["memory"] is not None:
+        raise ValueError("a sweep has all budgets; leave --memory out")
+    model, args, kwargs, loss, options = _asked_for(source, flags)
+    from evoplan.planner.fitting.fitted import fit
+
+    with progress("sweeping"):
+        return fit(model, args, kwargs, None, loss, **options).sweep(points)
+
+
+def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
+    """What a file builds, and the options of `evoplan.fit` that flags tell."""
     context = click.get_current_context()
     for name in {*flags, "solver_name", "certify", "times", "cache"} - _TAKEN:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -70,30 +101,18 @@ def plan_from(source: str, flags: dict[str, Any], out: str | None, json_path: st
             raise ValueError(f"--from has a model and shapes of its own; leave {flag} out")
     import torch
 
-    from evoplan.planner.fitting.fitted import fit
     from evoplan.planner.problems.problem import AUTOCAST
 
     with progress("making the model"):
-        model, args, kwargs, loss = built_by(source)
+        built = built_by(source)
     chosen = context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE
     mixed = flags["mixed"]
-    with progress("planning"):
-        fitted = fit(
-            model,
-            args,
-            kwargs,
-            flags["memory"],
-            loss,
-            optimizer=flags["optimizer"],
-            device=flags["device"] if chosen else None,
-            autocast=getattr(torch, AUTOCAST[mixed]) if mixed else None,
-        )
-    for path in filter(None, (out, json_path)):
-        fitted.plan.save(path)
-    console = console_for_output(json_path=json_path)
-    console.print(fitted.report(), highlight=False, soft_wrap=True)
-    if out:
-        console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
+    options = {
+        "optimizer": flags["optimizer"],
+        "device": flags["device"] if chosen else None,
+        "autocast": getattr(torch, AUTOCAST[mixed]) if mixed else None,
+    }
+    return *built, options
 
 
 def shown_as_fit(plan_file: str, json_path: str | None) -> bool:

@@ -16,6 +16,7 @@ from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
 from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
+from evoplan.planner.fitting.sweeping import swept
 from evoplan.planner.fitting.verifying import FitVerification, verify_fit
 from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
@@ -57,6 +58,10 @@ class Fitted:
         """What can be had: peak and time of the fastest plans, from the least memory on."""
         return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
 
+    def sweep(self, points: int = 60) -> dict[str, Any]:
+        """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds."""
+        return swept(self._fitting, points)
+
     def replan(self, budget: str | int | None) -> None:
         """Run under another budget from now on, on the costs that are known.
 
@@ -90,9 +95,9 @@ def fit(
 ) -> Fitted:
     """Train a model within a memory budget, whoever wrote it.
 
-    Its blocks are found, and what each of them costs kept, recomputed or with its children recomputed; the
-    fastest combination whose whole step stays within the budget is applied to the model itself, which keeps
-    its class, its forward, its parameters' names, its hooks, and is trained as before.
+    Its blocks are found, and what each of them costs kept, recomputed, or with modules in it recomputed or
+    run in slices; the fastest combination whose whole step stays within the budget is applied to the model
+    itself, which keeps its class, its forward, its parameters' names, its hooks, and is trained as before.
 
     Args:
         model: any module whose blocks are called one after the other.

@@ -39,20 +39,22 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
         [p["step_seconds"] for p in points],
         where="post", color="tab:blue", label="planned",
     )  # fmt: skip
-    flat = document.get("seed_dp_points", [])
-    axes.step(
-        [p["peak_bytes"] / unit for p in flat],
-        [p["step_seconds"] for p in flat],
-        where="post", color="tab:orange", linestyle=":", label="seed-dp",
-    )  # fmt: skip
+    if flat := document.get("seed_dp_points"):
+        axes.step(
+            [p["peak_bytes"] / unit for p in flat],
+            [p["step_seconds"] for p in flat],
+            where="post", color="tab:orange", linestyle=":", label="seed-dp",
+        )  # fmt: skip
+    middle = (points[0]["peak_bytes"] * points[-1]["peak_bytes"]) ** 0.5  # of a logarithmic scale
     for (label, baseline), marker in zip(document["baselines"].items(), "osD^v<>", strict=False):
         axes.plot(
             baseline["peak_bytes"] / unit, baseline["step_seconds"],
             marker, color="tab:orange", markersize=7, linestyle="none",
         )  # fmt: skip
+        left = baseline["peak_bytes"] > middle  # where the frame is near on the right
         axes.annotate(
             label, (baseline["peak_bytes"] / unit, baseline["step_seconds"]),
-            textcoords="offset points", xytext=(6, 5),
+            textcoords="offset points", xytext=(-6 if left else 6, 5), ha="right" if left else "left",
         )  # fmt: skip
     if plan is not None:
         axes.plot(
@@ -65,8 +67,9 @@ def plot_sweep(document: dict[str, Any], path: str | Path, plan: dict[str, Any] 
         )
     axes.set_title(document["title"])
     axes.set_xscale("log")
-    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xlabel(f"peak memory [{name}]")
     axes.set_ylabel(f"step time [s, {document['costs']['time']}]")
     # The last bytes cost the most: what is far slower than any baseline is left out of the picture.

@@ -1,0 +1,77 @@
+"""The frontier of memory and time, of our own models and of others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evoplan.planner.commands.flags import (
+    cache_option,
+    files_read,
+    json_option,
+    problem_of,
+    problem_options,
+    times_option,
+)
+from evoplan.planner.commands.foreign import swept_from
+from evoplan.planner.commands.terminal import console_for_output, progress
+from evoplan.planner.files import check_writable, picture_format, write_json
+
+if TYPE_CHECKING:
+    from evoplan.planner.problems.timing import Times
+
+
+@click.command()
+@problem_options
+@times_option
+@cache_option
+@click.option("--from", "source", metavar="FILE.py:FUNCTION", help="Of a model that somebody wrote.")
+@click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
+@click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
+@click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
+@json_option
+def sweep(
+    points: int,
+    times: Times,
+    cache: str | None,
+    source: str | None,
+    out: str | None,
+    plot: str | None,
+    json_path: str | None,
+    **flags: Any,
+) -> None:
+    """The frontier of memory and time, baselines marked on it. With --from of any model."""
+    check_writable(out, plot, json_path=json_path, reads=files_read(cache, **flags))
+    if plot is not None:
+        picture_format(plot)
+    if source is not None:
+        document = swept_from(source, flags, points)
+    else:
+        document = _swept(points, times, cache, flags)
+    from evoplan.planner.reports.plans import print_sweep
+    from evoplan.planner.reports.plot import plot_sweep
+
+    for path in filter(None, (out, json_path)):
+        write_json(path, document)
+    if plot:
+        plot_sweep(document, plot)
+    console = console_for_output(json_path=json_path)
+    print_sweep(document, console)
+    if plot:
+        console.print(f"picture written to {plot}", highlight=False, soft_wrap=True)
+
+
+def _swept(points: int, times: Times, cache: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Of a preset."""
+    problem = problem_of(**flags)
+    if not problem.training:
+        raise ValueError("sweep is for training; for inference ask plan for one budget after another")
+    with progress("loading torch") as update:
+        from evoplan.planner.plans.sweeping import sweep as sweep_frontier
+        from evoplan.planner.problems.timing import cost_with_times
+
+        problem = problem.model_copy(update={"budget_bytes": None})
+        costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
+        update("solving")
+        return sweep_frontier(costed, points, update)

@@ -1,0 +1,108 @@
+"""Commands on models that a file builds: one line per error, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import call
+
+BUILDS = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def build():
+    return nn.Sequential(*(Block() for _ in range(4))), (torch.randn(60, 8),)
+
+
+def fails():
+    raise RuntimeError("no weights")
+
+
+def odd():
+    return 3
+
+
+def without_blocks():
+    return nn.Linear(8, 8), (torch.randn(6, 8),)
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(BUILDS)
+    return f"{path}:build"
+
+
+def test_a_model_of_a_file_is_planned_shown_and_swept(
+    source: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    plan, frontier, picture = tmp_path / "plan.json", tmp_path / "frontier.json", tmp_path / "frontier.svg"
+    code, printed, _ = call(capsys, "plan", "--from", source, "--memory", "1MiB", "--out", str(plan))
+    assert code == 0
+    assert "Sequential: 4 blocks" in printed
+    code, shown, _ = call(capsys, "show", str(plan))
+    assert code == 0
+    assert shown.strip() in printed
+    swept = ["sweep", "--from", source, "--points", "8", "--json", str(frontier), "--plot", str(picture)]
+    assert call(capsys, *swept)[0] == 0
+    document = json.loads(frontier.read_text())
+    peaks = [point["peak_bytes"] for point in document["points"]]
+    seconds = [point["step_seconds"] for point in document["points"]]
+    assert peaks == sorted(peaks)
+    assert seconds == sorted(seconds, reverse=True)
+    assert peaks[0] < document["baselines"]["large"]["peak_bytes"] < peaks[-1]
+    assert json.loads(plan.read_text())["predicted"]["step_seconds"] == seconds[-1]
+    assert picture.stat().st_size > 0
+
+
+def test_inspect_tells_blocks_and_axes(source: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    code, printed, _ = call(capsys, "inspect", source)
+    assert code == 0
+    assert "independent . along 0 (60)" in printed
+    assert call(capsys, "inspect", source, "--json", str(out))[0] == 0
+    assert json.loads(out.read_text())["blocks"][1]["axes"]["."] == {"0": 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("nothing", [], "has no nothing"),
+        ("fails", [], "no weights"),
+        ("odd", [], "returns something else"),
+        ("without_blocks", [], "no modules that are called one after the other"),
+        ("build", ["--n-res", "4"], "leave --n-res out"),
+        ("build", ["--memory", "1KiB"], "the least that does is"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    source: str, capsys: pytest.CaptureFixture, tmp_path: Path, name: str, more: list[str], said: str
+) -> None:
+    out = tmp_path / "plan.json"
+    source = source.replace("build", name)
+    code, printed, error = call(capsys, "plan", "--from", source, *more, "--out", str(out))
+    assert code == (3 if "least" in said else 2)
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+    assert not printed
+    assert not out.exists()
+
+
+def test_a_sweep_has_all_budgets(source: str, capsys: pytest.CaptureFixture) -> None:
+    code, _, error = call(capsys, "sweep", "--from", source, "--memory", "1GiB")
+    assert code == 2
+    assert "leave --memory out" in error
