@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from evoplan.cost_model.as_written import AutogradsRun, Entered
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
@@ -17,7 +18,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.steps import AsWritten, StepCost
 from evoplan.cost_model.trace import Trace, Work, fake_copy
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call, Made
@@ -169,22 +170,40 @@ class CallTracing:
     def cost(self, strategy: Strategy) -> StepCost:
         """Its cost under one strategy."""
         cost = self._recorded(strategy)
-        if not cost.keeps_made:
-            return cost
-        return replace(cost, backward_held_bytes=self._recorded(strategy, held=True).backward_bytes)
+        held = self._recorded(strategy, held=True).backward_bytes if cost.keeps_made else 0
+        written = None if strategy.within else self._written(strategy, bool(cost.keeps_made))
+        return replace(cost, backward_held_bytes=held, as_written=written)
 
-    def _recorded(self, strategy: Strategy, held: bool = False) -> StepCost:
+    def _written(self, strategy: Strategy, keeps_made: bool) -> AsWritten:
+        """The same in autograd's own graph."""
+        for parameter in self.module.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        entered = Entered(self.module.forward)
+        first = self._recorded(strategy, as_written=entered)
+        held = self._recorded(strategy, held=True, as_written=entered) if keeps_made else None
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        keeps = tuple(at for at, nbytes in entered.kept.items() if nbytes)
+        return AsWritten(first.backward_bytes, held.backward_bytes if held else 0, keeps)
+
+    def _recorded(
+        self, strategy: Strategy, held: bool = False, as_written: Entered | None = None
+    ) -> StepCost:
         """A recorded run and its backward.
 
         Args:
             held: whether others hold what it makes, above which the backward counts then.
+            as_written: it runs in autograd's own graph; is told which arguments are held.
         """
         call, trace, base = self.call, self.trace, self.trace.live_bytes
         discard_bytes, discard_work = self._discarded(strategy)
-        trace.reset()
         inside, parameters = self._inside(strategy), Parameters(self.module)
+        trace.reset()
         with self.casting():
-            run = CallRun(call, self.module.forward, self.leaves, call.wanted, parameters, inside)
+            if as_written is None:
+                run = CallRun(call, self.module.forward, self.leaves, call.wanted, parameters, inside)
+            else:
+                run = AutogradsRun(call, as_written, self.leaves, call.wanted, parameters, inside)
         number_bytes = trace.kept_number_bytes
         made, returned = run.take()
         forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()
@@ -200,11 +219,12 @@ class CallTracing:
         of_state = sum(storages[at][1] for at in keeps)
         preserved_bytes = trace.live_bytes - base + number_bytes - of_state
 
-        grads = [_gradient(made, self.where) for made in call.made]
+        given_bytes = 0 if as_written is None else as_written.look(trace)
+        grads = [_gradient(made, self.where) for made in call.made if as_written is None]
         more = [layout.empty(self.where) for name, layout in self.live.items() if name not in call.makes]
         trace.reset()
         found = run.vjp(grads)
-        backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0)
+        backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0) - given_bytes
         backward_work = trace.work()
         del run, found, grads, more, others
         if trace.live_bytes != base:

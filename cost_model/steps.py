@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ FEW = 8  # pieces in which attention is run with another kernel, at most
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128
 
 
+class AsWritten(NamedTuple):
+    """A step in autograd's own graph, which adds gradients of parameters to what they have as they come.
+
+    Attributes:
+        backward_bytes, backward_held_bytes: as those of a `StepCost`.
+        keeps_given: positions of the arguments that are held to its backward: others may go before.
+    """
+
+    backward_bytes: int
+    backward_held_bytes: int
+    keeps_given: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class StepCost:
     """One step under one strategy. Bytes are above the state it enters with.
@@ -39,6 +53,7 @@ class StepCost:
         keeps_made: which of the tensors that it makes are held to its backward as well, beside what is
             preserved: something later in the step reads them.
         backward_held_bytes: peak of its backward above those where others hold them too: else they go early.
+        as_written: of blocks of models that were written elsewhere: what differs where autograd has it.
         discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
     """
 
@@ -55,6 +70,7 @@ class StepCost:
     backward_seconds: float = 0.0
     keeps_made: tuple[int, ...] = ()
     backward_held_bytes: int = 0
+    as_written: AsWritten | None = None
 
     @property
     def inter_mem(self) -> int:

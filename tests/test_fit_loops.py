@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -461,7 +462,10 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
 
 
 def test_losses_that_do_not_reach_each_other() -> None:
-    """The late one first; else the early one drops records that it comes past, and the late one says so."""
+    """The late one first; else the early one drops checkpoints that it comes past, and the late one says so.
+
+    Blocks of which nothing runs again are autograd's own, which goes any way.
+    """
 
     class Local(Odd):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -485,12 +489,38 @@ def test_losses_that_do_not_reach_each_other() -> None:
     expected = losses(copy.deepcopy(given.model))
     chain = chain_of(given)
     runs = tuple(Run(at, WHOLE) for at in range(4))
-    for parts in (runs, (*runs[:2], Checkpoint(Sequence(runs[2:]), (WHOLE,) * 2))):
-        model = copy.deepcopy(given.model)
-        Patched(model, chain, Sequence(parts)).install()
-        assert_same(expected, losses(model))
-        with pytest.raises(RuntimeError, match="came past it from a loss of earlier steps"):
-            losses(model, early_first=True)
+    model = copy.deepcopy(given.model)
+    Patched(model, chain, Sequence(runs)).install()
+    assert_same(expected, losses(model))
+    model.zero_grad()
+    assert_same(expected, losses(model, early_first=True))
+    model = copy.deepcopy(given.model)
+    both = (Checkpoint(Sequence(half), (WHOLE,) * 2) for half in (runs[:2], runs[2:]))
+    Patched(model, chain, Sequence(tuple(both))).install()
+    assert_same(expected, losses(model))
+    with pytest.raises(RuntimeError, match="came past it from a loss of earlier steps"):
+        losses(model, early_first=True)
+
+
+def test_blocks_of_which_nothing_runs_again_are_autograds_own() -> None:
+    """No node of a tape, no node per block: the graph is the plain model's, and so are hooks in it."""
+    given = case("gpt")
+    seen: list[Tensor] = []
+    under = given.fit()
+    given.model.blocks[1].mlp.register_forward_hook(lambda module, args, made: seen.append(made))
+    loss = under(*given.args).square().mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (grad,) = torch.autograd.grad(loss, seen, retain_graph=True)  # it is part of the graph
+    assert float(grad.abs().max()) > 0
+    names, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node.name() not in names:
+            names.add(node.name())
+            todo += [inner for inner, _ in node.next_functions]
+    assert not [name for name in names if "Step" in name]
+    under.remove()
 
 
 def test_one_plan_at_a_time() -> None:

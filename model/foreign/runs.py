@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.inside import Forward, Inside
@@ -59,11 +60,13 @@ class CallRun:
         args, kwargs = call.arguments_from(given)
         with torch.enable_grad(), inside.recording(forward) as recording:
             made, returned = call.made_of(recording(*args, **kwargs))
-        # Edges, not tensors: what was made belongs to whoever reads it next.
-        edge = torch.autograd.graph.get_gradient_edge
-        self.edges = [edge(tensor) if tensor.requires_grad else None for tensor in made]
+        self.edges = self.ends(made)
         self.made: tuple[Tensor, ...] = tuple(tensor.detach() for tensor in made)
         self.returned = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in returned]
+
+    def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
+        """Where gradients come in: edges, not tensors, as what was made belongs to whoever reads it next."""
+        return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made]
 
     def take(self) -> tuple[tuple[Tensor, ...], list[Any]]:
         """What it makes and returns; the record does not hold it any longer."""

@@ -6,8 +6,9 @@ what is kept and when it goes. So a whole training step is simulated in the time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,20 +26,34 @@ from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.tape import Outputs
 from evoplan.planner.fitting.runs import CallRuns, Planned
+from evoplan.planner.schedules.schedule import Action
 
 
 class GhostRuns(CallRuns):
     """As `CallRuns`, of one forward without data.
 
     Args:
+        calls: of the model.
         table: what each call takes.
         trace: is told of it.
         where: what tensors are on.
     """
 
-    def __init__(self, blocks: Mapping[str, Planned], table: CostTable, trace: Trace, where: str) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, Planned],
+        calls: Sequence[Call],
+        table: CostTable,
+        trace: Trace,
+        where: str,
+    ) -> None:
         super().__init__(blocks)
         self.table, self.trace, self.where = table, trace, where
+        uses = Counter(id(p) for call in calls for p in blocks[call.path].module.parameters())
+        # Of parameters of several calls autograd holds the sum until the last of them.
+        self._shared = {
+            path for path, (module, _) in blocks.items() if any(uses[id(p)] > 1 for p in module.parameters())
+        }
 
     def accepted(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
@@ -48,6 +63,25 @@ class GhostRuns(CallRuns):
         if structure != call.structure:
             leaves = [None] * len(call.arguments)
         return [_as_planned(*both, self.where) for both in zip(leaves, call.arguments, strict=True)]
+
+    def as_written(self, action: Action) -> bool:
+        """Never: the tape calls these, and `run` tells what autograd would have done."""
+        return False
+
+    def cut_off(self, call: Call) -> None:
+        """Nothing: no hook runs."""
+
+    def run(
+        self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
+    ) -> tuple[Any, Outputs]:
+        """As `planner.execution.tape.Runs` has it."""
+        written = recorded and not strategy.within
+        if written:  # autograd itself runs nothing again, and needs no generator's state
+            self.met[call.index].random = None
+        kept, made = super().run(call, strategy, recorded, state)
+        if written and isinstance(kept, _GhostRecord):
+            kept.in_autograds_graph(shared=call.path in self._shared)
+        return kept, made
 
     def random_state(self, call: Call) -> Any:
         """As large as a real one."""
@@ -104,11 +138,28 @@ class _GhostRecord:
     leaves: list[Any]
     own: list[Tensor]
     runs: GhostRuns
+    as_written: bool = False
 
     def __post_init__(self) -> None:
         self.kept: Tensor | None = torch.empty(
             self.cost.preserved_bytes, dtype=torch.uint8, device=self.runs.where
         )
+
+    def in_autograds_graph(self, shared: bool) -> None:
+        """No tape holds it; gradients of its parameters are added to what they have, if they are its own."""
+        cost = self.cost.as_written
+        assert cost is not None  # as nothing of it runs again
+        self.leaves = [
+            leaf if at in cost.keeps_given or not isinstance(leaf, Tensor) else leaf.new_empty(0)
+            for at, leaf in enumerate(self.leaves)
+        ]
+        if not shared:
+            self.as_written = True
+            self.cost = replace(
+                self.cost,
+                backward_bytes=cost.backward_bytes,
+                backward_held_bytes=cost.backward_held_bytes,
+            )
 
     @cached_property
     def live_bytes(self) -> int:
@@ -132,5 +183,11 @@ class _GhostRecord:
         trace.took(size - cost.preserved_bytes - self.live_bytes)
         if not keep:
             self.kept = None
-        of_inputs = {at: torch.empty_like(self.leaves[at]) for at in met.wanted}
+        of_inputs = {at: self._like(self.call.arguments[at]) for at in met.wanted}
+        if self.as_written:  # gradients of parameters are added to those there are
+            return of_inputs, {}
         return of_inputs, {name: torch.empty_like(p) for name, p in met.parameters.trained.items()}
+
+    def _like(self, argument: Argument) -> Tensor:
+        assert not isinstance(argument, Value)  # as a gradient is wanted of it
+        return argument.layout.empty(self.runs.where)

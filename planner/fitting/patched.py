@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evoplan.cost_model.calls import liveness_of
 from evoplan.model.foreign.calls import Call
@@ -20,7 +20,7 @@ from evoplan.model.running.chain import State
 from evoplan.model.running.internals import has_saving_hooks, other_forwards
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.fitting.runs import CallRuns, Planned
-from evoplan.planner.schedules.schedule import Sequence, actions
+from evoplan.planner.schedules.schedule import Action, Sequence, actions
 
 OnChange = Literal["error", "unplanned"]
 MakeRuns = Callable[[dict[str, Planned]], CallRuns]
@@ -151,6 +151,8 @@ class _Pass:
             return forward(*args, **kwargs)
         self.position += 1
         action, tape = self.patched.todo[call.index], self.tape
+        if self.runs.as_written(action):
+            return self._written(call, action, args, kwargs)
         tape.enter(action, self.state)
         self.busy = True
         try:
@@ -158,13 +160,31 @@ class _Pass:
             made = tape.advance(call, action, {name: self.state[name] for name in call.reads}, inputs)
         finally:
             self.busy = False
-        self.state.update(zip(call.makes, made, strict=True))
-        for name in self.patched.liveness.last_reads(call.index):
-            del self.state[name]
+        self._made(call, made)
         tape.leave(action)
         met = self.runs.met[call.index]
         returned, met.returned = met.returned, []
         return call.result_of(made, returned, leaves)
+
+    def _written(self, call: Call, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of which nothing will run again: autograd records it as it does without a plan."""
+        assert action.run is not None
+        self.busy = True
+        try:
+            result = self.runs.written(call, action.run.strategy, args, kwargs)
+        finally:
+            self.busy = False
+        try:
+            self._made(call, call.made_of(result)[0])
+        except ChangedCallError as error:
+            self._changed(error)
+        return result
+
+    def _made(self, call: Call, made: tuple[Tensor, ...]) -> None:
+        """The state after a call."""
+        self.state.update(zip(call.makes, made, strict=True))
+        for name in self.patched.liveness.last_reads(call.index):
+            del self.state[name]
 
     def _next(self, block: nn.Module) -> Call:
         if self.position < len(self.calls):

@@ -102,11 +102,7 @@ class CallRuns:
         ]  # fmt: skip
         found = members(module)
         if any(inner._forward_hooks for inner in found.modules if inner is not module):
-            warnings.warn(
-                f"hooks inside of {call.name} see tensors that are cut off from the graph of the model; what "
-                "they keep has no gradient there",
-                stacklevel=2,
-            )
+            self.cut_off(call)
         parameters = Parameters(module, found.parameters)
         others = {name: buffer for name, buffer in found.buffers.items() if name not in call.changes}
         met = MetCall(
@@ -123,6 +119,24 @@ class CallRuns:
         )
         self.met[call.index] = met
         return *(leaves[at] for at in wanted), *parameters.trained.values()
+
+    def as_written(self, action: Action) -> bool:
+        """Whether a step of forward runs in autograd's own graph: nothing of it will run again."""
+        return action.run is not None and action.recorded and not action.run.strategy.within
+
+    def written(self, call: Call, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What such a step returns."""
+        module, forward = self.blocks[call.path]
+        with Inside(strategy, module, call.children, call.settings).recording(forward) as recording:
+            return recording(*args, **kwargs)
+
+    def cut_off(self, call: Call) -> None:
+        """Say what becomes of hooks within a block."""
+        warnings.warn(
+            f"hooks inside of {call.name} see tensors that are cut off from the graph of the model; what "
+            "they keep has no gradient there",
+            stacklevel=3,
+        )
 
     def random_state(self, call: Call) -> RandomState | None:
         """Where the generators stand before a call."""

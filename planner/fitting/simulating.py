@@ -19,6 +19,7 @@ from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
+from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, capture
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
@@ -145,7 +146,10 @@ class Simulator:
             inputs = trace.live_bytes - base - gradients
             static = {"parameters": sum(sizes.values()), "gradients": gradients, "inputs": inputs}
             patched = Patched(
-                copy, self.captured, schedule, runs=partial(_ghosts, self.table, trace, self.where)
+                copy,
+                self.captured,
+                schedule,
+                runs=partial(_ghosts, self.captured.calls, self.table, trace, self.where),
             )
             patched.install()
             trace.reset()
@@ -162,5 +166,7 @@ class Simulator:
             return Simulated(peak, static, seconds(trace.work(), self.device, self.precision))
 
 
-def _ghosts(table: CostTable, trace: Trace, where: str, blocks: dict[str, Planned]) -> GhostRuns:
-    return GhostRuns(blocks, table, trace, where)
+def _ghosts(
+    calls: tuple[Call, ...], table: CostTable, trace: Trace, where: str, blocks: dict[str, Planned]
+) -> GhostRuns:
+    return GhostRuns(blocks, calls, table, trace, where)

@@ -1,0 +1,87 @@
+"""Runs of a call as a model has them that is under no plan: within autograd's own graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from evoplan.cost_model.trace import Trace
+from evoplan.model.foreign.lean import as_written
+from evoplan.model.foreign.leaves import distinct
+from evoplan.model.foreign.runs import CallRun
+from evoplan.model.running.internals import storage_key
+
+
+class AutogradsRun(CallRun):
+    """A call within autograd's own graph, as a model that is under no plan has it."""
+
+    root: Tensor | None = None
+
+    def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
+        """None: gradients come of a node of the graph, which holds them no longer than their readers do."""
+        if wanted := [tensor for tensor in made if tensor.requires_grad]:
+            self.root = _Gradients.apply(*wanted)  # type: ignore[no-untyped-call]
+        return []
+
+    def vjp(
+        self, grads: Sequence[Tensor | None], keep: bool = False
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Gradients of the wanted arguments; those of parameters are added to what they have."""
+        root, self.root = self.root, None
+        if root is not None:
+            root.backward(inputs=[*self.inputs.values(), *self.parameters.trained.values()])
+        return {at: leaf.grad for at, leaf in self.inputs.items() if leaf.grad is not None}, {}
+
+
+class Entered:
+    """A forward that is given copies of its arguments, made here: so it shows which of them are held.
+
+    Attributes:
+        kept: by position, the bytes of those that are, when `look` was last called.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.kept: dict[int, int] = {}
+        self._storages: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        given = distinct(leaves)
+        with as_written():  # a copy is what a lean run would make again
+            copies = [tensor.clone() for tensor in given.tensors]
+        self._storages = {
+            at: (storage_key(copies[place]), copies[place].untyped_storage().nbytes())
+            for at, place in enumerate(given.places)
+            if place is not None
+        }
+        args, kwargs = pytree.tree_unflatten(given.leaves(copies), structure)
+        del copies, leaves
+        return self.forward(*args, **kwargs)
+
+    def look(self, trace: Trace) -> int:
+        """How many bytes of them are held now."""
+        self.kept = {
+            at: trace.in_blocks(nbytes) if trace.holds(storage) else 0
+            for at, (storage, nbytes) in self._storages.items()
+        }
+        held = {storage: self.kept[at] for at, (storage, _) in self._storages.items()}
+        return sum(held.values())
+
+
+class _Gradients(torch.autograd.Function):
+    """Makes gradients of what it is given, as they come out of what is later in a model."""
+
+    @staticmethod
+    def forward(ctx: Any, *made: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in made]
+        return made[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=where) for shape, dtype, where in ctx.like)
