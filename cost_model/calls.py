@@ -19,7 +19,7 @@ from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import AsWritten, StepCost
-from evoplan.cost_model.trace import Trace, Work, fake_copy
+from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError
@@ -119,14 +119,17 @@ def _traced(
 ) -> list[StepCost]:
     offered = strategies_of(call.children)  # for which modules may be run on real tensors
     try:
-        with simulated(device, where=where) as trace:
+        with simulated(device, where=where) as trace, real_tensors_too():
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
             return [tracing.cost(strategy) for strategy in offered]
     except CaptureError:
         raise
-    except Exception:  # somebody else's code, which may want another device
+    except Exception as error:  # somebody else's code, which may want another device
         if where == "cpu":
-            raise
+            said = str(error).partition("\n")[0][:300]
+            raise CaptureError(
+                f"{call.name} cannot be run without data, or not again ({type(error).__name__}: {said})"
+            ) from None
     return _traced(call, module, live, device, casting, "cpu")
 
 

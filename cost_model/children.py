@@ -18,7 +18,7 @@ from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import Trace, fake_copy
+from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured
@@ -84,7 +84,7 @@ def _children_of(
 def _watched(
     call: Call, module: nn.Module, device: Device, precision: str, casting: Casting, where: str
 ) -> dict[str, Child]:
-    with simulated(device, where=where) as trace:
+    with simulated(device, where=where) as trace, real_tensors_too():
         copy = fake_copy(module, where=where)
         watch = _Children(copy, trace, lambda: seconds(trace.work(), device, precision))
         leaves = [
@@ -110,12 +110,15 @@ class _Frame:
 
     Attributes:
         known: storages that it may read: its arguments, parameters, buffers, and what was made in it.
+        made, read: what was made in it, and what it has read.
     """
 
     path: str
     base: int
     begun: float
     known: set[int]
+    made: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
     peak: int = 0
     draws: bool = False
     reads_more: bool = False
@@ -135,9 +138,12 @@ class _Children(TorchDispatchMode):
         self.trace, self.clock = trace, clock
         self.found: dict[str, Child] = {}
         self._open: list[_Frame] = []
+        self._own = {storage_key(tensor) for tensor in (*block.parameters(), *block.buffers())}
         # Who was given a storage, and who was given one that was written into afterwards.
         self._given: dict[int, set[str]] = {}
         self.rewritten: set[str] = set()
+        # Who has made a storage, has not returned it, and runs no longer: it was left in an attribute, say.
+        self._left: dict[int, set[str]] = {}
         for path, module in block.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["forward"] = self._watched(path, module, module.forward)
@@ -158,18 +164,27 @@ class _Children(TorchDispatchMode):
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         own = [*module.parameters(), *module.buffers()]
         before, wanted = marks(dict(module.named_buffers())), tuple(map(_wants, leaves))
-        known = {storage_key(tensor) for tensor in (*given, *own)}
+        # torch.func.functional_call may have given it others, which it will not have when it runs again.
+        known = {storage_key(tensor) for tensor in own} & self._own
+        known |= {storage_key(tensor) for tensor in given}
         frame = _Frame(path, self.trace.live_bytes, self.clock(), known)
         place = len(self.found)
         self._open.append(frame)
-        result = forward(*args, **kwargs)
-        self._open.pop()
         for tensor in given:
             self._given.setdefault(storage_key(tensor), set()).add(path)
+        result = forward(*args, **kwargs)
+        self._open.pop()
+        now, structure_now = pytree.tree_flatten((args, dict(kwargs)))
+        if structure_now != structure or list(map(id, now)) != list(map(id, leaves)):
+            self.rewritten.add(path)  # its caller's lists or dictionaries
         returned, structure_returned = pytree.tree_flatten(result)
         made = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         of_given = {storage_key(tensor) for tensor in given}
         apart = {storage_key(tensor) for tensor in made}
+        for key in apart:
+            self.rewritten |= self._left.get(key, set())
+        for key in frame.made - apart:
+            self._left.setdefault(key, set()).add(path)
         plain = (
             not frame.draws
             and not frame.reads_more
@@ -187,6 +202,7 @@ class _Children(TorchDispatchMode):
             structure=structure,
             arguments=layouts_of(leaves),
             wanted=wanted,
+            read=tuple(isinstance(leaf, Tensor) and storage_key(leaf) in frame.read for leaf in leaves),
             returned=structure_returned,
             results=layouts_of(returned),
             plain=plain,
@@ -223,14 +239,24 @@ class _Children(TorchDispatchMode):
         if func._schema.is_mutable:
             for tensor in written(func, args, kwargs or {}):
                 self.rewritten |= self._given.get(storage_key(tensor), set())
-        for key in set(made).difference(read):  # a new one, where an old one may have been
+        for key in read:
+            self.rewritten |= self._left.get(key, set())
+        new = set(made).difference(read)
+        for key in new:  # where an old one may have been
             self._given.pop(key, None)
+            self._left.pop(key, None)
         draws = draws_numbers(func, args, kwargs or {})
         live, told = self.trace.live_bytes, about_operator(func, args, kwargs).encode()
         for frame in self._open:
             frame.work.update(told)
-            frame.reads_more |= not frame.known.issuperset(read)
+            more = set(read) - frame.known
+            frame.reads_more |= bool(more)
+            # Handed over in an attribute, say, where it will be another when this runs again.
+            if more & self._open[0].known - self._own:
+                self.rewritten.add(frame.path)
             frame.known.update(made)
+            frame.made.update(new)
+            frame.read.update(read)
             frame.peak = max(frame.peak, live - frame.base)
             frame.draws |= draws
         return out

@@ -32,6 +32,7 @@ def child_of(module: nn.Module, *args: Any, plain: bool = True) -> Child:
         path=SELF, parent="", calls=1, work=str(id(module)),
         structure=structure, arguments=layouts_of(leaves),
         wanted=tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
+        read=tuple(isinstance(leaf, Tensor) for leaf in leaves),
         returned=structure_returned, results=layouts_of(returned), plain=plain, stays=True, draws=False,
         changes=False, kept_bytes=0, peak_bytes=0, given_bytes=0, made_bytes=0, seconds=0.0,
         prove=partial(independent_axes, module),
@@ -315,3 +316,63 @@ def test_a_module_that_is_not_what_it_was_runs_otherwise(change: str) -> None:
     with pytest.warns(UserWarning, match="is not run in slices"):
         forward(x)
     assert calls
+
+
+class Switched(nn.Module):
+    """Mixes what it is given if something says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self._mix, self.options = nn.Linear(8, 8), False, {"mix": False}
+        self.act: Callable[[Tensor], Tensor] = torch.tanh
+        self.register_buffer("on", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x)
+        if self._mix or self.options["mix"] or bool(self.on):
+            x = x - x.mean(0, True)
+        return self.act(x)
+
+
+@pytest.mark.parametrize("what", ["a name", "an option", "a function", "a buffer"])
+def test_a_switch_that_is_turned_is_seen(what: str) -> None:
+    module, x = Switched().double(), random(9, 8)
+    child = child_of(module, x)
+    forward = InSlices(module, module.forward, child, child.axis(0), 2, Settings(module), module.forward)
+    if what == "a name":
+        module._mix = True
+    elif what == "an option":
+        module.options["mix"] = True
+    elif what == "a function":
+        module.act = lambda x: x.softmax(0)
+    else:
+        module.on.fill_(True)
+    with pytest.warns(UserWarning, match="settings have changed"):
+        torch.testing.assert_close(forward(x), module(x))
+
+
+def test_switches_that_are_turned_have_other_axes() -> None:
+    module, x = Switched().double(), random(9, 8)
+    assert {axis.dim for axis in child_of(module, x).axes} == {0}
+    module.on.fill_(True)
+    assert not child_of(module, x).axes
+
+
+def test_what_integers_and_large_numbers_switch_is_seen() -> None:
+    rows = torch.tensor([7, 1, 7, 2, 3])
+    marked = Of(lambda x, ids, w: x @ w + torch.where((ids == 7).any(), x.mean(1, True), 0.0), 8, 8)
+    assert not child_of(marked, random(5, 30, 8), rows).axes
+    each = Of(lambda x, ids, w: x @ w * ids[:, None, None], 8, 8)
+    assert {axis.dim for axis in child_of(each, random(5, 30, 8), rows).axes} == {0}
+    clipped = Of(lambda x, w: torch.where(x.abs().amax() > 100, x * 100 / x.abs().amax(), x) @ w, 8, 8)
+    assert not child_of(clipped, random(5, 30, 8)).axes
+
+
+def test_what_is_no_tensor_is_the_modules_own() -> None:
+    module = Of(lambda x: (x.sin(), len(state)))
+    state: list[int] = []
+    x = random(9, 4)
+    forward = in_slices(module, child_of(module, x), 0, 2)
+    state.append(1)
+    assert forward(x)[1] == 1
+    assert forward(x.requires_grad_())[1] == 1

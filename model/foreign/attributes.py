@@ -61,24 +61,50 @@ def _put(own: dict[str, Any], then: dict[str, Any]) -> None:
 
 
 class Settings:
-    """What decides, besides its parameters, what a block does: classes of its modules, flags and numbers."""
+    """What decides, besides its parameters, what a block does: classes of its modules, what they have in
+    their attributes, and the values of buffers.
+    """
 
     def __init__(self, block: nn.Module | None = None) -> None:
         named = [] if block is None else list(block.named_modules(remove_duplicate=False))
         self._of = {path: settings_of(module) for path, module in named}
+        self._versions = {} if block is None else _versions(block)
 
     def hold(self, path: str, module: nn.Module) -> bool:
         """Whether they are still those of the module of a path in it, and of all in that."""
+        of_module = module.named_modules(remove_duplicate=False)
         return all(
-            self._of.get(f"{path}.{name}".strip(".")) == settings_of(inner)
-            for name, inner in module.named_modules(remove_duplicate=False)
+            self._of.get(f"{path}.{name}".strip(".")) == settings_of(inner) for name, inner in of_module
+        ) and all(
+            self._versions.get(f"{path}.{name}".strip(".")) == version
+            for name, version in _versions(module).items()
         )
 
 
 def settings_of(module: nn.Module) -> tuple[type, dict[str, Any]]:
     """Of one module, without those that it has in it."""
-    plain = {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}
-    return type(module), {name: value for name, value in plain.items() if not name.startswith("_")}
+    own = {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH}
+    return type(module), {name: _said(value) for name, value in own.items()}
+
+
+_OF_TORCH = (nn.Module().__dict__.keys() - {"training"}) | {"forward"}
+_DEEP, _LONG = 3, 100  # containers within one another, and what they hold: more is told by its kind
+
+
+def _said(value: Any, depth: int = 0) -> Any:
+    """Equal for values that are alike, as far as that can be told."""
+    if isinstance(value, _PLAIN):
+        return value
+    if depth < _DEEP and isinstance(value, dict | list | tuple | set) and len(value) <= _LONG:
+        inner = value.items() if isinstance(value, dict) else value
+        return type(value), [_said(item, depth + 1) for item in inner]
+    return id(value) if callable(value) else type(value)
+
+
+def _versions(module: nn.Module) -> dict[str, int]:
+    """How often each buffer was written into."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: 0 if buffer.is_inference() else buffer._version for name, buffer in buffers}
 
 
 def _is_kept(name: str, value: Any) -> bool:

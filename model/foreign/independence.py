@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoplan.model.foreign.attributes import settings_of
 from evoplan.model.foreign.children import Axis, Child
 from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.running.internals import has_data
 
 Shapes = list[tuple[int, ...] | None]  # of the arguments' leaves; None where one is no tensor
 
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 SMALL = (5, 7, 11, 13, 17, 19)  # what sizes become, each another: odd, so that slices are uneven
 MOST_NUMBERS = 2**21  # in arguments, where a module is to be run with the sizes it was called with
+MOST_OF_A_SWITCH = 64  # numbers in a buffer that decides what a module does
+NUMBERS = (32, 2)  # integers are below these: indices, perhaps, of tables that are short
+LARGE = 300.0
 CLOSE = 1e-9
 # Modules that go over to single precision by themselves are known by this: what is mixed in is far more.
 CLOSE_IN_SINGLE = 2e-4
@@ -53,49 +58,84 @@ def independent_axes(module: nn.Module, child: Child) -> tuple[Axis, ...]:
         return ()
     layers = [(name, settings_of(inner)) for name, inner in module.named_modules()]
     tensors = [
-        (name, tensor.shape, tensor.requires_grad)
-        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        *((name, tensor.shape, tensor.requires_grad) for name, tensor in module.named_parameters()),
+        *((name, tensor.shape, _value(tensor)) for name, tensor in module.named_buffers()),
     ]
     told = child.work, str(layers), str(tensors), child.structure, child.arguments, child.results
-    if told not in _known:
-        _known[told] = _found(child, module)
-    return _known[told]
+    try:
+        if told not in _known:
+            _known[told] = _found(child, module)
+        return _known[told]
+    except TypeError:  # it is given, or returns, something that has no hash: a slice, say
+        return _found(child, module)
+
+
+def _value(buffer: Tensor) -> Any:
+    """Of one that is small enough to be a switch."""
+    return buffer.tolist() if has_data(buffer) and buffer.numel() <= MOST_OF_A_SWITCH else None
 
 
 def _found(child: Child, module: nn.Module) -> tuple[Axis, ...]:
-    for shapes in _smaller(child, module):
+    before = random.getstate()
+    for shapes, numbers in product(_smaller(child, module), NUMBERS):
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                return tuple(_axes(child, module, shapes))
+                return tuple(_axes(child, module, shapes, numbers))
         except Exception as error:  # somebody else's code, with sizes that nobody has told it of
             logger.debug("%s with shapes %s: %s", child.path, shapes, error)
+        finally:
+            random.setstate(before)
     return ()
 
 
-def _axes(child: Child, module: nn.Module, shapes: Shapes) -> Iterator[Axis]:
+def _axes(child: Child, module: nn.Module, shapes: Shapes, numbers: int) -> Iterator[Axis]:
     full = shapes == _shapes(child)
-    for axis in _Probe(child, module, shapes).axes():
-        found = axis if full else _at_full_length(child, module, shapes, axis)
-        if found is not None:
+    for axis in _Probe(child, module, shapes, numbers).axes():
+        found = axis if full else _at_full_length(child, module, shapes, numbers, axis)
+        if found is not None and _in_full(child, module, shapes, numbers, found):
             yield found
 
 
-def _at_full_length(child: Child, module: nn.Module, shapes: Shapes, axis: Axis) -> Axis | None:
+def _at_full_length(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis: Axis) -> Axis | None:
     """The same axis, where it is as long as it is called with and all else is small.
 
     What is far apart may be mixed, by a dilated convolution, say, where what is near is not.
     """
+    try:
+        probe = _Probe(child, module, _long(child, shapes, axis), numbers)
+    except Exception as error:
+        logger.debug("%s with %s in full: %s", child.path, axis, error)
+        return None
+    return next((found for found in probe.axes() if found.dim == axis.dim), None)
+
+
+def _long(child: Child, shapes: Shapes, axis: Axis) -> Shapes:
+    """The same shapes, but for one axis, which is as long as it is called with."""
     long = list(shapes)
     for at, dim in enumerate(axis.arguments):
         then, shape = child.arguments[at], shapes[at]
         if dim is not None and isinstance(then, Layout) and shape is not None:
             long[at] = (*shape[:dim], then.shape[dim], *shape[dim + 1 :])
+    return long
+
+
+def _in_full(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis: Axis) -> bool:
+    """Whether slices give what the whole does where arguments are large numbers, and where all is as long as
+    it is called with, if that is not much.
+
+    A module may do otherwise above some size: experts with room for so many tokens, values that are clipped.
+    """
+    full = _shapes(child)
+    largest = full if _are_few(full) else _long(child, shapes, axis)
     try:
-        probe = _Probe(child, module, long)
+        return _Probe(child, module, largest, numbers, scale=LARGE).same(axis)
     except Exception as error:
-        logger.debug("%s with shapes %s: %s", child.path, long, error)
-        return None
-    return next((found for found in probe.axes() if found.dim == axis.dim), None)
+        logger.debug("%s with shapes %s: %s", child.path, largest, error)
+        return False
+
+
+def _are_few(shapes: Shapes) -> bool:
+    return sum(prod(shape) for shape in shapes if shape is not None) <= MOST_NUMBERS
 
 
 def _shapes(child: Child) -> Shapes:
@@ -126,7 +166,7 @@ def _smaller(child: Child, module: nn.Module) -> Iterator[Shapes]:
         if smaller != shapes and smaller not in tried:
             tried.append(smaller)
     yield from tried
-    if sum(prod(shape) for shape in shapes if shape is not None) <= MOST_NUMBERS:
+    if _are_few(shapes):
         yield shapes
 
 
@@ -148,10 +188,17 @@ class _Ran:
 
 
 class _Probe:
-    """A module's copy, and arguments of these shapes, else like those that it was called with."""
+    """A module's copy, and arguments of these shapes, else like those that it was called with.
 
-    def __init__(self, child: Child, module: nn.Module, shapes: Shapes) -> None:
-        self.child = child
+    Args:
+        numbers: integers are below this.
+        scale: of other numbers.
+    """
+
+    def __init__(
+        self, child: Child, module: nn.Module, shapes: Shapes, numbers: int = 2, scale: float = 1.0
+    ) -> None:
+        self.child, self.numbers, self.scale = child, numbers, scale
         self.random = torch.Generator().manual_seed(0)
         self.module = self._copy(module)
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -179,8 +226,9 @@ class _Probe:
     def _tensor(self, shape: Sequence[int], like: Layout | Tensor) -> Tensor:
         if like.dtype.is_floating_point or like.dtype.is_complex:
             dtype = torch.complex128 if like.dtype.is_complex else torch.float64
-            return torch.randn(tuple(shape), generator=self.random, dtype=dtype)
-        return torch.randint(2, tuple(shape), generator=self.random).to(like.dtype)
+            return self.scale * torch.randn(tuple(shape), generator=self.random, dtype=dtype)
+        most = 2 if like.dtype == torch.bool else self.numbers
+        return torch.randint(most, tuple(shape), generator=self.random).to(like.dtype)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=torch.float64).to(like.dtype)
@@ -202,10 +250,12 @@ class _Probe:
             if leaf.shape[dim] > 1
         }
         whole = self._differentiated(self.leaves, self.weights)
+        # It may ask whether what it is given wants a gradient, which in slices it does in backward alone.
+        alike = all(_close(*pair, self.close) for pair in zip(self.made, whole.made, strict=True))
         for dim in range(self.made[0].ndim):
             axis = self._axis(dim, follows)
             try:
-                if axis is not None and self._same(axis, whole):
+                if axis is not None and alike and self._same(axis, whole):
                     yield axis
             except Exception as error:  # it does not run in slices at all
                 logger.debug("%s in slices along %s: %s", self.child.path, axis, error)
@@ -245,7 +295,7 @@ class _Probe:
                 if at in cut:
                     return None  # two of its dimensions
                 cut[at] = of_leaf
-        if not cut:
+        if not cut or any(self._decides(at) for at in range(len(self.leaves)) if at not in cut):
             return None
         results: list[int] = []
         for number in range(len(self.made)):
@@ -265,6 +315,12 @@ class _Probe:
             self.made[0].shape[dim],
         )
 
+    def _decides(self, at: int) -> bool:
+        """Whether an argument may switch what is done by values that nobody here knows: whole numbers may."""
+        leaf = self.leaves[at]
+        whole = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+        return whole and leaf.dtype != torch.bool and self.child.read[at]
+
     def _differentiated(self, leaves: Sequence[Any], weights: Sequence[Tensor]) -> _Ran:
         leaves = list(leaves)
         inputs = []
@@ -276,6 +332,10 @@ class _Probe:
         outputs, given = zip(*pairs, strict=True)
         grads = torch.autograd.grad(outputs, [*inputs, *self.trained], given, allow_unused=True)
         return _Ran([tensor.detach() for tensor in made], list(grads))
+
+    def same(self, axis: Axis) -> bool:
+        """Whether it passes the second test alone."""
+        return self._same(axis, self._differentiated(self.leaves, self.weights))
 
     def _same(self, axis: Axis, whole: _Ran) -> bool:
         """Whether slices of uneven length give what the whole does."""

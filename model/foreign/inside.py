@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.attributes import Settings
+from evoplan.model.foreign.attributes import Attributes, Settings
 from evoplan.model.foreign.children import SELF, Child
+from evoplan.model.foreign.fingerprints import Fingerprint, alike, fingerprint
 from evoplan.model.foreign.lean import as_written, remaking_operators
 from evoplan.model.foreign.leaves import distinct
 from evoplan.model.foreign.slices import InSlices
@@ -31,7 +32,13 @@ class Inside:
     Args:
         children: what the block calls, by path.
         settings: of its modules when it was planned.
+
+    Attributes:
+        tries: whether modules that run again in backward are seen to make the same as in forward. Counters,
+            and switches that nobody here knows of, are found so, the first time, which is enough.
     """
+
+    tries = False
 
     def __init__(
         self, strategy: Strategy, block: nn.Module, children: Mapping[str, Child], settings: Settings
@@ -82,22 +89,29 @@ class _Recomputed:
 
     def __init__(self, inside: Inside, path: str, forward: Forward) -> None:
         self.inside, self.path, self.forward = inside, path, forward
-        child = inside.children.get(path)
-        self.draws = child is None or child.draws
+        # Whether it draws may depend on what no operator tells: Python's generator, or a changed setting.
+        # Where nothing in the block drew, nothing in it may.
+        children = [inside.children.get(at) for at in (SELF, path)]
+        self.draws = any(child is None or child.draws for child in children)
+        self.module = inside.block if path == SELF else inside.block.get_submodule(path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._run(*args, **kwargs)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        given, again = distinct(leaves), _Again()
-        rest = given.without()
+        given, again = distinct(leaves), _Again(Attributes(self.module.modules()))
+        rest, tries = given.without(), self.inside.tries
         imagined = next((tensor.device for tensor in given.tensors if not has_data(tensor)), None)
 
         def run(*tensors: Tensor) -> Any:
             args, kwargs = pytree.tree_unflatten(rest.leaves(tensors), structure)
-            return self._run(*args, **kwargs)
+            result = self._run(*args, **kwargs)
+            if tries:
+                again.compare(self.path, result)
+            return result
 
-        with as_written(), again.watched(imagined) if self.draws else nullcontext():
+        whole = torch.utils.checkpoint.set_checkpoint_early_stop(False) if tries else nullcontext()
+        with as_written(), whole, again.watched(imagined) if self.draws else nullcontext():
             # Tensor by tensor: of those in lists it would not see that they are not what they were.
             return torch.utils.checkpoint.checkpoint(
                 run, *given.tensors, use_reentrant=False, preserve_rng_state=False,
@@ -110,10 +124,32 @@ class _Recomputed:
 
 
 class _Again:
-    """What a module runs in when it runs again: the generators stand where they stood, if it has drawn."""
+    """What a module runs in when it runs again: the generators stand where they stood, if it has drawn.
 
-    def __init__(self) -> None:
+    Args:
+        attributes: of its modules: what calls it may give them others for every call.
+    """
+
+    def __init__(self, attributes: Attributes) -> None:
         self.random: RandomState | ImaginedState | None = None
+        self.attributes = attributes
+        self._installed = ExitStack()
+        self._made: Fingerprint | None = None
+
+    def compare(self, path: str, result: Any) -> None:
+        """What it has made, with what it made the first time.
+
+        Raises:
+            RuntimeError: that is something else.
+        """
+        made = fingerprint([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)])
+        if self._made is not None and not alike(made, self._made):
+            raise RuntimeError(
+                f"{path} does not do the same when it runs again: it depends on what others change, "
+                "counts its calls, or draws random numbers that are not torch's; have it depend on its "
+                "arguments and parameters, or fit without a budget"
+            )
+        self._made = made
 
     @contextmanager
     def watched(self, imagined: torch.device | None) -> Iterator[None]:
@@ -134,9 +170,9 @@ class _Again:
         self.random = state if draws.any else None
 
     def __enter__(self) -> None:
+        self._installed.enter_context(self.attributes.installed())
         if self.random is not None:
-            self.random.__enter__()
+            self._installed.enter_context(self.random)
 
     def __exit__(self, *error: Any) -> None:
-        if self.random is not None:
-            self.random.__exit__(*error)
+        self._installed.__exit__(*error)

@@ -23,7 +23,9 @@ def discarded(
     """What a call makes, and all leaves of what it returns; keeps nothing. Call without autograd."""
     args, kwargs = call.arguments_from(leaves)
     with inside.discarding(forward) as discarding:
-        return call.made_of(discarding(*args, **kwargs))
+        made, returned = call.made_of(discarding(*args, **kwargs))
+    # As a record has them: what is a view without a graph could not be written into by who gets it.
+    return tuple(tensor.detach() for tensor in made), returned
 
 
 class CallRun:

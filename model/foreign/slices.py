@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.attributes import Settings
+from evoplan.model.foreign.attributes import Attributes, Settings
 from evoplan.model.foreign.children import Axis, Child
 from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import Distinct, Layout, distinct
@@ -22,6 +22,7 @@ from evoplan.model.running.context import Context
 from evoplan.model.running.pieces import spans
 
 Forward = Callable[..., Any]
+_NOTHING = torch.empty(0)  # in the place of a tensor
 
 
 class InSlices:
@@ -61,7 +62,8 @@ class InSlices:
             with as_written():
                 made = _InSlices.apply(slices, *given.tensors, *trained)  # type: ignore[no-untyped-call]
         tensors = iter(made)
-        whole = [next(tensors) if isinstance(then, Layout) else then.value for then in self.child.results]
+        whole = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in slices.returned]
+        slices.returned = []
         return pytree.tree_unflatten(whole, self.child.returned)
 
     def _possible(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> bool:
@@ -91,9 +93,10 @@ class _Slices:
     """One call: which leaves are cut where."""
 
     def __init__(self, how: InSlices, given: Distinct) -> None:
-        self.how, self.context = how, Context.of_steps()
+        self.how, self.context, self.attributes = how, Context.of_steps(), Attributes(how.module.modules())
         self.dims: list[int | None] = given.about
         self.leaves = given.without().leaves
+        self.returned: list[Any] = []
 
     def made(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the module makes of tensors; call without autograd."""
@@ -127,6 +130,8 @@ class _Slices:
         """The module on one slice."""
         args, kwargs = pytree.tree_unflatten(self.leaves(given), self.how.child.structure)
         returned = pytree.tree_leaves(self.how.forward(*args, **kwargs))
+        # What is no tensor is the module's to say, not the plan's; of the tensors none is held.
+        self.returned = [_NOTHING if isinstance(leaf, Tensor) else leaf for leaf in returned]
         return [leaf for leaf in returned if isinstance(leaf, Tensor)]
 
 
@@ -183,7 +188,7 @@ class _Gradients:
             if wanted[place]:
                 given[place] = given[place].detach().requires_grad_()
         inputs = [tensor for tensor, needed in zip([*given, *self.trained], wanted, strict=True) if needed]
-        with torch.enable_grad(), slices.context:
+        with torch.enable_grad(), slices.context, slices.attributes.installed():
             made = slices.run(given)
         pairs = [
             (tensor, _slice(grad, dim, span))

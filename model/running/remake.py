@@ -76,13 +76,13 @@ class Remaking:
             if held.tensor is not None and held.tensor.untyped_storage() is storage:
                 held.remake(recipe)
         self._packed.clear()
-        self._remember(storage, recipe)
+        self._remember(output, recipe)
         return output
 
     def ran(self, output: Tensor, function: Callable[..., Tensor], inputs: Iterable[Tensor]) -> None:
         """A cheap function has run below autograd, which saves its result, if it does, later."""
         recipe = _Recipe(function, [self._hold(tensor) for tensor in inputs], self._context)
-        self._remember(output.untyped_storage(), recipe)
+        self._remember(output, recipe)
 
     def writes(self, storage: int) -> None:
         """A storage is about to be written into: what would be made of it later is made now."""
@@ -94,8 +94,9 @@ class Remaking:
             if recipe.reads(storage):
                 del self._recipes[key]
 
-    def _remember(self, storage: torch.UntypedStorage, recipe: _Recipe) -> None:
-        key = storage._cdata
+    def _remember(self, output: Tensor, recipe: _Recipe) -> None:
+        storage = output.untyped_storage()
+        key, recipe.dtype = storage._cdata, output.dtype
         self._recipes[key] = recipe
         self._known.add(recipe)
         # Another storage may get the same address once this one is gone.
@@ -104,7 +105,9 @@ class Remaking:
     def _hold(self, tensor: Tensor) -> _Held:
         held = _Held(tensor.detach())
         recipe = self._recipes.get(tensor.untyped_storage()._cdata)
-        if recipe is not None:
+        # Views as a conjugate, or in another dtype, are more than their layout.
+        as_made = recipe is not None and tensor.dtype == recipe.dtype
+        if recipe is not None and as_made and not (tensor.is_conj() or tensor.is_neg()):
             held.remake(recipe)
         return held
 
@@ -147,7 +150,10 @@ class _Recipe:
 
     Attributes:
         users: how many read it in one backward.
+        dtype: of what it makes.
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[_Held], context: Context) -> None:
         self.function, self.inputs, self.context, self.users = function, inputs, context, 0

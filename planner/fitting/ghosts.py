@@ -52,7 +52,7 @@ class GhostRuns(CallRuns):
         uses = Counter(id(p) for call in calls for p in blocks[call.path].module.parameters())
         # Of parameters of several calls autograd holds the sum until the last of them.
         self._shared = {
-            path for path, (module, _) in blocks.items() if any(uses[id(p)] > 1 for p in module.parameters())
+            path for path, block in blocks.items() if any(uses[id(p)] > 1 for p in block.module.parameters())
         }
 
     def accepted(

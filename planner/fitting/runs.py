@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Call, FromState
+from evoplan.model.foreign.fingerprints import Fingerprint, alike, fingerprint
 from evoplan.model.foreign.inside import Forward, Inside
 from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
-from evoplan.model.running.internals import has_data, members, storage_key
+from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
@@ -56,7 +56,7 @@ class MetCall:
     of_others: dict[str, Mark]
     random: RandomState | None
     returned: list[Any] = field(default_factory=list)
-    fingerprint: tuple[tuple[float, float], ...] = ()
+    fingerprint: Fingerprint = ()
 
     @property
     def differentiable(self) -> bool:
@@ -64,11 +64,17 @@ class MetCall:
         return bool(self.wanted or self.parameters.trained)
 
 
-class Planned(NamedTuple):
-    """A block and its own forward, as it was before it was planned."""
+@dataclass(frozen=True)
+class Planned:
+    """A block and its own forward, as it was before it was planned.
+
+    Attributes:
+        tried: strategies that have been seen to repeat what modules within do.
+    """
 
     module: nn.Module
     forward: Forward
+    tried: set[Strategy] = field(default_factory=set)
 
 
 class CallRuns:
@@ -126,8 +132,9 @@ class CallRuns:
 
     def written(self, call: Call, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a step returns."""
-        module, forward = self.blocks[call.path]
-        with Inside(strategy, module, call.children, call.settings).recording(forward) as recording:
+        block = self.blocks[call.path]
+        inside = Inside(strategy, block.module, call.children, call.settings)
+        with inside.recording(block.forward) as recording:
             return recording(*args, **kwargs)
 
     def cut_off(self, call: Call) -> None:
@@ -169,10 +176,13 @@ class CallRuns:
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Any, Outputs, list[Any]]:
         """The record, what the call makes, and what else it returns."""
-        met, (module, forward) = self.met[call.index], self.blocks[call.path]
-        leaves = self.leaves(call, state)
+        met, block = self.met[call.index], self.blocks[call.path]
+        leaves, forward = self.leaves(call, state), block.forward
         with met.context:
-            inside = Inside(strategy, module, call.children, call.settings)
+            inside = Inside(strategy, block.module, call.children, call.settings)
+            if recorded and strategy.within and strategy not in block.tried:
+                inside.tries = True
+                block.tried.add(strategy)
             if recorded and met.differentiable:
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, inside)
                 made, returned = kept.take()
@@ -202,7 +212,7 @@ class CallRuns:
         met.parameters.check(call.name)
         with self._as_met(call), met.parameters.installed(), met.random or nullcontext():
             kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
-        if not _alike(fingerprint(made), met.fingerprint):
+        if not alike(fingerprint(made), met.fingerprint):
             raise RuntimeError(
                 f"{call.name} does not do the same when it runs again: it draws random numbers that are not "
                 "torch's, or changes something of its own; have it made `whole` by a plan without a budget"
@@ -238,25 +248,6 @@ class CallRuns:
         """As `planner.execution.tape.Runs` has it."""
         for call in calls:
             perform(call, state)
-
-
-def fingerprint(made: Outputs) -> tuple[tuple[float, float], ...]:
-    """Of what a block made: the norm of each tensor, and to which part of it kernels repeat themselves."""
-    return tuple(
-        (float(torch.linalg.vector_norm(tensor.detach())), _REPEATED.get(tensor.dtype, 1e-2))
-        for tensor in made
-        if tensor.is_floating_point() and has_data(tensor)
-    )
-
-
-_REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def _alike(one: tuple[tuple[float, float], ...], other: tuple[tuple[float, float], ...]) -> bool:
-    return all(
-        math.isclose(a, b, rel_tol=part) or not (math.isfinite(a) or math.isfinite(b))
-        for (a, part), (b, _) in zip(one, other, strict=True)
-    )
 
 
 def _tensors(leaves: Sequence[Any]) -> dict[str, Tensor]:

@@ -1,0 +1,279 @@
+"""Modules in blocks that do otherwise than they look: gradients stay the model's own."""
+
+from __future__ import annotations
+
+import copy
+import random as python_random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evoplan.cost_model.menus import strategies_of
+from evoplan.model.foreign.independence import independent_axes
+from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
+from evoplan.planner.fitting.patched import Patched
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
+from tests.test_fit import assert_same, chain_of, step
+from tests.test_fit_axes import child_of
+from tests.zoo import MLP, Case, random
+
+
+class Block(nn.Module):
+    """A child between layers of the block's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.child, self.dropout = nn.LayerNorm(6), self.Child(), nn.Dropout(0.1)
+        self.up, self.down = nn.Parameter(random(6, 40)), nn.Parameter(random(40, 6, seed=1))
+
+    class Child(MLP):
+        scale = 1.0
+        found: Any = None
+
+        def __init__(self) -> None:
+            super().__init__(6)
+            self.scale, self.calls = 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.within(self.norm(x)) @ self.up) @ self.down
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.child(x)
+
+
+class SetsANumber(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.scale * x)
+
+    def within(self, x: Tensor) -> Tensor:
+        self.child.scale = 2.0
+        result = self.child(x)
+        self.child.scale = 1.0
+        return result
+
+
+class CountsCalls(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(self.calls * x)
+
+    def within(self, x: Tensor) -> Tensor:
+        self.child.calls = 0
+        return self.child(self.child(x).sin())
+
+
+class HandsOver(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.found
+
+    def within(self, x: Tensor) -> Tensor:
+        self.child.found = x.sigmoid()
+        result = self.child(x)
+        self.child.found = None
+        return result
+
+
+class LeavesInAnAttribute(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            self.found = self.up(x).square().mean()
+            return super().forward(x)
+
+    def within(self, x: Tensor) -> Tensor:
+        result = self.child(x)
+        found, self.child.found = self.child.found, None
+        return result + found
+
+
+class AddsToAList(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor, found: list[Tensor]) -> Tensor:
+            found.append(self.up(x).square().mean())
+            return super().forward(x)
+
+    def within(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        return self.child(x, found) + sum(found)
+
+
+class AddsToAnObject(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor, found: Any) -> Tensor:
+            found.loss = found.loss + self.up(x).square().mean()
+            return super().forward(x)
+
+    def within(self, x: Tensor) -> Tensor:
+        found = SimpleNamespace(loss=0.0)  # which has no hash
+        return self.child(x, found) + found.loss
+
+
+class WritesIntoItsArgument(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.relu_())
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.child(x * 2)
+
+
+class DrawsWithPython(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * python_random.uniform(0.5, 2))
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.dropout(self.child(x))
+
+
+TABLE = random(7, 6, seed=2)
+
+
+class ReadsATable(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * TABLE)
+
+
+class AsksForGradients(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (2 if x.requires_grad else 1))
+
+
+class Conjugates(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.tanh(torch.complex(x, x.flip(-1)) * 2)
+            return super().forward((z * z.conj() * (z.conj() + z)).real)
+
+
+class GivesOtherParameters(Block):
+    def within(self, x: Tensor) -> Tensor:
+        others = {name: parameter * 2 for name, parameter in self.child.named_parameters()}
+        return torch.func.functional_call(self.child, others, (x,))
+
+
+class GivesAnArray(Block):
+    class Child(Block.Child):
+        def forward(self, x: Tensor, scale: Any) -> Tensor:
+            return super().forward(x) * float(scale.sum())
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.child(x, np.arange(3))
+
+
+KINDS = [
+    SetsANumber, CountsCalls, HandsOver, LeavesInAnAttribute, AddsToAList, AddsToAnObject,
+    WritesIntoItsArgument, DrawsWithPython, ReadsATable, AsksForGradients, Conjugates,
+    GivesOtherParameters, GivesAnArray,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_under_every_strategy(kind: type[Block]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(kind() for _ in range(3))).double()
+    given = Case(model, (random(3, 7, 6).requires_grad_(),))
+    python_random.seed(0)
+    expected = step(given, copy.deepcopy(model))
+    chain = chain_of(given)
+    offered = [strategies_of(call.children) for call in chain.calls]
+    assert len(offered) == 3
+    for number in range(max(map(len, offered))):
+        runs = (Run(at, some[min(number, len(some) - 1)]) for at, some in enumerate(offered))
+        planned = copy.deepcopy(model)
+        Patched(planned, chain, Sequence(tuple(runs))).install()
+        python_random.seed(0)
+        assert_same(expected, step(given, planned))
+    fitted = given.fit()
+    fitted.replan(fitted.plan.least_feasible_bytes)
+    python_random.seed(0)
+    if kind is not AsksForGradients:  # a run for no backward does otherwise, which is an error
+        assert_same(expected, step(given))
+
+
+def test_blocks_results_may_be_written_into_where_they_were_not_recorded() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(MLP(6) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x).relu_()
+            return x
+
+    given = Case(Model().double(), (random(3, 23, 6).requires_grad_(),))
+    expected = step(given)
+    runs = [Run(at, WHOLE) for at in range(4)]
+    alone = (Checkpoint(Sequence((run,)), (WHOLE,)) for run in runs)
+    Patched(given.model, chain_of(given), Sequence(tuple(alone))).install()
+    assert_same(expected, step(given))
+
+
+class Experts(nn.Module):
+    """Room for so many tokens; the rest goes by."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.layer = room, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 6)
+        return torch.cat([self.layer(flat[: self.room]), flat[self.room :]]).view_as(x)
+
+
+def test_what_mixes_above_a_size_alone_is_not_independent() -> None:
+    for room, axes in ((1000, [0, 1]), (70, [])):
+        module = Experts(room)
+        child = child_of(module, torch.zeros(5, 23, 6))
+        assert [axis.dim for axis in independent_axes(module, child)] == axes
+
+
+STATE = {"scale": 1.0}
+
+
+class Scales(nn.Module):
+    """By what the block has set for its call; or by how often it was called."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
+        self.counts, self._calls = counts, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._calls += 1
+        scale = self._calls if self.counts else STATE["scale"]
+        return self.down(torch.tanh(self.up(x * scale)))
+
+
+class Sets(nn.Module):
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.inner = Scales(counts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        STATE["scale"] = 2.0
+        x = x + self.inner(x)
+        STATE["scale"] = 1.0
+        return x
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_module_that_does_not_repeat_itself_is_an_error_and_no_gradient(counts: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Sets(counts) for _ in range(3))).double()
+    x = torch.randn(3, 23, 6, dtype=torch.float64).requires_grad_()
+    chain = chain_of(Case(model, (x,)))
+    runs = (Run(at, Strategy("whole", within=(("inner", "redo"),))) for at in range(3))
+    Patched(model, chain, Sequence(tuple(runs))).install()
+    with pytest.raises(RuntimeError, match="inner does not do the same when it runs again"):
+        model(x).square().mean().backward()
