@@ -12,6 +12,7 @@ from evoplan.planner.problems.prediction import Bytes, Prediction, Seconds
 from evoplan.planner.problems.problem import Name, Problem
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_of, schedule_to_json
+from evoplan.planner.sizes import format_seconds
 
 SCHEMA: Literal[2] = 2  # 1 did not name the model's family
 STATIC = {"parameters", "gradients", "optimizer", "inputs", "outputs", "workspace"}
@@ -42,6 +43,20 @@ class Certificate(BaseModel):
     best_seconds: Seconds | None
     gap: Seconds | None
     seconds: Seconds
+
+    def in_words(self) -> str:
+        """What is proven, in a sentence."""
+        nested = {None: "nested to any depth", 0: "not used", 1: "at most one deep"}
+        depths = nested.get(self.max_depth, f"at most {self.max_depth} deep")
+        of = f"certificate ({self.method}): persistent schedules, checkpoints {depths}, as charged by dp: "
+        if self.bound_seconds is None:
+            return f"{of}none fits this budget (proved in {format_seconds(self.seconds)})"
+        proved = f"none is faster than {format_seconds(self.bound_seconds)}"
+        best = "none is known to fit"
+        if self.best_seconds is not None:
+            best = f"the best known takes {format_seconds(self.best_seconds)}"
+            best += f", a gap of {self.gap:.2%}" if self.gap is not None else ""
+        return f"{of}{proved}; {best} (proved in {format_seconds(self.seconds)})"
 
 
 class SolverReport(BaseModel):

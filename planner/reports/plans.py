@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from evoplan.planner.plans.plan import Certificate, Plan
+from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Problem
@@ -48,22 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             highlight=False,
         )
     for certificate in plan.solver.certificates:
-        console.print(_certificate(certificate), highlight=False)
-
-
-def _certificate(found: Certificate) -> str:
-    """What is proven, in a sentence."""
-    nested = {None: "nested to any depth", 0: "not used", 1: "at most one deep"}
-    depths = nested.get(found.max_depth, f"at most {found.max_depth} deep")
-    of = f"certificate ({found.method}): persistent schedules, checkpoints {depths}, as charged by dp: "
-    if found.bound_seconds is None:
-        return f"{of}none fits this budget (proved in {format_seconds(found.seconds)})"
-    proved = f"none is faster than {format_seconds(found.bound_seconds)}"
-    best = "none is known to fit"
-    if found.best_seconds is not None:
-        best = f"the best known takes {format_seconds(found.best_seconds)}"
-        best += f", a gap of {found.gap:.2%}" if found.gap is not None else ""
-    return f"{of}{proved}; {best} (proved in {format_seconds(found.seconds)})"
+        console.print(certificate.in_words(), highlight=False)
 
 
 def _decisions(schedule: Sequence, problem: Problem) -> Table:

@@ -75,6 +75,11 @@ def replay(schedule: Sequence, table: CostTable) -> Replay:
         ValueError: the schedule covers other steps than the table, uses a strategy that it lacks, or has
             state in host memory where that cannot be.
     """
+    return Machine(table).run(checked(schedule, table))
+
+
+def checked(schedule: Sequence, table: CostTable) -> Sequence:
+    """The schedule, if the table has what it needs; ValueError as `replay` has it, strategies aside."""
     steps = range(len(table.options))
     if schedule.span != steps:
         raise ValueError(f"the schedule covers steps {schedule.span}, the chain has {steps}")
@@ -84,7 +89,7 @@ def replay(schedule: Sequence, table: CostTable) -> Replay:
                 "state may wait in host memory in inference only, on a device apart from the host"
             )
         check_away(schedule, table.liveness)
-    return _Machine(table).run(schedule)
+    return schedule
 
 
 @dataclass
@@ -98,8 +103,10 @@ class _Record:
 
 
 @dataclass
-class _Machine:
-    """The state is a version of each tensor that is still needed; runs make versions of their own.
+class Machine:
+    """What runs a schedule on a cost table; `planner.schedules.holdings` watches one at it.
+
+    The state is a version of each tensor that is still needed; runs make versions of their own.
 
     A tensor made again on a redo is another tensor, so makers are counted through: the n-th run's.
     """
