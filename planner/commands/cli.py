@@ -20,8 +20,9 @@ from evoplan.planner.commands.flags import (
     problem_options,
     times_option,
 )
-from evoplan.planner.commands.foreign import inspect, plan_from, shown_as_fit
 from evoplan.planner.commands.sweeps import sweep
+from evoplan.planner.commands.foreign import inspect, plan_from
+from evoplan.planner.commands.show import show
 from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, loading, progress, run_command
 from evoplan.planner.commands.times import profile, roofline
 from evoplan.planner.files import check_writable, write_json
@@ -38,6 +39,7 @@ def cli() -> None:
 
 cli.add_command(roofline)
 cli.add_command(profile)
+cli.add_command(show)
 cli.add_command(inspect)
 cli.add_command(sweep)
 
@@ -98,59 +100,6 @@ def plan(
     print_plan(found, console)
     if out:
         console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
-
-
-@cli.command()
-@click.argument("plan_file", type=click.Path())
-@cache_option
-@json_option
-def show(plan_file: str, cache: str | None, json_path: str | None) -> None:
-    """Print a plan: its schedule, its memory over time, where the peak is and why, and the alternatives.
-
-    Times are of the kind that the plan was made with, as far as this machine has them.
-    """
-    check_writable(json_path=json_path, reads=(plan_file, cache))
-    from evoplan.cost_model.times_cache import MissingTimesError
-    from evoplan.planner.checking.consistency import load_consistent
-    from evoplan.planner.plans.alternatives import alternatives
-    from evoplan.planner.plans.recosting import cost_of_plan
-    from evoplan.planner.reports.alternatives import alternatives_to_json, print_alternatives
-    from evoplan.planner.reports.plans import print_plan
-    from evoplan.planner.reports.schedules import print_schedule, print_timeline
-    from evoplan.planner.reports.tables import step_names
-    from evoplan.planner.schedules.replay import replay
-
-    if shown_as_fit(plan_file, json_path):
-        return
-    found, console = load_consistent(plan_file), console_for_output(json_path=json_path)
-    print_plan(found, console)
-    console.print()
-    print_schedule(found, console)
-    console.print()
-    try:
-        with progress("tracing") as update:
-            costed, times_lost = cost_of_plan(found, cache, update)
-            update("comparing")
-            others = alternatives(found, costed)
-    except MissingTimesError as error:
-        console.print(f"no memory over time, and no alternatives: {error}", highlight=False)
-        if json_path:
-            write_json(json_path, {"plan": found.to_json()})
-        return
-    result = replay(found.schedule, costed.table)
-    print_timeline(result, costed.fixed_bytes, step_names(found.problem), console)
-    console.print()
-    if times_lost:
-        console.print(f"{times_lost}: times below are of the {costed.times.name}", highlight=False)
-    print_alternatives(others, console)
-    if json_path:
-        moments = [
-            {**vars(moment), "held_bytes": costed.fixed_bytes + moment.held_bytes,
-             "peak_bytes": costed.fixed_bytes + moment.peak_bytes}
-            for moment in result.moments
-        ]  # fmt: skip
-        document = {"plan": found.to_json(), "timeline": moments, "times": costed.times.name}
-        write_json(json_path, document | {"alternatives": alternatives_to_json(others)})
 
 
 @cli.command()

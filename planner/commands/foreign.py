@@ -115,19 +115,6 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
     return *built, options
 
 
-def shown_as_fit(plan_file: str, json_path: str | None) -> bool:
-    """Print a plan of `evoplan.fit`; False where the file is none."""
-    from evoplan.planner.fitting.plan import is_fit_plan, load_fit_plan
-
-    if not is_fit_plan(plan_file):
-        return False
-    plan = load_fit_plan(plan_file)
-    if json_path:
-        plan.save(json_path)
-    console_for_output(json_path=json_path).print(plan.report(), highlight=False, soft_wrap=True)
-    return True
-
-
 @click.command()
 @click.argument("source", metavar="FILE.py:FUNCTION")
 @click.option("--device", help="To plan for, of the device table; else where the model lies.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from evoplan.model.running.view import View
 from evoplan.planner.execution.shapes import Fit, Fits, cropped, padded
 from evoplan.planner.execution.submodules import SubmoduleRuns
 from evoplan.planner.execution.tape import Tape
+from evoplan.planner.files import check_writable
+from evoplan.planner.pages.writing import traced_content, write_pages
+from evoplan.planner.plans.plan import Plan
 from evoplan.planner.schedules.schedule import Sequence, actions, all_runs
 from evoplan.planner.schedules.waiting import Host, check_away, moves
 
@@ -39,11 +43,15 @@ class PlannedModule(View):
         schedules: one that covers all its steps, for inputs of any shape; or several for different ones.
         host: makes where state waits that is off the device, for each forward.
 
+    Attributes:
+        plans: that it runs under, as `apply_plan` was given them.
+
     Raises:
         ValueError: a schedule is for another chain of steps.
     """
 
     stack: Plannable
+    plans: tuple[Plan, ...] = ()
 
     def __init__(self, stack: Plannable, schedules: Sequence | Fits, host: Callable[[], Host] = Host) -> None:
         super().__init__(stack)
@@ -77,6 +85,20 @@ class PlannedModule(View):
             names = self.stack.outputs
             return tuple(cropped(tensor, shapes[n]) for n, tensor in zip(names, results, strict=True))
         return results
+
+    def report_html(self, path: str | Path, index: int = 0) -> None:
+        """Write one page about a plan: what is done with each step, memory over time, the frontier.
+
+        Args:
+            index: of the plan, where there are several.
+
+        Raises:
+            ValueError: the module was made of schedules alone, or the file cannot be written.
+        """
+        if not self.plans:
+            raise ValueError("only what apply_plan returns knows its plan")
+        check_writable(path)
+        write_pages(traced_content(self.plans[index]), html=path)
 
     def _run(
         self, schedule: Sequence, state: State, constants: Mapping[str, Tensor], seed: int | None

@@ -43,6 +43,14 @@ def apply_plan(
         raise ValueError("apply_plan needs at least one plan")
     for each in plans:
         check_model(stack, each)
+    planned = _applied(stack, plans, ranks, other_shapes)
+    planned.plans = tuple(plans)
+    return planned
+
+
+def _applied(
+    stack: Plannable, plans: list[Plan], ranks: Ranks | ProcessGroup | None, other_shapes: OtherShapes
+) -> PlannedModule:
     first = plans[0].problem
     if first.ranks == 1 and ranks is None:
         on_demand = partial(_planned_for, plans[0])

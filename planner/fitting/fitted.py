@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from evoplan.model.foreign.capture import CaptureError
+from evoplan.planner.files import check_writable
+from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
 from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
 from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
@@ -18,6 +20,8 @@ from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
 from evoplan.planner.fitting.sweeping import swept
 from evoplan.planner.fitting.verifying import FitVerification, verify_fit
+from evoplan.planner.pages.verified import verified_of
+from evoplan.planner.pages.writing import write_pages
 from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
@@ -61,6 +65,26 @@ class Fitted:
     def sweep(self, points: int = 60) -> dict[str, Any]:
         """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds."""
         return swept(self._fitting, points)
+
+    def report_html(self, path: str | Path, verification: FitVerification | None = None) -> None:
+        """Write one page about the plan: what is done with each block, memory over time, the frontier.
+
+        Args:
+            verification: what `verify` has returned, shown beside the prediction.
+        """
+        check_writable(path)
+        verified = None if verification is None else verified_of(verification.to_json())
+        write_pages(content_of_fit(self.plan, self._fitting, verified), html=path)
+
+    def memory_viz(self, path: str | Path) -> None:
+        """Write a predicted snapshot of the blocks' memory for PyTorch's memory viewer, a pickle."""
+        check_writable(path)
+        write_pages(content_of_fit(self.plan, self._fitting, points=None), snapshot=path)
+
+    def perfetto(self, path: str | Path) -> None:
+        """Write a predicted trace of the blocks for Perfetto or chrome://tracing, JSON."""
+        check_writable(path)
+        write_pages(content_of_fit(self.plan, self._fitting, points=None), trace=path)
 
     def replan(self, budget: str | int | None) -> None:
         """Run under another budget from now on, on the costs that are known.

@@ -11,6 +11,14 @@ from evoplan.planner.schedules.holdings import Held, Holdings, holdings
 from evoplan.planner.schedules.replay import Moment
 from evoplan.planner.schedules.schedule import Schedule
 
+# What plans call the parts of their static memory in short.
+STATIC = {
+    "gradients": "gradients of the parameters",
+    "optimizer": "states of the optimizer",
+    "workspace": "workspace of the device's libraries",
+    "reserve": "reserve for what is not in the plan",
+}
+
 
 @dataclass(frozen=True)
 class Account:
@@ -19,7 +27,7 @@ class Account:
     Attributes:
         title: what is run, in a line.
         names: of the steps.
-        static: parts in bytes that are live throughout; outputs, which the chain makes, are none.
+        static: parts in bytes, by name, that are live throughout; outputs, which the chain makes, are none.
         output_bytes: counted as static by predictions, and not here.
         holdings: what is live when.
     """
@@ -75,5 +83,5 @@ def account_of(
     Raises:
         ValueError: the schedule is for another table.
     """
-    parts = {name: size for name, size in static.items() if size and name != "outputs"}
+    parts = {STATIC.get(name, name): size for name, size in static.items() if size and name != "outputs"}
     return Account(title, tuple(names), parts, static.get("outputs", 0), holdings(schedule, table))

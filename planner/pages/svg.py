@@ -95,7 +95,9 @@ def _around(x: float, y: float, width: float, height: float) -> Iterator[Box]:
         for turn in range(12):
             angle = -math.pi / 6 + turn * math.pi / 6
             at_x, at_y = x + far * math.cos(angle), y + far * math.sin(angle)
-            left = at_x if math.cos(angle) > 0.1 else at_x - width if math.cos(angle) < -0.1 else x - width / 2
+            left = (
+                at_x if math.cos(angle) > 0.1 else at_x - width if math.cos(angle) < -0.1 else x - width / 2
+            )
             yield Box(left, at_y - height / 2, width, height)
 
 

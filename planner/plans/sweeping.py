@@ -28,19 +28,7 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         progress: called before each.
     """
     frontier = Frontier(costed.table)
-
-    def point(budget: int, schedule: Sequence) -> dict[str, float]:
-        predicted = costed.predict(schedule)
-        return {
-            "budget_bytes": costed.fixed_bytes + budget,
-            "peak_bytes": predicted.peak_bytes,
-            "step_seconds": predicted.step_seconds,
-        }
-
-    points: list[dict[str, float]] = []
-    for budget in frontier.budgets(count):
-        progress(f"budget {len(points) + 1}")
-        points.append(point(budget, frontier.schedule(budget)))
+    points = frontier_points(costed, frontier, count, progress)
     progress("seed-dp")
     flat = SeedProgram(costed.table)
     reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
@@ -52,12 +40,34 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         "costs": costed.sources,
         "static_bytes": sum(costed.static.values()),
         "points": points,
-        "seed_dp_points": [point(budget, schedule) for budget, schedule in found if schedule is not None],
+        "seed_dp_points": [
+            _point(costed, budget, schedule) for budget, schedule in found if schedule is not None
+        ],
         # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
         "baselines": {
             name: baseline.model_dump()
             for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
         },
+    }
+
+
+def frontier_points(
+    costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
+) -> list[dict[str, float]]:
+    """The fastest plans for so many budgets, from the least on: {budget_bytes, peak_bytes, step_seconds}."""
+    points: list[dict[str, float]] = []
+    for budget in frontier.budgets(count):
+        progress(f"budget {len(points) + 1}")
+        points.append(_point(costed, budget, frontier.schedule(budget)))
+    return points
+
+
+def _point(costed: Costed, budget: int, schedule: Sequence) -> dict[str, float]:
+    predicted = costed.predict(schedule)
+    return {
+        "budget_bytes": costed.fixed_bytes + budget,
+        "peak_bytes": predicted.peak_bytes,
+        "step_seconds": predicted.step_seconds,
     }
 
 

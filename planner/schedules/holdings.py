@@ -46,7 +46,8 @@ class Held:
         kind: whose it is.
         name: the state tensor that it is, or whose gradient it is; None for what a step preserves.
         step: that made it; the gradient's is the step that made its tensor, INPUT for the chain's inputs.
-        first, last: moments, both included. What a moment itself makes is its workspace until it ends.
+        first, last: moments, both included; `last` is one past the last moment where it outlives the step.
+            What a moment itself makes is its workspace until it ends.
     """
 
     kind: Kind
@@ -75,11 +76,12 @@ class Holdings:
     @cached_property
     def parts(self) -> tuple[dict[str, int], ...]:
         """Of each moment, bytes by kind and of its workspace; their sum is the moment's peak."""
-        changes: list[dict[str, int]] = [dict.fromkeys(KINDS, 0) for _ in range(len(self.workspace) + 1)]
+        changes: list[dict[str, int]] = [dict.fromkeys(KINDS, 0) for _ in range(len(self.workspace) + 2)]
         for one in self.held:
             changes[one.first][one.kind] += one.bytes
             changes[one.last + 1][one.kind] -= one.bytes
-        now, found = dict.fromkeys(KINDS, 0), []
+        now: dict[str, int] = dict.fromkeys(KINDS, 0)
+        found: list[dict[str, int]] = []
         for change, work in zip(changes, self.workspace, strict=False):
             for kind in KINDS:
                 now[kind] += change[kind]
@@ -147,11 +149,11 @@ class _Watched(Machine):
     def finish(self) -> None:
         """Note what is there at the end."""
         for version in list(self.born):
-            self._gone(version)
+            self._gone(version, len(self.moments))
 
-    def _gone(self, version: Version) -> None:
+    def _gone(self, version: Version, last: int | None = None) -> None:
         """Note a version whose last moment has been."""
-        first, last = self.born.pop(version), len(self.moments) - 1
+        first, last = self.born.pop(version), len(self.moments) - 1 if last is None else last
         if first <= last:
             size = self.table.state_bytes[version.tensor]
             maker = self.makers[version.maker - 1]  # versions count moments from 1
@@ -161,7 +163,7 @@ class _Watched(Machine):
 def _complete(result: Replay, schedule: Sequence, table: CostTable, states: list[Held]) -> Holdings:
     """What is preserved and what gradients there are follow from the moments."""
     preserved = list(_preserved(result, schedule, table))
-    taken = [0] * (len(result.moments) + 1)
+    taken = [0] * (len(result.moments) + 2)
     for one in (*states, *preserved):
         taken[one.first] += one.bytes
         taken[one.last + 1] -= one.bytes

@@ -1,0 +1,88 @@
+"""The frontier of memory and time as a picture, with what people do by hand on it."""
+
+from __future__ import annotations
+
+import math
+
+from evoplan.planner.pages.content import Frontier
+from evoplan.planner.pages.svg import Box, el, label, number, placed, ticks, x_axis, y_axis
+from evoplan.planner.sizes import format_seconds, format_size
+
+WIDTH, HEIGHT = 1000, 340
+FRAME = Box(86, 30, 896, 262)
+SIZE = 12
+
+
+def draw_frontier(found: Frontier) -> str:
+    """An SVG: step time against peak memory on a logarithmic scale, the budget a line across."""
+    sizes = [size for size, _ in found.points] + [size for size, _ in found.marks.values()]
+    if found.budget is not None:
+        sizes.append(found.budget)
+    low, high = math.log(min(sizes) / 1.08), math.log(max(sizes) * 1.15)
+    most = _slowest(found)
+
+    def x(size: float) -> float:
+        return FRAME.x + FRAME.width * (math.log(size) - low) / (high - low)
+
+    def y(seconds: float) -> float:
+        return FRAME.bottom - FRAME.height * min(seconds, most) / most
+
+    parts = [y_axis(FRAME, most, ticks(most), lambda t: format_seconds(t) if t else "0")]
+    parts.append(x_axis(FRAME, [(x(size), format_size(size)) for size in _sizes(low, high)]))
+    if found.points:
+        # Left out: what is slower than the frame is high, by which the last bytes are bought.
+        line = [(size, seconds) for size, seconds in found.points if seconds <= most]
+        path = "".join(
+            f"M{number(x(size))} {number(y(seconds))}" if at == 0
+            else f"H{number(x(size))}V{number(y(seconds))}"
+            for at, (size, seconds) in enumerate(line)
+        )  # fmt: skip
+        parts.append(el("path", d=path, class_="frontier"))
+    points = [(x(size), y(seconds), name) for name, (size, seconds) in found.marks.items()]
+    taken = []
+    if found.budget is not None:
+        parts.append(_budget(x(found.budget), found.budget))
+        taken.append(Box(x(found.budget) - 2, FRAME.y, 4, FRAME.height))
+    parts += [
+        el("circle", el("title", f"{name}"), cx=at_x, cy=at_y, r=6 if name == "plan" else 4.5,
+           class_="this" if name == "plan" else "baseline")
+        for at_x, at_y, name in points
+    ]  # fmt: skip
+    curve = [Box(x(size) - 3, y(seconds) - 3, 6, 6) for size, seconds in found.points]
+    frame = Box(FRAME.x, FRAME.y, FRAME.width, FRAME.height)
+    for at_x, at_y, name, box in placed(points, frame, SIZE, [*taken, *curve]):
+        middle = box.x + box.width / 2
+        if math.hypot(middle - at_x, box.y + box.height / 2 - at_y) > 40 + box.width / 2:
+            parts.append(el("line", x1=at_x, y1=at_y, x2=middle, y2=box.y + box.height / 2, class_="axis"))
+        parts.append(
+            label(middle, box.bottom - 3, name, "middle", class_="strong" if name == "plan" else None)
+        )
+    parts.append(label(FRAME.right, HEIGHT - 6, "peak memory (logarithmic)", "end", class_="tick"))
+    parts.append(label(8, 14, "step time", class_="tick"))
+    return el("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label="memory and time")
+
+
+def _slowest(found: Frontier) -> float:
+    """Seconds at the top of the frame."""
+    marked = max((seconds for _, seconds in found.marks.values()), default=0.0)
+    planned = max((seconds for _, seconds in found.points), default=0.0)
+    return 1.12 * max(marked, min(planned, 2 * marked)) or 1.0
+
+
+def _budget(x: float, budget: int) -> str:
+    words = f"budget {format_size(budget)}"
+    half = 0.6 * SIZE * len(words) / 2
+    centre = min(max(x, FRAME.x + 80 + half), WIDTH - half - 4)
+    return el("line", x1=x, x2=x, y1=20, y2=FRAME.bottom, class_="budget") + label(
+        centre, 15, words, "middle"
+    )
+
+
+def _sizes(low: float, high: float) -> list[float]:
+    """Powers of two in a range of logarithms, and what lies between them where they are few."""
+    first, last = math.ceil(low / math.log(2)), math.floor(high / math.log(2))
+    parts = (1.0,) if last - first > 3 else (1.0, 1.25, 1.5, 1.75) if last - first > 0 else ()
+    found = [2.0**power * part for power in range(first - 1, last + 1) for part in parts]
+    if not parts:
+        found = [math.exp(low + (high - low) * at / 5) for at in range(1, 5)]
+    return [size for size in found if low <= math.log(size) <= high]
