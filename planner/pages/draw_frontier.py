@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from evoplan.planner.pages.content import Frontier
 from evoplan.planner.pages.svg import Box, el, label, number, placed, ticks, x_axis, y_axis
@@ -48,7 +49,7 @@ def draw_frontier(found: Frontier) -> str:
            class_="this" if name == "plan" else "baseline")
         for at_x, at_y, name in points
     ]  # fmt: skip
-    curve = [Box(x(size) - 3, y(seconds) - 3, 6, 6) for size, seconds in found.points]
+    curve = _along([(x(size), y(seconds)) for size, seconds in found.points if seconds <= most])
     frame = Box(FRAME.x, FRAME.y, FRAME.width, FRAME.height)
     for at_x, at_y, name, box in placed(points, frame, SIZE, [*taken, *curve]):
         middle = box.x + box.width / 2
@@ -72,17 +73,23 @@ def _slowest(found: Frontier) -> float:
 def _budget(x: float, budget: int) -> str:
     words = f"budget {format_size(budget)}"
     half = 0.6 * SIZE * len(words) / 2
-    centre = min(max(x, FRAME.x + 80 + half), WIDTH - half - 4)
+    centre = min(max(x, 78 + half), WIDTH - half - 4)  # right of what the axis is called
     return el("line", x1=x, x2=x, y1=20, y2=FRAME.bottom, class_="budget") + label(
         centre, 15, words, "middle"
     )
 
 
+def _along(points: list[tuple[float, float]]) -> list[Box]:
+    """What steps through points cover."""
+    flat = [Box(x, y - 2, end - x, 4) for (x, y), (end, _) in pairwise(points)]
+    return flat + [Box(x - 2, min(y, top), 4, abs(y - top)) for (_, top), (x, y) in pairwise(points)]
+
+
 def _sizes(low: float, high: float) -> list[float]:
-    """Powers of two in a range of logarithms, and what lies between them where they are few."""
-    first, last = math.ceil(low / math.log(2)), math.floor(high / math.log(2))
-    parts = (1.0,) if last - first > 3 else (1.0, 1.25, 1.5, 1.75) if last - first > 0 else ()
-    found = [2.0**power * part for power in range(first - 1, last + 1) for part in parts]
-    if not parts:
-        found = [math.exp(low + (high - low) * at / 5) for at in range(1, 5)]
-    return [size for size in found if low <= math.log(size) <= high]
+    """Round sizes in a range of logarithms: powers of two, or even steps where it spans few of them."""
+    least, most = math.exp(low), math.exp(high)
+    if most / least > 12:
+        powers = range(math.ceil(math.log2(least)), math.floor(math.log2(most)) + 1)
+        return [2.0**power for power in powers]
+    unit = 1024.0 ** int(math.log(least, 1024))
+    return [unit * value for value in ticks(most / unit, 8, least=least / unit)]

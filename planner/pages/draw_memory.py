@@ -17,27 +17,34 @@ BAND = 9  # the strip of phases
 ROOM = 1.06  # of the highest thing drawn
 Scale = Callable[[float], float]
 
+MOST_STATIC = 0.7  # of the frame
 BINS = 1800  # more moments than that are drawn as the largest of each few
 
 
-def scale_of(account: Account, budget: int | None) -> int:
-    """Bytes at the top of the frame: a budget that is far above the peak is not drawn."""
-    peak = account.peak_bytes
-    return round(ROOM * (budget if budget and peak <= budget < 1.5 * peak else peak))
+def scale_of(account: Account, budget: int | None) -> tuple[int, int]:
+    """Bytes at the bottom and at the top of the frame.
+
+    Static memory that would leave little room for the rest is cut off at the bottom, and a budget that is far
+    above the peak is not drawn.
+    """
+    fixed, peak = account.fixed_bytes, account.peak_bytes
+    top = budget if budget and peak <= budget < 1.5 * peak else peak
+    least = round(fixed - (top - fixed) / 4) if fixed > MOST_STATIC * top else 0
+    return least, least + round(ROOM * (top - least))
 
 
 def draw_memory(account: Account, budget: int | None) -> str:
     """An SVG of what is live at each moment, the peak and the budget marked, phases below."""
-    starts, most = starts_of(account), scale_of(account, budget)
+    starts, (least, most) = starts_of(account), scale_of(account, budget)
     total = starts[-1] or 1.0
 
     def x(seconds: float) -> float:
         return FRAME.x + FRAME.width * seconds / total
 
     def y(size: float) -> float:
-        return FRAME.bottom - FRAME.height * size / most
+        return FRAME.bottom - FRAME.height * max(0, size - least) / (most - least)
 
-    parts = [y_axis(FRAME, most, ticks(most, 5, 2), format_size)]
+    parts = [y_axis(FRAME, most, ticks(most, 5, 2, least), format_size, least)]
     shown = _shown(account)
     heights = [tuple(accumulate(layers)) for layers in layers_of(account)]
     for layer in reversed(range(len(LAYERS))):  # the tallest first: each lower one is drawn over it

@@ -77,7 +77,7 @@ def _header(content: Content) -> str:
     figures = [
         ("budget", budget, "" if content.budget is None else f"{content.budget:,} bytes"),
         ("predicted peak", format_size(predicted.peak_bytes), f"{predicted.peak_bytes:,} bytes"),
-        ("of it activations", format_size(activations), f"{activations:,} bytes"),
+        ("of which activations", format_size(activations), f"{activations:,} bytes"),
         ("predicted step", format_seconds(predicted.step_seconds), f"times: {times}"),
     ]
     if none is not None:
@@ -139,8 +139,10 @@ def _memory(content: Content) -> str:
     keys = [(f"m-{name}", WORDS[name]) for name in reversed(LAYERS) if layers[name] or name != "gradients"]
     phases = dict.fromkeys(moment.phase for moment in account.moments)
     strip = [(f"p-{phase.replace(' ', '-')}", _PHASES[phase]) for phase in phases]
-    drawn = content.budget is not None and content.budget <= scale_of(account, content.budget)
-    dashed = ["dashed: the budget"] if drawn else []
+    least, most = scale_of(account, content.budget)
+    dashed = ["dashed: the budget"] if content.budget is not None and content.budget <= most else []
+    if least:
+        dashed.append(f"the picture begins at {format_size(least)}")
     outputs = ""
     if account.output_bytes:
         outputs = f" The outputs ({format_size(account.output_bytes)}) are of the state here."
@@ -199,7 +201,7 @@ def _verified(found: Verified) -> str:
     said = "; ".join(f"largest error of {name} {error:.2g}" for name, error in errors if error is not None)
     verdict = "the promise was kept" if found.ok else "FAILED"
     return (
-        f"<section><h2>Predicted and measured</h2><table><thead><tr><th>{escape(found.backend)}</th>"
+        f"<section><h2>Predicted and measured</h2><table class='even'><thead><tr><th>{escape(found.backend)}</th>"
         "<th>predicted</th><th>measured</th><th>without a plan</th></tr></thead>"
         f'<tbody>{"".join(rows)}</tbody></table><p class="small">{said}{"; " if said else ""}{verdict}</p>'
         "</section>"

@@ -91,7 +91,7 @@ def placed(
 
 def _around(x: float, y: float, width: float, height: float) -> Iterator[Box]:
     """Boxes at growing distances of a point: right, above, below and left of it."""
-    for far in (8, 16, 26, 40, 58, 80):
+    for far in (11, 18, 28, 42, 60, 82):
         for turn in range(12):
             angle = -math.pi / 6 + turn * math.pi / 6
             at_x, at_y = x + far * math.cos(angle), y + far * math.sin(angle)
@@ -101,24 +101,26 @@ def _around(x: float, y: float, width: float, height: float) -> Iterator[Box]:
             yield Box(left, at_y - height / 2, width, height)
 
 
-def ticks(most: float, count: int = 5, base: float = 10) -> list[float]:
-    """From 0 to at most `most`, about so many round numbers; `base` 2 rounds to powers of two."""
-    if most <= 0:
-        return [0.0]
-    rough = most / count
+def ticks(most: float, count: int = 5, base: float = 10, least: float = 0) -> list[float]:
+    """From `least` to `most`, about so many round numbers; `base` 2 rounds to powers of two."""
+    if most <= least:
+        return [least]
+    rough = (most - least) / count
     if base == 2:
         step = 2.0 ** math.ceil(math.log2(rough))
     else:
         power = 10 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [step * i for i in range(int(most / step * 1.0001) + 1)]
+    return [step * i for i in range(math.ceil(least / step), int(most / step * 1.0001) + 1)]
 
 
-def y_axis(frame: Box, most: float, values: list[float], words: Callable[[float], str]) -> str:
-    """Lines across a frame whose bottom is 0, and what they stand for."""
+def y_axis(
+    frame: Box, most: float, values: list[float], words: Callable[[float], str], least: float = 0
+) -> str:
+    """Lines across a frame from `least` to `most`, and what they stand for."""
     marks = []
     for value in values:
-        y = frame.bottom - frame.height * value / most
+        y = frame.bottom - frame.height * (value - least) / (most - least)
         marks.append(el("line", x1=frame.x, x2=frame.right, y1=y, y2=y, class_="grid"))
         marks.append(label(frame.x - 6, y + 4, words(value), "end", class_="tick"))
     return "".join(marks)
