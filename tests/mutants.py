@@ -62,7 +62,7 @@ MUTANTS = [
         "begun[moment.step] = at + 1",
         "begun[moment.step] = at + 2",
         "what a step keeps is called workspace for one moment",
-        ("reports.py",),
+        ("holdings.py",),
     ),
     Mutant(
         "snapshot-workspace",

@@ -7,7 +7,7 @@ import pickle
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch.cuda import _memory_viz
 
 import evoplan
-from evoplan.cost_model.costs import CostTable
 from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.commands.cli import main
 from evoplan.planner.pages.account import Account, account_of
@@ -31,65 +30,10 @@ from evoplan.planner.pages.stack import decisions
 from evoplan.planner.pages.svg import GLYPH, Box
 from evoplan.planner.plans.plan import Plan, load_plan
 from evoplan.planner.plans.recosting import cost_of_plan
-from evoplan.planner.schedules.holdings import Holdings, holdings
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
-from tests.brute_force import schedules
 from tests.conftest import TINY, examples
 from tests.test_cli import SMALL, call
-from tests.test_inference import away_at, tiny_table
-from tests.test_replay import CHAIN, TWO, again, saved
 from tests.zoo import case
-
-
-def held_at(found: Holdings, at: int) -> dict[str, int]:
-    """Bytes of a moment by kind, added up from what is held."""
-    sizes = dict.fromkeys(("state", "preserved", "gradients"), 0)
-    for one in found.live(at):
-        sizes[one.kind] += one.bytes
-    return sizes | {"workspace": found.workspace[at]}
-
-
-@pytest.mark.parametrize("table", [CHAIN, TWO], ids=["one stream", "two streams"])
-def test_every_byte_of_every_moment_has_an_owner(table: CostTable) -> None:
-    seen = 0
-    for schedule in schedules(table):
-        found = holdings(schedule, table)
-        for at, (moment, parts) in enumerate(zip(found.replay.moments, found.parts, strict=True)):
-            assert parts == held_at(found, at)
-            assert sum(parts.values()) == moment.peak_bytes
-            assert min(parts.values()) >= 0
-            if moment.phase != "backward":  # whose own cost counts gradients and what it preserves
-                before = parts["state"] + parts["preserved"]
-                before += parts["gradients"] if moment.phase.startswith("redo") else 0
-                assert before == moment.held_bytes
-        seen += 1
-    assert seen > 10
-
-
-def test_owners_of_a_checkpoint_by_hand() -> None:
-    # Steps 0 and 1 again, then 2 saved; 10 bytes of m, of which the first is the caller's.
-    found = holdings(Sequence((again(*saved(0, 1)), *saved(2))), CHAIN)
-    moments = [(m.phase, m.step) for m in found.replay.moments]
-    assert moments == [
-        ("discard", 0), ("discard", 1), ("forward", 2), ("loss", None), ("backward", 2),
-        ("redo", 0), ("redo", 1), ("backward", 1), ("backward", 0),
-    ]  # fmt: skip
-    assert [parts["preserved"] for parts in found.parts] == [0, 0, 0, 7, 7, 0, 3, 8, 3]
-    assert [parts["state"] for parts in found.parts] == [0, 10, 10, 20, 20, 10, 20, 20, 10]
-    assert [parts["gradients"] for parts in found.parts] == [0, 0, 0, 10, 10, 10, 10, 10, 10]
-    assert [run and run.level for run in found.passes] == [0, 0, 0, None, 0, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("step", "name"), [(4, "m"), (14, "m")])
-def test_state_on_the_host_is_not_counted(step: int, name: str) -> None:
-    table = replace(tiny_table(), host_bandwidth=1e9)
-    found = holdings(away_at(step, name), table)
-    for at, (moment, parts) in enumerate(zip(found.replay.moments, found.parts, strict=True)):
-        assert parts == held_at(found, at)
-        assert parts["state"] == moment.held_bytes
-        assert sum(parts.values()) == moment.peak_bytes
-        if moment.phase == "discard" and moment.step == step:
-            assert name not in {one.name for one in found.live(at)}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +154,7 @@ def test_a_trace_adds_up_and_is_in_the_format(written: Path, plan: Plan, account
     for track in {event["tid"] for event in slices}:
         own = [event for event in slices if event["tid"] == track]
         assert len({event["cat"] for event in own}) == 1
-        for before, after in zip(own, own[1:], strict=False):
+        for before, after in pairwise(own):
             assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
     end = max(event["ts"] + event["dur"] for event in slices)
     assert end == pytest.approx(plan.predicted.step_seconds * 1e6, abs=1e-2)

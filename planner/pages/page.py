@@ -201,7 +201,8 @@ def _verified(found: Verified) -> str:
     said = "; ".join(f"largest error of {name} {error:.2g}" for name, error in errors if error is not None)
     verdict = "the promise was kept" if found.ok else "FAILED"
     return (
-        f"<section><h2>Predicted and measured</h2><table class='even'><thead><tr><th>{escape(found.backend)}</th>"
+        '<section><h2>Predicted and measured</h2><table class="even"><thead><tr>'
+        f"<th>{escape(found.backend)}</th>"
         "<th>predicted</th><th>measured</th><th>without a plan</th></tr></thead>"
         f'<tbody>{"".join(rows)}</tbody></table><p class="small">{said}{"; " if said else ""}{verdict}</p>'
         "</section>"
