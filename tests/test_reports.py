@@ -217,6 +217,10 @@ def test_a_long_and_deep_stack_is_drawn_whole() -> None:
     drawn = draw_stack(decisions(body, names))
     assert sorted(map(int, re.findall(r'data-step="(\d+)"', drawn))) == list(range(len(names)))
     assert_apart(drawn)
+    # A first block that lacks a row has the order of the others.
+    uneven = ["blocks.0.b", "blocks.1.a", "blocks.1.b"]
+    drawn = draw_stack(decisions(Sequence(tuple(Run(step, WHOLE) for step in range(3))), uneven))
+    assert drawn.index(">a</text>") < drawn.index(">b</text>")
     # Blocks that are called several times stand in the order of their calls.
     again_ = decisions(Sequence(tuple(Run(step, WHOLE) for step in range(4))), ["layer.0", "layer.1"] * 2)
     assert [cell.column for cell in again_.cells] == [0, 1, 2, 3]

@@ -7,7 +7,7 @@ from html import escape
 from evoplan.planner.pages.stack import Bracket, Cell, Decisions
 from evoplan.planner.pages.svg import GLYPH, el, label, shortened
 
-WIDTH, NAMES, ROW, LANE = 1000, 170, 24, 8
+WIDTH, NAMES, ROW, LANE = 1000, 208, 24, 8
 PER_BAND = 48  # columns; more blocks go below
 MOST_LANES = 16
 MOST_TICKS = 4
@@ -18,13 +18,22 @@ def draw_stack(found: Decisions) -> str:
     drawn = []
     for stack in found.stacks:
         cells = [cell for cell in found.cells if cell.stack == stack]
-        rows = list(dict.fromkeys(cell.row for cell in cells))
+        rows = _rows(cells)
         columns = sorted({cell.column for cell in cells})
         for few in _batches(columns, PER_BAND):
             inside = [cell for cell in cells if few[0] <= cell.column <= few[-1]]
             width = min(34.0, (WIDTH - NAMES - 12) / min(len(columns), PER_BAND))
             drawn.append(_Band(stack, rows, few, inside, found.brackets, width).draw())
     return "".join(drawn)
+
+
+def _rows(cells: list[Cell]) -> list[str]:
+    """Rows in the order of a block's steps: of the block that has the most, since the first may lack some."""
+    blocks: dict[int, list[str]] = {}
+    for cell in cells:
+        blocks.setdefault(cell.column, []).append(cell.row)
+    fullest = max(blocks.values(), key=len)
+    return list(dict.fromkeys((*fullest, *(cell.row for cell in cells))))
 
 
 def _batches(columns: list[int], size: int) -> list[list[int]]:
