@@ -179,21 +179,14 @@ class _Children(TorchDispatchMode):
             self.rewritten.add(path)  # its caller's lists or dictionaries
         returned, structure_returned = pytree.tree_flatten(result)
         made = [leaf for leaf in returned if isinstance(leaf, Tensor)]
-        of_given = {storage_key(tensor) for tensor in given}
         apart = {storage_key(tensor) for tensor in made}
         for key in apart:
             self.rewritten |= self._left.get(key, set())
         for key in frame.made - apart:
             self._left.setdefault(key, set()).add(path)
-        plain = (
-            not frame.draws
-            and not frame.reads_more
-            and marks(dict(module.named_buffers())) == before
-            and len(apart) == len(made) > 0
-            and apart.isdisjoint(of_given | {storage_key(tensor) for tensor in own})
-        )
+        changes = marks(dict(module.named_buffers())) != before
+        alone = len(apart) == len(made) > 0 and apart.isdisjoint(map(storage_key, (*given, *own)))
         made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in made)
-        first = self.found.get(path)
         child = Child(
             path=path,
             parent=self._open[-1].path if self._open else "",
@@ -205,30 +198,33 @@ class _Children(TorchDispatchMode):
             read=tuple(isinstance(leaf, Tensor) and storage_key(leaf) in frame.read for leaf in leaves),
             returned=structure_returned,
             results=layouts_of(returned),
-            plain=plain,
+            plain=alone and not (frame.draws or frame.reads_more or changes),
             stays=True,
             draws=frame.draws,
-            changes=marks(dict(module.named_buffers())) != before,
+            changes=changes,
             kept_bytes=max(0, self.trace.live_bytes - frame.base - made_bytes),
             peak_bytes=frame.peak,
-            given_bytes=sum(tensor.untyped_storage().nbytes() for tensor in given if _wants(tensor)),
-            made_bytes=made_bytes,
             seconds=self.clock() - frame.begun,
         )
-        if first is not None:
-            self.found[path] = replace(
-                first,
-                calls=first.calls + 1,
-                plain=False,
-                draws=first.draws or child.draws,
-                changes=first.changes or child.changes,
-                kept_bytes=first.kept_bytes + child.kept_bytes,
-                seconds=first.seconds + child.seconds,
-            )
-        else:
-            entries = list(self.found.items())
-            self.found = dict([*entries[:place], (path, child), *entries[place:]])
+        self._note(child, place)
         return result
+
+    def _note(self, child: Child, place: int) -> None:
+        """Remember a call, before those that it has made: at that place among the modules found."""
+        first = self.found.get(child.path)
+        if first is None:
+            entries = list(self.found.items())
+            self.found = dict([*entries[:place], (child.path, child), *entries[place:]])
+            return
+        self.found[child.path] = replace(
+            first,
+            calls=first.calls + 1,
+            plain=False,
+            draws=first.draws or child.draws,
+            changes=first.changes or child.changes,
+            kept_bytes=first.kept_bytes + child.kept_bytes,
+            seconds=first.seconds + child.seconds,
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

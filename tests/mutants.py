@@ -485,7 +485,7 @@ MUTANTS = [
     ),
     Mutant(
         "axes-of-zeros",
-        "model/foreign/independence.py",
+        "model/foreign/probing.py",
         "torch.rand(parameter.shape, generator=self.random, dtype=torch.float64) - 0.5",
         "parameter.detach().double()",
         "parameters that are zero hide what is mixed",

@@ -34,7 +34,7 @@ def child_of(module: nn.Module, *args: Any, plain: bool = True) -> Child:
         wanted=tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
         read=tuple(isinstance(leaf, Tensor) for leaf in leaves),
         returned=structure_returned, results=layouts_of(returned), plain=plain, stays=True, draws=False,
-        changes=False, kept_bytes=0, peak_bytes=0, given_bytes=0, made_bytes=0, seconds=0.0,
+        changes=False, kept_bytes=0, peak_bytes=0, seconds=0.0,
         prove=partial(independent_axes, module),
     )  # fmt: skip
 

@@ -53,7 +53,6 @@ class Child:
         changes: whether it writes into a buffer.
         kept_bytes: what autograd keeps of it to its backward, beside what it was given and returned.
         peak_bytes: the most that it adds to what is live when it is called.
-        given_bytes, made_bytes: of what it is given and makes.
         seconds: predicted time of a run.
         prove: finds its axes; asked when they are wanted first, as it runs the module.
     """
@@ -74,8 +73,6 @@ class Child:
     changes: bool
     kept_bytes: int
     peak_bytes: int
-    given_bytes: int
-    made_bytes: int
     seconds: float
     prove: Callable[[Child], tuple[Axis, ...]] = lambda child: ()
 
