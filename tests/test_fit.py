@@ -115,6 +115,26 @@ def test_the_measured_peak_is_the_predicted_one(name: str) -> None:
         assert found.max_gradient_error < 1e-12  # sums in another order, at most
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_measured_peak_of_every_strategy_is_the_predicted_one(name: str) -> None:
+    """Of those that no budget chooses, too: every block under each that it offers."""
+    given = case(name)
+    under = given.fit()
+    fitting, plan = under._fitting, under.plan
+    under.remove()
+    options = fitting.table.options
+    for number in range(max(map(len, options))):
+        runs = tuple(Run(at, some[min(number, len(some) - 1)].strategy) for at, some in enumerate(options))
+        schedule = Sequence(runs)
+        about = {"schedule": schedule, "predicted": fitting.predict(schedule)}
+        fitted = given.fit(plan=plan.model_copy(update=about))
+        found = fitted.verify(given.args, given.kwargs)
+        fitted.remove()
+        assert found.ok, (runs[1], found)
+        assert found.measured_peak_bytes <= found.predicted_peak_bytes
+        assert found.measured_peak_bytes >= 0.97 * found.predicted_peak_bytes, runs[1]
+
+
 @pytest.mark.parametrize(("name", "keeps"), [("cnn", (0,)), ("pairs", (1,)), ("gpt", ())])
 def test_what_a_block_keeps_of_what_it_makes_counts_once(name: str, keeps: tuple[int, ...]) -> None:
     """The result of a relu; the pair representation that the single one is made from."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import evoplan
 from evoplan.model.running.kinds import WHOLE
+from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.unchanged import ChangedError
 from evoplan.planner.fitting.fitted import Fitted
 from evoplan.planner.fitting.patched import Patched
@@ -213,6 +214,18 @@ def test_weights_that_change_before_backward_are_an_error_as_in_torch() -> None:
             given.model.blocks[0].mlp.up.weight.mul_(2)
         with pytest.raises(ChangedError, match=r"mlp.up.weight of blocks\.0 was changed in place"):
             loss.backward()
+
+
+def test_weights_of_modules_that_run_again_may_not_change_before() -> None:
+    """Autograd has not saved them, and would not see it."""
+    given = case("gpt")
+    again = Strategy(WHOLE.kind, within=(("mlp", "redo"),))
+    Patched(given.model, chain_of(given), Sequence(tuple(Run(at, again) for at in range(5)))).install()
+    loss = given.model(*given.args).square().mean()
+    with torch.no_grad():
+        given.model.blocks[0].mlp.up.weight.mul_(2)
+    with pytest.raises(ChangedError, match=r"mlp.up.weight of blocks\.0 was changed in place"):
+        loss.backward()
 
 
 def test_inputs_that_change_before_backward_are_an_error() -> None:
