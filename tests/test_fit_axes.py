@@ -83,8 +83,9 @@ MODULES: dict[str, tuple[nn.Module, tuple[Any, ...], Dims]] = {
     "above the mean": (Of(lambda x, w: (x @ w) * (x > x.mean(1, True)), 8, 8), (BATCH,), {0}),
     "ranks": (Of(lambda x, w: (x @ w) * x.argsort(1).argsort(1), 8, 8), (BATCH,), {0}),
     "positions": (Of(lambda x, w: (x @ w) * torch.arange(x.shape[1])[:, None], 8, 8), (BATCH,), {0}),
-    "faint positions": (
-        Of(lambda x, w: torch.tanh(x + torch.arange(x.shape[1])[:, None] / 1000) @ w, 8, 8), (BATCH,), {0},
+    "positions of small numbers": (
+        Of(lambda x, w: x @ w + torch.arange(x.shape[1])[:, None] * (-x.pow(2).sum(-1, True)).exp(), 8, 8),
+        (BATCH,), {0},
     ),
     "far roll": (Of(lambda x, w: x @ w + x.roll(23, 1), 8, 8), (random(6, 64, 8),), {0}),
     "every 25th": (Of(lambda x, w: x @ w + x[:, ::25].sum(1, True), 8, 8), (random(6, 64, 8),), {0}),
