@@ -289,6 +289,25 @@ def test_ends_that_are_not_looked_at_are_not_missed(
         np.testing.assert_array_equal(found, Program(chain, 1, units, max_depth).times)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 5, 11])
+def test_rows_are_compared_where_they_are_seen(shift: int) -> None:
+    """Seen with less memory: the least rise in a block is that between what is read there."""
+    size, rng = 37, np.random.default_rng(shift)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.tables.BLOCK", 4)
+        table = TimesTable(2, size, 12)
+        for row, infinite in enumerate((3, 6)):
+            times = np.sort(rng.random(size))[::-1] + row
+            times[:infinite] = np.inf
+            table.fill(row, times, row - 1, shift)
+        blocks = np.arange(table.blocks[0])
+        now, before = (table.at(np.full(len(blocks), row), blocks, shift) for row in (1, 0))
+        found = table.risen(np.ones(1, np.int64), np.zeros(1, np.int64), shift)
+    with np.errstate(invalid="ignore"):
+        expected = np.fmin.reduce(now - before, axis=1, initial=np.inf)
+    np.testing.assert_array_equal(np.broadcast_to(found, (1, len(blocks)))[0], expected)
+
+
 def test_the_way_through_is_looked_at_again_when_ends_get_later() -> None:
     twice, after = TimesTable(2, 4, 0), TimesTable(2, 4, 0)
     for row, seconds in enumerate((10.0, 15.0)):
