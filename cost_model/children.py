@@ -26,6 +26,7 @@ from evoplan.model.foreign.children import SELF, Child, layouts_of
 from evoplan.model.foreign.independence import independent_axes
 from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
+from evoplan.model.foreign.noise import Draw, draw_of
 from evoplan.model.foreign.watching import about_operator, draws_numbers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
@@ -120,7 +121,7 @@ class _Frame:
     made: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
     peak: int = 0
-    draws: bool = False
+    draws: list[Draw | None] = field(default_factory=list)
     reads_more: bool = False
     work: Any = field(default_factory=hashlib.sha256)
 
@@ -198,9 +199,9 @@ class _Children(TorchDispatchMode):
             read=tuple(isinstance(leaf, Tensor) and storage_key(leaf) in frame.read for leaf in leaves),
             returned=structure_returned,
             results=layouts_of(returned),
-            plain=alone and not (frame.draws or frame.reads_more or changes),
+            plain=alone and None not in frame.draws and not (frame.reads_more or changes),
             stays=True,
-            draws=frame.draws,
+            draws=tuple(frame.draws),
             changes=changes,
             kept_bytes=max(0, self.trace.live_bytes - frame.base - made_bytes),
             peak_bytes=frame.peak,
@@ -220,7 +221,7 @@ class _Children(TorchDispatchMode):
             first,
             calls=first.calls + 1,
             plain=False,
-            draws=first.draws or child.draws,
+            draws=first.draws + child.draws,
             changes=first.changes or child.changes,
             kept_bytes=first.kept_bytes + child.kept_bytes,
             seconds=first.seconds + child.seconds,
@@ -241,7 +242,9 @@ class _Children(TorchDispatchMode):
         for key in new:  # where an old one may have been
             self._given.pop(key, None)
             self._left.pop(key, None)
-        draws = draws_numbers(func, args, kwargs or {})
+        draws = []
+        if draws_numbers(func, args, kwargs or {}):
+            draws.append(draw_of(func, args, kwargs or {}, out))
         live, told = self.trace.live_bytes, about_operator(func, args, kwargs).encode()
         for frame in self._open:
             frame.work.update(told)
@@ -254,7 +257,7 @@ class _Children(TorchDispatchMode):
             frame.made.update(new)
             frame.read.update(read)
             frame.peak = max(frame.peak, live - frame.base)
-            frame.draws |= draws
+            frame.draws += draws
         return out
 
 

@@ -17,6 +17,7 @@ from evoplan.cost_model.devices import device
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.children import SELF, Child, layouts_of
 from evoplan.model.foreign.independence import independent_axes
+from evoplan.model.foreign.noise import WholeDraws
 from evoplan.model.foreign.slices import InSlices
 from evoplan.planner.fitting.simulating import Given, captured
 from tests.zoo import random
@@ -27,14 +28,15 @@ Dims = set[int]
 def child_of(module: nn.Module, *args: Any, plain: bool = True) -> Child:
     """What a call of a module is."""
     leaves, structure = pytree.tree_flatten((args, {}))
-    returned, structure_returned = pytree.tree_flatten(module(*args))
+    with WholeDraws() as draws:
+        returned, structure_returned = pytree.tree_flatten(module(*args))
     return Child(
         path=SELF, parent="", calls=1, work=str(id(module)),
         structure=structure, arguments=layouts_of(leaves),
         wanted=tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
         read=tuple(isinstance(leaf, Tensor) for leaf in leaves),
-        returned=structure_returned, results=layouts_of(returned), plain=plain, stays=True, draws=False,
-        changes=False, kept_bytes=0, peak_bytes=0, seconds=0.0,
+        returned=structure_returned, results=layouts_of(returned), plain=plain, stays=True,
+        draws=tuple(draws.found), changes=False, kept_bytes=0, peak_bytes=0, seconds=0.0,
         prove=partial(independent_axes, module),
     )  # fmt: skip
 
@@ -160,7 +162,7 @@ class Scaled(nn.Module):
 
 
 class Reads(nn.Module):
-    """One of its modules reads a tensor that it is not given, one draws, one counts."""
+    """One of its modules reads a tensor that it is not given, one counts; one draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +179,7 @@ class Reads(nn.Module):
 def test_what_does_not_do_the_same_in_slices_is_not_looked_at() -> None:
     children = children_of(Reads().float(), torch.randn(6, 8))
     assert {path: child.plain for path, child in children.items()} == {
-        SELF: False, "scaled": False, "drop": False, "norm": False, "own": True,
+        SELF: False, "scaled": False, "drop": True, "norm": False, "own": True,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.noise import Draw
 
 SELF = "."  # the path of a block in itself
 
@@ -46,10 +47,11 @@ class Child:
         wanted: which of the arguments required a gradient.
         read: which of them any operator has read.
         returned, results: of what it returned.
-        plain: whether it can be run part by part at all: it draws no random numbers, writes into no buffer,
-            reads no tensor but its arguments, parameters and buffers, and all that it returns it has made.
+        plain: whether it can be run part by part at all: it draws no random numbers but such as parts of can
+            be told, writes into no buffer, reads no tensor but its arguments, parameters and buffers, and all
+            that it returns it has made.
         stays: whether what it was given is not written into later in the block: else it cannot run again.
-        draws: whether it draws random numbers.
+        draws: what random numbers it draws, in turn; None where slices of them could not be told.
         changes: whether it writes into a buffer.
         kept_bytes: what autograd keeps of it to its backward, beside what it was given and returned.
         peak_bytes: the most that it adds to what is live when it is called.
@@ -69,7 +71,7 @@ class Child:
     results: tuple[Layout | Value, ...]
     plain: bool
     stays: bool
-    draws: bool
+    draws: tuple[Draw | None, ...]
     changes: bool
     kept_bytes: int
     peak_bytes: int

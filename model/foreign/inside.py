@@ -92,7 +92,7 @@ class _Recomputed:
         # Whether it draws may depend on what no operator tells: Python's generator, or a changed setting.
         # Where nothing in the block drew, nothing in it may.
         children = [inside.children.get(at) for at in (SELF, path)]
-        self.draws = any(child is None or child.draws for child in children)
+        self.draws = any(child is None or bool(child.draws) for child in children)
         self.module = inside.block if path == SELF else inside.block.get_submodule(path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.model.foreign.children import Axis, Child
 from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.noise import SlicedDraws, WholeDraws
 
 Shapes = list[tuple[int, ...] | None]  # of the arguments' leaves; None where one is no tensor
 
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 CLOSE = 1e-9
 # Modules that go over to single precision by themselves are known by this: what is mixed in is far more.
 CLOSE_IN_SINGLE = 2e-4
+# Of the largest gradient: a softmax does not change with the bias of keys, of whose gradient nothing but
+# rounding is left.
+ROUNDING = 1e-4
 
 
 @dataclass
@@ -56,8 +61,9 @@ class Probe:
         self.wanted = [
             at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
-        with _Dtypes() as dtypes:  # type: ignore[no-untyped-call]
+        with _Dtypes() as dtypes, WholeDraws() as draws:  # type: ignore[no-untyped-call]
             self.made = [tensor.detach() for tensor in self._run(self.leaves)]
+        self.draws = draws.found
         self.close = CLOSE_IN_SINGLE if dtypes.single else CLOSE
         self.weights = [self._normal(tensor) for tensor in self.made]
 
@@ -80,9 +86,12 @@ class Probe:
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=torch.float64).to(like.dtype)
 
-    def _run(self, leaves: Sequence[Any]) -> list[Tensor]:
+    def _run(self, leaves: Sequence[Any], draws: AbstractContextManager[None] | None = None) -> list[Tensor]:
+        if draws is None:
+            torch.manual_seed(0)  # or, it may draw, nothing would be as before
         args, kwargs = pytree.tree_unflatten(list(leaves), self.child.structure)
-        returned, structure = pytree.tree_flatten(self.module(*args, **kwargs))
+        with draws or nullcontext():
+            returned, structure = pytree.tree_flatten(self.module(*args, **kwargs))
         if structure != self.child.returned:
             raise ValueError("it returns something else")
         return [leaf for leaf in returned if isinstance(leaf, Tensor)]
@@ -168,13 +177,18 @@ class Probe:
         whole = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
         return whole and leaf.dtype != torch.bool and self.child.read[at]
 
-    def _differentiated(self, leaves: Sequence[Any], weights: Sequence[Tensor]) -> _Ran:
+    def _differentiated(
+        self,
+        leaves: Sequence[Any],
+        weights: Sequence[Tensor],
+        draws: AbstractContextManager[None] | None = None,
+    ) -> _Ran:
         leaves = list(leaves)
         inputs = []
         for at in self.wanted:
             leaves[at] = leaves[at].detach().requires_grad_()
             inputs.append(leaves[at])
-        made = self._run(leaves)
+        made = self._run(leaves, draws)
         pairs = [(t, w) for t, w in zip(made, weights, strict=True) if t.requires_grad]
         outputs, given = zip(*pairs, strict=True)
         grads = torch.autograd.grad(outputs, [*inputs, *self.trained], given, allow_unused=True)
@@ -193,13 +207,15 @@ class Probe:
 
     def _same_in(self, bounds: Sequence[int], axis: Axis, dims: Sequence[int], whole: _Ran) -> bool:
         parts = []
+        torch.manual_seed(0)
+        draws = SlicedDraws(self.draws, axis.length)
         for start, size in ((a, b - a) for a, b in pairwise(bounds)):
             leaves = [
                 leaf if dim is None else leaf.narrow(dim, start, size)
                 for leaf, dim in zip(self.leaves, axis.arguments, strict=True)
             ]
             weights = [w.narrow(dim, start, size) for w, dim in zip(self.weights, dims, strict=True)]
-            parts.append(self._differentiated(leaves, weights))
+            parts.append(self._differentiated(leaves, weights, draws.of(slice(start, start + size))))
         made = [
             torch.cat(pieces, dim) for *pieces, dim in zip(*(part.made for part in parts), dims, strict=True)
         ]
@@ -209,7 +225,8 @@ class Probe:
             for *pieces, dim in zip(*(part.grads for part in parts), of_inputs, strict=True)
         ]
         pairs = [*zip(made, whole.made, strict=True), *zip(grads, whole.grads, strict=True)]
-        return all(_close(one, other, self.close) for one, other in pairs)
+        largest = max(map(_largest, whole.grads), default=0.0)
+        return all(_close(one, other, self.close, ROUNDING * self.close * largest) for one, other in pairs)
 
 
 def _on_cpu(buffer: Tensor) -> Tensor:
@@ -258,9 +275,13 @@ def _joined(pieces: Sequence[Tensor | None], dim: int | None) -> Tensor | None:
     return sum(present[1:], start=present[0]) if dim is None else torch.cat(present, dim)
 
 
-def _close(one: Tensor | None, other: Tensor | None, close: float) -> bool:
+def _largest(grad: Tensor | None) -> float:
+    return 0.0 if grad is None or not grad.numel() else float(grad.abs().max())
+
+
+def _close(one: Tensor | None, other: Tensor | None, close: float, rounding: float = 0.0) -> bool:
     if one is None or other is None:
         return one is None and other is None
     if one.shape != other.shape or not (torch.isfinite(one).all() and torch.isfinite(other).all()):
         return False
-    return not one.numel() or bool((one - other).abs().max() <= close * other.abs().max())
+    return not one.numel() or bool((one - other).abs().max() <= close * other.abs().max() + rounding)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from evoplan.model.foreign.attributes import Attributes, Settings
 from evoplan.model.foreign.children import Axis, Child
 from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import Distinct, Layout, distinct
+from evoplan.model.foreign.noise import OtherDrawsError, SlicedDraws
 from evoplan.model.running.context import Context
+from evoplan.model.running.internals import has_data
 from evoplan.model.running.pieces import spans
+from evoplan.model.running.random_state import ImaginedState, RandomState
 
 Forward = Callable[..., Any]
 _NOTHING = torch.empty(0)  # in the place of a tensor
@@ -55,16 +59,24 @@ class InSlices:
             return self.otherwise(*args, **kwargs)
         given = distinct(leaves, self.axis.arguments)
         slices = _Slices(self, given)
-        if not torch.is_grad_enabled():
-            made = slices.made(given.tensors)
-        else:
-            trained = [p for p in self.module.parameters() if p.requires_grad]
-            with as_written():
-                made = _InSlices.apply(slices, *given.tensors, *trained)  # type: ignore[no-untyped-call]
+        try:
+            made = self._made(slices, given.tensors)
+        except OtherDrawsError as error:  # by a kernel that draws by itself, as on some devices
+            self._warn(str(error))
+            assert slices.random is not None  # else it had not asked
+            slices.random.reset()
+            return self.otherwise(*args, **kwargs)
         tensors = iter(made)
         whole = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in slices.returned]
         slices.returned = []
         return pytree.tree_unflatten(whole, self.child.returned)
+
+    def _made(self, slices: _Slices, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not torch.is_grad_enabled():
+            return slices.made(given)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        with as_written():
+            return _InSlices.apply(slices, *given, *trained)  # type: ignore[no-untyped-call, no-any-return]
 
     def _possible(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> bool:
         why = None
@@ -75,11 +87,14 @@ class InSlices:
         elif any(_sees(inner) for inner in self.module.modules() if inner is not self.module):
             why = "hooks within it would see slices"
         if why is not None:
-            warnings.warn(
-                f"{self.child.path} is not run in slices, which takes more memory than planned: {why}",
-                stacklevel=3,
-            )
+            self._warn(why)
         return why is None
+
+    def _warn(self, why: str) -> None:
+        warnings.warn(
+            f"{self.child.path} is not run in slices, which takes more memory than planned: {why}",
+            stacklevel=4,
+        )
 
 
 def _sees(module: nn.Module) -> bool:
@@ -97,23 +112,35 @@ class _Slices:
         self.dims: list[int | None] = given.about
         self.leaves = given.without().leaves
         self.returned: list[Any] = []
+        self.random: RandomState | ImaginedState | None = None
+        if how.child.draws:
+            without = next((t.device for t in given.tensors if not has_data(t)), None)
+            self.random = RandomState() if without is None else ImaginedState(without)
 
     def made(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the module makes of tensors; call without autograd."""
         layouts = [then for then in self.how.child.results if isinstance(then, Layout)]
         whole: list[Tensor] = []
+        draws = self.draws()
         for span in self.spans():
-            for at, piece in enumerate(self.run(self.cut(given, span))):
+            with draws.of(span):
+                pieces = self.run(self.cut(given, span))
+            for at, piece in enumerate(pieces):
                 if len(whole) <= at:  # laid out as the module itself does it
                     whole.append(replace(layouts[at], dtype=piece.dtype).empty(piece.device))
                 whole[at].narrow(self.results[at], span.start, span.stop - span.start).copy_(piece)
                 del piece
+            del pieces
         return tuple(whole)
 
     @property
     def results(self) -> list[int]:
         """The dimension of each tensor that is made."""
         return [dim for dim in self.how.axis.results if dim is not None]
+
+    def draws(self) -> SlicedDraws:
+        """Random numbers of all slices, in their turn."""
+        return SlicedDraws(self.how.child.draws, self.how.axis.length)
 
     def spans(self) -> Iterator[slice]:
         """The slices."""
@@ -160,8 +187,10 @@ class _InSlices(torch.autograd.Function):
         saved, count = ctx.saved_tensors, len(slices.dims)
         found = _Gradients(slices, saved[:count], saved[count:], ctx.needs_input_grad[1:])
         if any(grad is not None for grad in grads):
-            for span in slices.spans():
-                found.add(span, grads)
+            draws = slices.draws()
+            with slices.random or nullcontext():
+                for span in slices.spans():
+                    found.add(span, draws, grads)
         return None, *found.rounded()
 
 
@@ -180,7 +209,7 @@ class _Gradients:
         self.whole: list[Tensor | None] = [None] * len(wanted)
         self._summed: set[int] = set()
 
-    def add(self, span: slice, grads: Sequence[Tensor | None]) -> None:
+    def add(self, span: slice, draws: SlicedDraws, grads: Sequence[Tensor | None]) -> None:
         """Run a slice again and differentiate it."""
         slices, wanted = self.slices, self.wanted
         given = slices.cut(self.given, span)
@@ -188,7 +217,7 @@ class _Gradients:
             if wanted[place]:
                 given[place] = given[place].detach().requires_grad_()
         inputs = [tensor for tensor, needed in zip([*given, *self.trained], wanted, strict=True) if needed]
-        with torch.enable_grad(), slices.context, slices.attributes.installed():
+        with torch.enable_grad(), slices.context, slices.attributes.installed(), draws.of(span):
             made = slices.run(given)
         pairs = [
             (tensor, _slice(grad, dim, span))

@@ -29,10 +29,14 @@ class RandomState:
             return True
         return self._others != _others()
 
-    def __enter__(self) -> RandomState:
-        self._before.append((_read(), _others()))
+    def reset(self) -> None:
+        """Have the generators stand so from now on."""
         _write(self._state)
         _put_others(self._others)
+
+    def __enter__(self) -> RandomState:
+        self._before.append((_read(), _others()))
+        self.reset()
         return self
 
     def __exit__(
@@ -49,6 +53,9 @@ class ImaginedState:
     def __init__(self, where: torch.device | str = "cpu") -> None:
         self._state = torch.empty(STATE_BYTES, dtype=torch.uint8, device=where)
         self._before: list[Tensor] = []
+
+    def reset(self) -> None:
+        """Nothing."""
 
     def __enter__(self) -> ImaginedState:
         self._before.append(torch.empty_like(self._state))
