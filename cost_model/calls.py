@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.kept_fits import KeptFits, costs_from_text, costs_to_text
 from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.roofline import seconds
@@ -26,6 +28,7 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.inside import Inside
 from evoplan.model.foreign.leaves import Layout, Value
 from evoplan.model.foreign.runs import CallRun, discarded
+from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.kinds import LEAN, WHOLE
 from evoplan.model.running.parameters import Parameters
@@ -39,6 +42,7 @@ def calls_table(
     precision: str,
     casting: Casting = nullcontext,
     where: str = "cpu",
+    kept: KeptFits | None = None,
 ) -> CostTable:
     """Costs of every call of a model under every strategy that it offers; equal calls are traced once.
 
@@ -46,6 +50,7 @@ def calls_table(
         precision: what products are done in, by the name of a dtype: for times.
         casting: what forward runs under.
         where: what tensors without data claim to be on (see `cost_model.simulation`).
+        kept: where costs that were traced before are found.
     """
     calls = captured.calls
     liveness = liveness_of(captured)
@@ -58,7 +63,8 @@ def calls_table(
         module = model.get_submodule(call.path)
         key = signature(call, module), repr(live)
         if key not in known:
-            found = _traced(call, module, live, device, casting, where)
+            trace = partial(_traced, call, module, live, device, casting, where)
+            found = _recalled(call, module, repr(key), trace, kept)
             known[key] = _needed([_timed(cost, device, precision) for cost in found])
         options.append(known[key])
     state_bytes = {name: device.in_blocks(layout.nbytes) for name, layout in layouts.items()}
@@ -72,6 +78,18 @@ def calls_table(
         outputs=captured.outputs,
         step_makes=tuple(call.makes for call in calls),
     )
+
+
+def _recalled(
+    call: Call, module: nn.Module, about: str, trace: Callable[[], list[StepCost]], kept: KeptFits | None
+) -> list[StepCost]:
+    if kept is None:
+        return trace()
+    children = repr(
+        [(path, child.stays, child.draws, child.changes) for path, child in call.children.items()]
+    )
+    about_costs = "costs", told(module), about, children
+    return kept.recall(about_costs, trace, costs_to_text, costs_from_text)
 
 
 def liveness_of(captured: Captured) -> Liveness:

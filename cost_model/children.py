@@ -16,17 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.kept_fits import KeptFits, axes_from_text, axes_to_text
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured
-from evoplan.model.foreign.children import SELF, Child, layouts_of
-from evoplan.model.foreign.independence import independent_axes
+from evoplan.model.foreign.children import SELF, Axis, Child, layouts_of
+from evoplan.model.foreign.independence import about_axes, independent_axes
 from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.noise import Draw, draw_of
+from evoplan.model.foreign.sources import told
 from evoplan.model.foreign.watching import about_operator, draws_numbers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
@@ -39,6 +41,7 @@ def with_children(
     precision: str,
     casting: Casting = nullcontext,
     where: str = "cpu",
+    kept: KeptFits | None = None,
 ) -> Captured:
     """A chain whose calls know which modules they call; equal calls are looked into once.
 
@@ -46,6 +49,7 @@ def with_children(
         precision: what products are done in, by the name of a dtype: for times.
         casting: what forward runs under.
         where: what tensors without data claim to be on (see `cost_model.simulation`).
+        kept: where axes that were shown before are found.
     """
     known: dict[tuple[object, ...], dict[str, Child]] = {}
     calls = []
@@ -53,7 +57,7 @@ def with_children(
         module = model.get_submodule(call.path)
         key = signature(call, module)
         if key not in known:
-            known[key] = _children_of(call, module, device, precision, casting, where)
+            known[key] = _children_of(call, module, device, precision, casting, where, kept)
         calls.append(replace(call, children=known[key], settings=Settings(module)))
     return replace(captured, calls=tuple(calls))
 
@@ -65,7 +69,13 @@ def signature(call: Call, module: nn.Module) -> tuple[object, ...]:
 
 
 def _children_of(
-    call: Call, module: nn.Module, device: Device, precision: str, casting: Casting, where: str
+    call: Call,
+    module: nn.Module,
+    device: Device,
+    precision: str,
+    casting: Casting,
+    where: str,
+    kept: KeptFits | None,
 ) -> dict[str, Child]:
     """By path in the block, in the order of their first calls; itself first."""
     try:
@@ -76,10 +86,21 @@ def _children_of(
         found = _watched(call, module, device, precision, casting, "cpu")
     return {
         path: replace(
-            child, prove=partial(independent_axes, module if path == SELF else module.get_submodule(path))
+            child, prove=partial(_axes, module if path == SELF else module.get_submodule(path), kept)
         )
         for path, child in found.items()
     }
+
+
+def _axes(module: nn.Module, kept: KeptFits | None, child: Child) -> tuple[Axis, ...]:
+    if kept is None or not child.plain:
+        return independent_axes(module, child)
+    return kept.recall(
+        ("axes", told(module), about_axes(module, child)),
+        partial(independent_axes, module, child),
+        axes_to_text,
+        axes_from_text,
+    )
 
 
 def _watched(

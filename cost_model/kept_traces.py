@@ -1,38 +1,23 @@
 """Traced costs kept on disk: what one process has traced, the next one reads.
 
 A trace follows from the sources of the model and of the cost model, torch, the step with its widths, the
-tensors that it reads, and how it is run. All of that is the key, so nothing in the file is ever out of date.
-The file is SQLite; where it cannot be used, everything is traced, as if it were not there.
+tensors that it reads, and how it is run. All of that is the key.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from functools import cache
-from pathlib import Path
-from time import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from evoplan.cost_model.machine import caches_folder, local_name
-from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.kept import Store, key_of, surroundings
+from evoplan.cost_model.steps import AsWritten, StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import Submodule
 
-FORGET_AFTER = 30 * 24 * 3600  # seconds without use, for traces of other sources
-MOST_BYTES = 2**29  # beyond it nothing is added
-_TABLE = (
-    "create table if not exists costs (step text, strategy text, cost text, primary key (step, strategy))"
-)
 _BYTES = ("forward_bytes", "preserved_bytes", "backward_bytes", "discard_bytes")
 _WORKS = ("discard_work", "forward_work", "backward_work")
 
@@ -41,13 +26,12 @@ class KeptTraces:
     """Costs of steps by what they depend on.
 
     Args:
-        path: of the file; the user's own if not given. EVOPLAN_TRACES names another; empty: none is kept.
         about: what all costs depend on that are asked for here.
     """
 
-    def __init__(self, about: Sequence[Any], path: Path | None = None) -> None:
-        self.path = default_path() if path is None else path
-        self._about = (*_surroundings(), *about)
+    def __init__(self, about: Sequence[Any]) -> None:
+        self._store = Store()
+        self._about = (*surroundings(), *about)
 
     def costs(
         self,
@@ -61,58 +45,23 @@ class KeptTraces:
         Args:
             about: what they depend on, besides the submodule.
         """
-        if self.path is None or not _is_ours(submodule):
+        if self._store.path is None or not _is_ours(submodule):
             return trace(strategies)
-        key = hashlib.sha256(
-            repr((self._about, submodule.signature(), submodule.shared_by, *about)).encode()
-        ).hexdigest()
-        known = self._read(key)
+        key = key_of((self._about, submodule.signature(), submodule.shared_by, *about))
+        known = _parsed(self._store.read(key))
         missing = [strategy for strategy in strategies if str(strategy) not in known]
         if missing:
             found = dict(zip(map(str, missing), trace(missing), strict=True))
-            self._write(key, found)
+            self._store.write(key, {strategy: cost_to_text(cost) for strategy, cost in found.items()})
             known |= found
         return [known[str(strategy)] for strategy in strategies]
 
-    def _read(self, key: str) -> dict[str, StepCost]:
-        assert self.path is not None
-        if not self.path.is_file():
-            return {}
-        try:
-            with closing(sqlite3.connect(self.path, timeout=5)) as connection:
-                rows = connection.execute(
-                    "select strategy, cost from costs where step = ?", (key,)
-                ).fetchall()
-            return {strategy: _from_json(strategy, text) for strategy, text in rows}
-        except (sqlite3.Error, ValueError, TypeError, KeyError):
-            return {}
 
-    def _write(self, key: str, found: dict[str, StepCost]) -> None:
-        assert self.path is not None
-        rows = [(key, strategy, _to_json(cost)) for strategy, cost in found.items()]
-        with suppress(OSError, sqlite3.Error):
-            if not self.path.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                _forget_others(self.path)
-            elif self.path.stat().st_size > MOST_BYTES:
-                return
-            with closing(sqlite3.connect(self.path, timeout=5)) as connection, connection:
-                connection.execute(_TABLE)
-                connection.executemany("insert or replace into costs values (?, ?, ?)", rows)
-
-
-def default_path() -> Path | None:
-    """The file of traces made by these sources; None where EVOPLAN_TRACES is set to nothing."""
-    folder = os.environ.get("EVOPLAN_TRACES")
-    if folder == "":
-        return None
-    return (Path(folder) if folder else caches_folder()) / f"traces-{_digest_of_sources()}.sqlite"
-
-
-def _forget_others(path: Path) -> None:
-    for other in path.parent.glob("traces-*.sqlite"):
-        if time() - other.stat().st_mtime > FORGET_AFTER:
-            other.unlink()
+def _parsed(texts: Mapping[str, str]) -> dict[str, StepCost]:
+    try:
+        return {strategy: cost_from_text(strategy, text) for strategy, text in texts.items()}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def _is_ours(submodule: Submodule) -> bool:
@@ -120,45 +69,36 @@ def _is_ours(submodule: Submodule) -> bool:
     return type(submodule).__module__.startswith("evoplan.") and not any(altered_layers(submodule))
 
 
-def _surroundings() -> tuple[Any, ...]:
-    return (
-        torch.__version__,
-        local_name("cpu"),  # its processor and threads, on which scratch depends
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-@cache
-def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
-    for path in _sources():
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _sources() -> Iterator[Path]:
-    here = Path(__file__).parent
-    for folder in (here, here.parent / "model"):
-        yield from sorted(folder.rglob("*.py"))
-
-
-def _to_json(cost: StepCost) -> str:
+def cost_to_text(cost: StepCost) -> str:
+    """A cost without its strategy and times, as JSON."""
     works = [
         [[[*key, n] for key, n in counted.items()] for counted in (work.kernels, work.collectives)]
         for work in (getattr(cost, name) for name in _WORKS)
     ]
-    return json.dumps([[getattr(cost, name) for name in _BYTES], works])
+    held = [cost.keeps_made, cost.backward_held_bytes, cost.as_written]
+    return json.dumps([[getattr(cost, name) for name in _BYTES], works, *held])
 
 
-def _from_json(strategy: str, text: str) -> StepCost:
-    sizes, works = json.loads(text)
+def cost_from_text(strategy: str, text: str) -> StepCost:
+    """Its inverse.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
+    sizes, works, keeps_made, held_bytes, as_written = json.loads(text)
     discard, forward, backward = (
         Work(*(Counter({(a, b): n for a, b, n in counted}) for counted in work)) for work in works
     )
+    if as_written is not None:
+        backward_bytes, backward_held_bytes, keeps_given = as_written
+        as_written = AsWritten(backward_bytes, backward_held_bytes, tuple(keeps_given))
     return StepCost(
         Strategy.parse(strategy),
         **dict(zip(_BYTES, sizes, strict=True)),
         discard_work=discard,
         forward_work=forward,
         backward_work=backward,
+        keeps_made=tuple(keeps_made),
+        backward_held_bytes=held_bytes,
+        as_written=as_written,
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from evoplan.cost_model import kept_traces, tracing
+from evoplan.cost_model import kept, tracing
 from evoplan.cost_model.costs import CostTable, build_cost_table
 from evoplan.cost_model.devices import device
 from evoplan.cost_model.steps import StepCost, offered_strategies, trace_step
@@ -172,13 +172,13 @@ def test_a_folder_that_cannot_be_made(traced: list[str], folder: Path, monkeypat
 
 
 def test_other_sources_have_another_file(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    before = kept_traces.default_path()
+    before = kept.default_path()
     source = tmp_path / "changed.py"
     source.write_text("1")
-    sources = [*kept_traces._sources(), source]
-    monkeypatch.setattr(kept_traces, "_sources", lambda: iter(sources))
-    kept_traces._digest_of_sources.cache_clear()
+    sources = [*kept._sources(), source]
+    monkeypatch.setattr(kept, "_sources", lambda: iter(sources))
+    kept._digest_of_sources.cache_clear()
     try:
-        assert kept_traces.default_path() != before
+        assert kept.default_path() != before
     finally:
-        kept_traces._digest_of_sources.cache_clear()
+        kept._digest_of_sources.cache_clear()

@@ -36,12 +36,14 @@ class Captured:
         outputs: names of the state tensors that are read after the last of them.
         notes: what is left as it is, and why: for people.
         unlike_on_meta: whether operators ran that take other memory on the meta device than elsewhere.
+        operators: a digest of all that ran, in the blocks and around them.
     """
 
     calls: tuple[Call, ...]
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
     unlike_on_meta: bool
+    operators: str
 
     @property
     def digest(self) -> str:
@@ -70,7 +72,8 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
         )
     chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
     unlike = functions.attention or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
-    return replace(chain, unlike_on_meta=unlike)
+    told = hashlib.sha256("\n".join(operator.about for operator in watch.operators).encode()).hexdigest()
+    return replace(chain, unlike_on_meta=unlike, operators=told)
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
@@ -112,9 +115,7 @@ def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -
     last_read |= dict.fromkeys(read_after, end)
     names = _names(visits, versions.values(), last_read)
     calls = tuple(_calls(visits, reads, names, operators))
-    return Captured(
-        calls, tuple(names[version] for version in read_after), tuple(_notes(calls)), unlike_on_meta=False
-    )
+    return Captured(calls, tuple(names[version] for version in read_after), tuple(_notes(calls)), False, "")
 
 
 def _names(

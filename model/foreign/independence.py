@@ -48,17 +48,21 @@ def independent_axes(module: nn.Module, child: Child) -> tuple[Axis, ...]:
     if not child.plain:
         return ()
     layers = [(name, settings_of(inner)) for name, inner in module.named_modules()]
+    told = str(layers), about_axes(module, child)
+    if told not in _known:
+        _known[told] = _found(child, module)
+    return _known[told]
+
+
+def about_axes(module: nn.Module, child: Child) -> str:
+    """What its axes follow from besides its layers and their settings."""
     tensors = [
         *((name, tensor.shape, tensor.requires_grad) for name, tensor in module.named_parameters()),
         *((name, tensor.shape, _value(tensor)) for name, tensor in module.named_buffers()),
     ]
-    told = child.work, str(layers), str(tensors), child.structure, child.arguments, child.results
-    try:
-        if told not in _known:
-            _known[told] = _found(child, module)
-        return _known[told]
-    except TypeError:  # it is given, or returns, something that has no hash: a slice, say
-        return _found(child, module)
+    return repr(
+        (child.work, tensors, child.structure, child.arguments, child.read, child.returned, child.results)
+    )
 
 
 def _value(buffer: Tensor) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,18 +21,21 @@ from evoplan.cost_model.casting import Casting, casting_of
 from evoplan.cost_model.children import with_children
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device, device
+from evoplan.cost_model.kept_fits import KeptFits
 from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.rehearsal import rehearsed
+from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
-from evoplan.planner.fitting.simulating import Given, Loss, Simulator, captured
+from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator, captured
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
+from evoplan.planner.schedules.text import schedule_to_json
 from evoplan.planner.solvers import Frontier
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ class Fitting:
         precision: of products; a dtype by name, or how it is mixed.
         times: where times come from: the roofline, or one calibrated on this machine.
         where: what tensors without data are on, meta or (made fake) cpu.
+        kept: what was found of the model before.
     """
 
     model: nn.Module
@@ -59,6 +64,7 @@ class Fitting:
     casting: Casting
     captured: Captured
     table: CostTable
+    kept: KeptFits
     _known: dict[Sequence, Prediction] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -69,7 +75,7 @@ class Fitting:
     @cached_property
     def static(self) -> dict[str, int]:
         """What is there before the step, in bytes."""
-        simulated = self._simulator.step(self.frontier.least)
+        simulated = self._simulated(self.frontier.least)
         states = OPTIMIZER_STATES[self.optimizer] * simulated.static["gradients"]
         return {**simulated.static, "optimizer": states, "workspace": self.device.workspace_bytes}
 
@@ -82,10 +88,25 @@ class Fitting:
         about = self.captured, self.table, self.device, self.loss, self.casting, self.precision, self.where
         return Simulator(self.model, self.given, *about)
 
+    def _simulated(self, schedule: Sequence) -> Simulated:
+        return self.kept.recall(
+            (*self._about_steps, str(schedule_to_json(schedule))),
+            lambda: self._simulator.step(schedule),
+            lambda simulated: json.dumps(asdict(simulated)),
+            lambda text: Simulated(**json.loads(text)),
+        )
+
+    @cached_property
+    def _about_steps(self) -> tuple[str | None, ...]:
+        """What the memory of a step follows from, beside the schedule."""
+        specs = [(name, p.shape, p.dtype, p.requires_grad) for name, p in self.model.named_parameters()]
+        digests = self.captured.operators, self.captured.digest
+        return "step", told(self.model), *digests, repr(self.given), repr(specs)
+
     def predict(self, schedule: Sequence) -> Prediction:
         """Of the whole step, by simulation."""
         if schedule not in self._known:
-            simulated = self._simulator.step(schedule)
+            simulated = self._simulated(schedule)
             static = sum(self.static.values())
             peak = simulated.peak_bytes + self.static["optimizer"] + self.static["workspace"]
             self._known[schedule] = Prediction(
@@ -132,9 +153,11 @@ def fitting_of(
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
-    chain = with_children(model, chain, where, dtype, casting, of_blocks)
-    table = calls_table(model, chain, where, dtype, casting, of_blocks)
-    return Fitting(model, given, loss, optimizer, where, dtype, times, place, autocast, casting, chain, table)
+    kept = KeptFits(model, (loss,), (where, dtype, autocast, place, of_blocks))
+    chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
+    table = calls_table(model, chain, where, dtype, casting, of_blocks, kept)
+    about = where, dtype, times, place, autocast, casting
+    return Fitting(model, given, loss, optimizer, *about, chain, table, kept)
 
 
 def _captured(
