@@ -7,9 +7,8 @@ format and the proof. Decimals are fractions; the bound counts whole picoseconds
 import hashlib
 import json
 import sys
-from bisect import bisect_left
 from fractions import Fraction
-from operator import add, neg
+from operator import add
 
 TICKS, NEVER = 10**12, 1 << 90  # in a second; later than anything
 
@@ -135,27 +134,32 @@ class Bound:
 
     def discard(self, a, b, live):  # the least ticks of a discarding pass
         total = self.flat(0) if a + 1 == b else self.cached(self.discard, a, b - 1, live)
-        held, best = live + self.t.size(v for v in self.t.alive[b - 1] if v[1] >= a), self.flat(NEVER)
-        for o in self.t.options[b - 1].values():
+        held = live + self.t.size(v for v in self.t.alive[b - 1] if v[1] >= a)
+        return list(map(add, total, self.cached(self.once, b - 1, b, held)))
+
+    def once(self, k, b, held):
+        best = self.flat(NEVER)
+        for o in self.t.options[k].values():
             need = (held + o["discard_bytes"]) // self.unit
             best = list(map(min, best, self.flat(int(TICKS * o["discard_seconds"]), need)))
-        return list(map(add, total, best))
+        return best
 
     def twice(self, a, b, live):
         return list(map(add, self.cached(self.discard, a, b, live), self.cached(self.least, a, b)))
 
     def cached(self, make, a, b, *more):  # equal where the steps are equal
         end = self.t.end if b is None else b
-        key = make.__name__, tuple(self.t.kinds[a:end]), a if b is None else end - a, *more
+        key = make.__name__, tuple(self.t.kinds[a:end]), ~a if b is None else end - a, *more
         if key not in self.known:
             self.known[key] = make(a, b, *more)
         return self.known[key]
 
     def relax(self, best, then, need, kept, more):  # best[M] = min(best[M], then[M - kept] + more[M])
-        if need < self.length:  # all fall with M: from some M on, this is no less
-            stop = bisect_left(best, -then[self.length - 1 - kept] - more[-1], lo=need, key=neg)
-            moved = map(add, then[need - kept : stop - kept], more[need:stop])
-            best[need:stop] = map(min, best[need:stop], moved)
+        for low in range(need, self.length, 64):  # all fall with M: most stretches can be skipped
+            high = min(low + 64, self.length)
+            if then[high - 1 - kept] + more[high - 1] < best[low]:
+                moved = map(add, then[low - kept : high - kept], more[low:high])
+                best[low:high] = map(min, best[low:high], moved)
 
     def least(self, k, b):  # the least ticks from step k on: to the end, or (on a redo) to step b; by memory
         end = self.t.end if b is None else b

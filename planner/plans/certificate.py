@@ -13,9 +13,13 @@ from typing import Any
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
+from evoplan.planner.plans.certify import check_training
+from evoplan.planner.plans.plan import Plan
+from evoplan.planner.problems.costing import Costed
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_to_json
+from evoplan.planner.solvers.cp_sat import most_bytes
 from evoplan.planner.solvers.proof import best_proof
 from evoplan.planner.solvers.relaxed import exact
 
@@ -108,7 +112,7 @@ def certificate(
             "budget_bytes": budget_bytes,
             "plan": {
                 "peak_bytes": played.peak_bytes,
-                "seconds": decimal(sum(exact(moment.seconds) for moment in played.moments)),
+                "seconds": decimal(sum((exact(moment.seconds) for moment in played.moments), Fraction(0))),
                 "schedule": schedule_to_json(schedule),
             },
             "bound": {
@@ -119,3 +123,25 @@ def certificate(
             "table": table_document(table),
         }
     )
+
+
+def certificate_of(costed: Costed, plan: Plan) -> dict[str, Any]:
+    """The certificate of a plan of one of our own models.
+
+    Raises:
+        ValueError: it is for inference, or its costs are not those that it was made with; says what to do.
+    """
+    check_training(plan)
+    budget = costed.chain_budget()
+    predicted = costed.predict(plan.schedule)
+    if predicted.step_seconds != plan.predicted.step_seconds or costed.problem.ranks > 1:
+        why = "it is for several ranks" if costed.problem.ranks > 1 else "its times are not known here"
+        raise ValueError(f"{why}; certify a plan for one rank that was made on this machine")
+    about = {
+        "model": plan.problem.model,
+        "budget_bytes": plan.problem.budget_bytes,
+        "beside_the_chain_bytes": costed.fixed_bytes,
+        "times": plan.costs["time"],
+        "plan": plan.identity["plan"],
+    }
+    return certificate(costed.table, plan.schedule, most_bytes(costed.table) if budget is None else budget, about)

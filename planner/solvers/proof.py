@@ -8,11 +8,10 @@ from fractions import Fraction
 import numpy as np
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.planner.solvers.bounds import priced
+from evoplan.planner.solvers.bounds import dividing_unit, priced
 from evoplan.planner.solvers.relaxed import Relaxed, exact
 
 UNITS = 1024  # of memory, about: what a checker in plain Python goes through in seconds
-CANDIDATES = 512
 REFINED = 6  # prices that are tried between neighbours of the best one
 
 
@@ -39,7 +38,7 @@ def best_proof(table: CostTable, budget_bytes: int, units: int = UNITS) -> Proof
         units: of the grid, about.
     """
     room = budget_bytes - table.bytes_of(table.liveness.outputs)
-    unit = unit_bytes(table, room, units)
+    unit = dividing_unit(table, room, units)
     relaxed = Relaxed(table, budget_bytes, unit)
     proofs: dict[Fraction, Fraction] = {}
 
@@ -66,16 +65,3 @@ def best_proof(table: CostTable, budget_bytes: int, units: int = UNITS) -> Proof
         at(exact(float(low + high) / 2))
     price = max(proofs, key=lambda price: proofs[price])
     return Proof(proofs[price], unit, price)
-
-
-def unit_bytes(table: CostTable, room_bytes: int, units: int) -> int:
-    """A grid step of at most twice room / units by which the state's sizes are nearly divided: rounding
-    them down, as every checkpoint has it, loses little then."""
-    smallest = max(1, -(-room_bytes // units))
-    sizes = np.array(list(table.state_bytes.values()))
-    parts = (size // count for size in sizes for count in range(1, size // smallest + 1))
-    candidates = {unit for unit in parts if smallest <= unit <= 2 * smallest}
-    candidates |= set(np.linspace(smallest, 2 * smallest, CANDIDATES).astype(np.int64))
-    chosen = np.array(sorted(candidates))
-    waste = (sizes[:, None] % chosen / sizes[:, None]).sum(axis=0)
-    return int(chosen[waste.argmin()])
