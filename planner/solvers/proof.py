@@ -12,7 +12,8 @@ from evoplan.planner.solvers.bounds import dividing_unit, priced
 from evoplan.planner.solvers.relaxed import Relaxed, exact
 
 UNITS = 1024  # of memory, about: what a checker in plain Python goes through in seconds
-REFINED = 6  # prices that are tried between neighbours of the best one
+REFINED = 5  # prices that are tried between neighbours of the best one
+CLOSE = Fraction(1, 5000)  # of the bound: neighbours so close leave nothing to look for
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def best_proof(table: CostTable, budget_bytes: int, units: int = UNITS) -> Proof
         known = sorted(proofs)
         top = max(range(len(known)), key=lambda number: proofs[known[number]])
         around = [known[n] for n in (top - 1, top, top + 1) if 0 <= n < len(known)]
+        if proofs[known[top]] - min(proofs[price] for price in around) < CLOSE * proofs[known[top]]:
+            break
         low, high = max(zip(around, around[1:], strict=False), key=lambda pair: pair[1] - pair[0])
         at(exact(float(low + high) / 2))
     price = max(proofs, key=lambda price: proofs[price])
