@@ -32,7 +32,9 @@ from evoplan.planner.solvers.bounds import LowerBound
 CHECKER = Path(__file__).resolve().parents[1] / "tools" / "check_certificate.py"
 
 
-def certified(table: CostTable, frontier: Frontier, bound: LowerBound, budget: int, folder: Path) -> dict[str, Any]:
+def certified(
+    table: CostTable, frontier: Frontier, bound: LowerBound, budget: int, folder: Path
+) -> dict[str, Any]:
     """One budget: the certificate's gap, that of the frontier's own bound, and what the checker says."""
     schedule = frontier.schedule(budget)
     start = time.perf_counter()

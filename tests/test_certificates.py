@@ -231,7 +231,9 @@ def test_the_checker_stands_alone(folder: Path, stack_table: CostTable) -> None:
     assert "valid" in done.stdout
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "evoplan-plan"}', "null", "\0", "[" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": "evoplan-plan"}', "null", "\0", "[" * 5000]
+)
 def test_unreadable_is_told_from_invalid(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(text)

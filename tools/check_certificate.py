@@ -1,7 +1,7 @@
 """Check a certificate with the standard library alone: python tools/check_certificate.py CERTIFICATE.json
 
-Exit code 0: all that it states holds; 1: something does not; 2: it cannot be read. docs/certificates.md has the
-format and the proof. Decimals are fractions; the bound counts whole picoseconds, each time rounded down.
+Exit code 0: all that it states holds; 1: something does not; 2: it cannot be read. docs/certificates.md has
+the format and the proof. Decimals are fractions; the bound counts whole picoseconds, each time rounded down.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Table:
             for position in range(v[1] + 1, end + 1):
                 self.alive[position].append(v)
         stops = [*self.starts[1:], self.end]
-        for start, stop in zip(self.starts, stops):  # where a checkpoint may end
+        for start, stop in zip(self.starts, stops, strict=True):  # where a checkpoint may end
             for k in range(start, stop):
                 beyond = (e for e in stops if e == stop or (k == start and e > k))
                 self.stops.append([*range(k + 1, stop), *beyond])
@@ -63,7 +63,11 @@ class Replay:
 
     def run(self, more, seconds, entry=()):
         size = self.t.size(self.held().union(entry)) + sum(record[4] for record in self.tape)
-        self.peak, self.seconds, self.runs = max(self.peak, size + more), self.seconds + seconds, self.runs + 1
+        self.peak, self.seconds, self.runs = (
+            max(self.peak, size + more),
+            self.seconds + seconds,
+            self.runs + 1,
+        )
 
     def advance(self, k):
         state, made = self.states[-1], [(name, self.runs) for name in self.t.makes[k]]
@@ -77,7 +81,10 @@ class Replay:
         for number, part in enumerate(parts):
             nested, stop = isinstance(part, dict), stop_of([part], at)
             names = {v[0] for k in range(at, stop) for v in self.t.reads[k] if v[1] < at}
-            entry, option = [self.states[-1][n] for n in names], None if nested else self.t.options[at][part[1]]
+            entry, option = (
+                [self.states[-1][n] for n in names],
+                None if nested else self.t.options[at][part[1]],
+            )
             assert nested or part[0] == at, f"step {at} is missing"
             self.tape.append([part, at, entry, entry, 0])
             if nested:
@@ -112,7 +119,9 @@ class Replay:
 class Bound:
     def __init__(self, t, budget, unit, price):
         self.t, self.unit, self.price, self.known = t, unit, price, {}
-        self.length = max(0, budget - t.size(t.outputs) + unit) // unit  # of every list: by memory left, in units
+        self.length = (
+            max(0, budget - t.size(t.outputs) + unit) // unit
+        )  # of every list: by memory left, in units
 
     def flat(self, ticks, need=0):
         return [NEVER] * min(need, self.length) + [ticks] * (self.length - need)
@@ -124,7 +133,9 @@ class Bound:
             own = {made[place] for place in o["keeps_made"]}
             kept = o["preserved_bytes"] + self.t.size((own | set(made) & set(self.t.alive[k + 1])) - left)
             skip, seconds = k + 1 == b and o["in_pieces"], o["backward_seconds"]
-            backward = max(o["backward_bytes"], o["backward_held_bytes"] + self.t.size(own - left) if own else 0)
+            backward = max(
+                o["backward_bytes"], o["backward_held_bytes"] + self.t.size(own - left) if own else 0
+            )
             need = max(backward, 0 if skip else o["forward_bytes"] + live, 0 if k + 1 == b else kept)
             ticks = int(TICKS * (seconds if skip else seconds + o["forward_seconds"]))
             yield need // self.unit, 0 if k + 1 == b else kept // self.unit, ticks + self.paid(kept, b)

@@ -81,6 +81,6 @@ def _in_words(document: dict[str, Any]) -> str:
     if bound is None:
         return f"certificate: none of the {document['class']} fits the budget"
     return (
-        f"certificate: {float(took):.6g} s, at most {float(took / Fraction(bound) - 1):.3%} slower than any of the "
-        f"{document['class']}"
+        f"certificate: {float(took):.6g} s, at most {float(took / Fraction(bound) - 1):.3%} slower than any "
+        f"of the {document['class']}"
     )

@@ -1,7 +1,7 @@
 """Certificates of plans of models that were written elsewhere.
 
-A budget there is for the whole step, and a bound is for its blocks: they have the room that the code around them
-leaves under the plan. The claim is on schedules whose blocks keep to that room.
+A budget there is for the whole step, and a bound is for its blocks: they have the room that the code around
+them leaves under the plan. The claim is on schedules whose blocks keep to that room.
 """
 
 from __future__ import annotations
@@ -45,4 +45,6 @@ def certificate_of_fit(fitting: Fitting, plan: FitPlan) -> dict[str, Any]:
         "times": plan.costs["time"],
         "plan": plan.identity["plan"],
     }
-    return certificate(fitting.table, plan.schedule, most_bytes(fitting.table) if room is None else room, about)
+    return certificate(
+        fitting.table, plan.schedule, most_bytes(fitting.table) if room is None else room, about
+    )

@@ -60,7 +60,7 @@ class Fitted:
         return self.plan.report()
 
     def certify(self) -> FitPlan:
-        """The plan with what can be proven of it: `plan.solver.gap`, `plan.solver.certificates`, `report()`."""
+        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`."""
         self.plan = certified(self._fitting, self.plan)
         return self.plan
 

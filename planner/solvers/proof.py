@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def best_proof(table: CostTable, budget_bytes: int, units: int = UNITS) -> Proof
         around = [known[n] for n in (top - 1, top, top + 1) if 0 <= n < len(known)]
         if proofs[known[top]] - min(proofs[price] for price in around) < CLOSE * proofs[known[top]]:
             break
-        low, high = max(zip(around, around[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+        low, high = max(pairwise(around), key=lambda pair: pair[1] - pair[0])
         at(exact(float(low + high) / 2))
     price = max(proofs, key=lambda price: proofs[price])
     return Proof(proofs[price], unit, price)

@@ -64,12 +64,21 @@ class Relaxed:
         starts = set(self._starts)
         self._kinds = [
             kinds.setdefault(
-                (id(table.options[k]), table.step_reads[k], table.makes[k], alive[k], alive[k + 1], k in starts),
+                (
+                    id(table.options[k]),
+                    table.step_reads[k],
+                    table.makes[k],
+                    alive[k],
+                    alive[k + 1],
+                    k in starts,
+                ),
                 len(kinds),
             )
             for k in range(self._end)
         ]
-        self._runs: dict[tuple[int, int], int] = {}  # numbers of different runs of steps: (kind, number of rest)
+        self._runs: dict[
+            tuple[int, int], int
+        ] = {}  # numbers of different runs of steps: (kind, number of rest)
         self._numbers: dict[int, list[int]] = {}
         self._known: dict[Hashable, Ticks] = {}
         self._costs: dict[int, tuple[int, int]] = {}
@@ -99,8 +108,7 @@ class Relaxed:
     def _ends(self, k: int, end: int) -> Iterator[int]:
         """Where a checkpoint from step k may end, before `end`: in its group, or with another."""
         group = bisect_right(self._starts, k) - 1
-        for e in range(k + 1, min(self._stops[group] + 1, end)):
-            yield e
+        yield from range(k + 1, min(self._stops[group] + 1, end))
         if k == self._starts[group]:
             yield from (e for e in self._stops[group + 1 :] if e < end)
 
@@ -126,7 +134,7 @@ class Relaxed:
             backward, forward = cost.backward_bytes, cost.forward_bytes + live
             if own:  # somebody else may hold them too
                 backward = max(backward, cost.backward_held_bytes + table.bytes_of(own - left))
-            discarded, ticks = self._ticks(cost)
+            ticks = self._ticks(cost)[1]
             if k + 1 == b:  # nothing follows that would see what is kept
                 kept = 0
                 if cost.strategy.in_pieces:  # its backward runs it again
@@ -188,16 +196,19 @@ class Relaxed:
             exit_bytes = self.table.bytes_of(v for v in self.liveness.made(k, e) if v not in left)
             kept, paid = exit_bytes // self.unit_bytes, int(TICKS * price * exit_bytes)
             self._relax(best, rows(e), kept, kept, self._twice(k, e, live) + paid)
-        return np.minimum(best, NEVER)
+        least: Ticks = np.minimum(best, NEVER)
+        return least
 
     def _solve_redos(self) -> None:
-        """The least ticks to run steps k to b again and differentiate them, for all that checkpoints cover."""
+        """The least ticks to run steps k to b again and differentiate them, wherever checkpoints may lie."""
         for b in range(1, self._end + 1):
             group = bisect_right(self._starts, b - 1) - 1
             first = 0 if b == self._stops[group] else self._starts[group]
             for k in reversed(range(first, b)):
                 if ("redo", self._number(k, b)) not in self._known:
-                    self._known["redo", self._number(k, b)] = self._least(k, b, Fraction(0), partial(self._redo, b))
+                    self._known["redo", self._number(k, b)] = self._least(
+                        k, b, Fraction(0), partial(self._redo, b)
+                    )
 
     def _redo(self, b: int, k: int) -> Ticks:
         return np.zeros(self.length, np.int64) if k == b else self._known["redo", self._number(k, b)]
