@@ -24,8 +24,8 @@ from evoplan.planner.solvers.proof import best_proof
 from evoplan.planner.solvers.relaxed import exact
 
 CLASS = (
-    "persistent schedules of the options in the table, checkpoints inside a block or over whole blocks, nested "
-    "to any depth; memory as the dynamic program charges it"
+    "persistent schedules of the options in the table, checkpoints inside a block or over whole blocks, "
+    "nested to any depth; memory as the dynamic program charges it"
 )
 
 

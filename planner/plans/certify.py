@@ -12,12 +12,14 @@ from evoplan.planner.plans.plan import Certificate, Plan, SolverReport
 from evoplan.planner.problems.costing import Costed
 from evoplan.planner.schedules.schedule import Sequence, depth
 from evoplan.planner.solvers import Frontier, cp_sat
+from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
 from evoplan.planner.solvers.proof import best_proof
 from evoplan.planner.solvers.ways import MANY
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"
+ANY_ORDER = "runs that are owed, memory at a price"
 
 Told = Callable[[str], None]
 
@@ -75,6 +77,11 @@ def proven(
         if depth(schedule) <= 1:
             best = min(best, planned)
         found.append(_certificate(CP_SAT, 1, flat + after, best, start))
+    if len(table.options) <= MANY_STEPS:
+        progress("bounding every order")
+        start = time.perf_counter()
+        anyhow = any_order_bound(table, budget) + after
+        found.append(_certificate(ANY_ORDER, None, anyhow, planned, start, persistent=False))
     return solver.model_copy(update={"gap": found[0].gap, "certificates": tuple(found)})
 
 
@@ -87,11 +94,12 @@ def least_possible(table: CostTable, budget: int) -> float:
     return np.inf if seconds is None else max(bound, float(seconds))
 
 
-def _certificate(method: str, max_depth: int | None, bound: float, best: float, start: float) -> Certificate:
+def _certificate(method: str, max_depth: int | None, bound: float, best: float, start: float, persistent: bool = True) -> Certificate:
     fits, known = bool(np.isfinite(bound)), bool(np.isfinite(best))
     return Certificate(
         method=method,
         max_depth=max_depth,
+        persistent=persistent,
         bound_seconds=float(bound) if fits else None,
         best_seconds=float(best) if known else None,
         # A schedule costed by the replay may be faster than the program's charges allow.
