@@ -1,8 +1,8 @@
 """Every way to run a short chain, persistent or not: a shortest path over what is in memory.
 
 For chains over one tensor. A state is (versions of the tensor, recorded steps with their strategies, backwards
-that are left). Moves: run a step forward, discarding or recorded; drop anything at any time; backward of the
-last step that is left. Memory is counted as the replay does.
+left). Moves: run a step forward, discarding or recorded; drop anything at any time; backward of the last step
+that is left. Memory is counted as the replay does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 
 from evoplan.cost_model.costs import CostTable
 
-Memory = tuple[frozenset[int], frozenset[tuple[int, int]], int]  # versions by maker, (step, option), backwards
+Memory = tuple[
+    frozenset[int], frozenset[tuple[int, int]], int
+]  # versions by maker, (step, option), backwards
 
 
 def least_in_any_order(table: CostTable, budget: int) -> float:
@@ -65,5 +67,7 @@ def _moves(table: CostTable, budget: int, memory: Memory) -> Iterator[tuple[floa
         return
     for n, cost in enumerate(table.options[k]):
         own = cost.preserved_bytes if (k, n) in records else 0
-        if (own or (k, n) in records or cost.strategy.in_pieces) and held - own + cost.backward_bytes <= budget:
+        if (
+            own or (k, n) in records or cost.strategy.in_pieces
+        ) and held - own + cost.backward_bytes <= budget:
             yield cost.backward_seconds, (versions, records - {(k, n)}, left - 1)

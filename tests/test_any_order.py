@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost

@@ -94,7 +94,9 @@ def least_possible(table: CostTable, budget: int) -> float:
     return np.inf if seconds is None else max(bound, float(seconds))
 
 
-def _certificate(method: str, max_depth: int | None, bound: float, best: float, start: float, persistent: bool = True) -> Certificate:
+def _certificate(
+    method: str, max_depth: int | None, bound: float, best: float, start: float, persistent: bool = True
+) -> Certificate:
     fits, known = bool(np.isfinite(bound)), bool(np.isfinite(best))
     return Certificate(
         method=method,

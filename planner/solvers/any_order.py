@@ -1,19 +1,18 @@
-"""A lower bound on every schedule of the options on offer, persistent or not, whatever it runs again and when.
+"""A lower bound on every schedule of the options on offer, persistent or not, in whichever order it runs.
 
 At a moment of a training step a step of the chain is *present* if something that it made is in memory. Of
-neighbouring steps a..b that are absent just before the backward of step b, all but what backward runs by itself
-must run forward again: nothing is there to start from. So least times obey
+neighbouring steps a..b that were absent at some moment, all must run forward after it and before the backward
+of step b, which may run b itself: nothing is there to start from. So least times obey
 
     owed(a, b) >= forward runs of a..b, backward of b, and for the moment just before it, over all ways to
-                  be present: each present step's backward, and owed(c, d) for each stretch c..d that is absent
+                  be present: each present step's backward, owed(c, d) for each stretch c..d that is absent
 
-where what is present must fit. Different stretches are different steps, and runs before and after a moment are
-different runs, so nothing is counted twice. What fits is priced (Lagrange), each stretch at its best price.
+where what is present must fit. Different stretches are different steps, and runs before and after a moment
+are different runs, so nothing is counted twice. What fits is priced (Lagrange), each stretch at its best price.
 Nothing below a stretch counts against it: a schedule may have dropped that.
 """
 
 from __future__ import annotations
-
 
 from collections.abc import Iterator
 
@@ -83,12 +82,15 @@ def _present(table: CostTable, step: int, prices: np.ndarray) -> np.ndarray:
     first = min(min(c.forward_seconds, c.discard_seconds) for c in options)
     recorded = [c.forward_seconds + c.backward_seconds + prices * c.preserved_bytes for c in options]
     again = min(_again(c) for c in options)
-    return np.min([*recorded, first + again + prices * size], axis=0)
+    least: np.ndarray = np.min([*recorded, first + again + prices * size], axis=0)
+    return least
 
 
 def _ending(table: CostTable, step: int, prices: np.ndarray, room: int) -> np.ndarray:
     """The runs of a step of which nothing is there, and the price of its backward's memory above the room."""
-    return np.min([_again(c) + prices * (c.backward_bytes - room) for c in table.options[step]], axis=0)
+    options = table.options[step]
+    least: np.ndarray = np.min([_again(c) + prices * (c.backward_bytes - room) for c in options], axis=0)
+    return least
 
 
 def _again(cost: StepCost) -> float:

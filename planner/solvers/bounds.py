@@ -119,6 +119,8 @@ def dividing_unit(table: CostTable, span_bytes: int, units: int, finer: int = 1)
     Args:
         finer: the grid may have so many times more steps where that divides the state better.
     """
+    if span_bytes <= units:
+        return 1
     smallest = max(1, -(-span_bytes // (finer * units)))
     largest = 2 * finer * smallest
     sizes = np.array(list(table.state_bytes.values()))
