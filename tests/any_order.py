@@ -1,6 +1,6 @@
 """Every way to run a short chain, persistent or not: a shortest path over what is in memory.
 
-For chains over one tensor. A state is (versions of the tensor, recorded steps with their strategies, backwards
+For chains over one tensor. A state is (versions of the tensor, recorded steps and their strategies, backwards
 left). Moves: run a step forward, discarding or recorded; drop anything at any time; backward of the last step
 that is left. Memory is counted as the replay does.
 """

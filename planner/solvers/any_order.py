@@ -8,7 +8,7 @@ of step b, which may run b itself: nothing is there to start from. So least time
                   be present: each present step's backward, owed(c, d) for each stretch c..d that is absent
 
 where what is present must fit. Different stretches are different steps, and runs before and after a moment
-are different runs, so nothing is counted twice. What fits is priced (Lagrange), each stretch at its best price.
+are different runs, so nothing is counted twice. What fits is priced (Lagrange), each stretch at its best.
 Nothing below a stretch counts against it: a schedule may have dropped that.
 """
 
