@@ -218,7 +218,7 @@ def test_certify_prints_and_keeps_the_gap(capsys: pytest.CaptureFixture, tmp_pat
         in " ".join(out.split())
     )
     solver = json.loads(path.read_text())["solver"]
-    assert [found["max_depth"] for found in solver["certificates"]] == [None, 1]
+    assert [found["max_depth"] for found in solver["certificates"]] == [None, 1, None]
     assert solver["gap"] == solver["certificates"][0]["gap"]
     assert 0 <= solver["gap"] < 0.01
     assert 0 <= solver["certificates"][1]["gap"] < 0.01

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evoplan.planner.commands import certificates
 from evoplan.planner.commands.flags import (
     AUTO,
     REPEATS,
@@ -42,6 +43,7 @@ cli.add_command(profile)
 cli.add_command(show)
 cli.add_command(inspect)
 cli.add_command(sweep)
+cli.add_command(certificates.certify)
 
 
 @cli.command()
@@ -69,7 +71,7 @@ def plan(
     """Find the fastest schedule that fits; print it and what it saves. With --from of any model."""
     check_writable(out, json_path=json_path, reads=files_read(cache, **flags))
     if source is not None:
-        plan_from(source, flags, out, json_path)
+        plan_from(source, flags, out, json_path, certify)
         return
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)

@@ -14,7 +14,7 @@ from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
 SOURCE = "FILE.py:FUNCTION, which returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss)"
-_TAKEN = {"memory", "optimizer", "device", "mixed"}  # flags that go with --from
+_TAKEN = {"memory", "optimizer", "device", "mixed", "certify"}  # flags that go with --from
 
 
 def built_by(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
@@ -57,10 +57,13 @@ def _checked(source: str, made: Any) -> tuple[Any, tuple[Any, ...], dict[str, An
     return model, args, dict(kwargs or {}), loss
 
 
-def plan_from(source: str, flags: dict[str, Any], out: str | None, json_path: str | None) -> None:
+def plan_from(
+    source: str, flags: dict[str, Any], out: str | None, json_path: str | None, certify: bool = False
+) -> None:
     """Plan the model that a file builds; print the plan.
 
     Args:
+        certify: also prove how far from optimal it may be.
         flags: of `evoplan plan`; those that describe a preset have no place here.
     """
     model, args, kwargs, loss, options = _asked_for(source, flags)
@@ -68,6 +71,9 @@ def plan_from(source: str, flags: dict[str, Any], out: str | None, json_path: st
 
     with progress("planning"):
         fitted = fit(model, args, kwargs, flags["memory"], loss, **options)
+    if certify:
+        with progress("bounding"):
+            fitted.certify()
     for path in filter(None, (out, json_path)):
         fitted.plan.save(path)
     console = console_for_output(json_path=json_path)

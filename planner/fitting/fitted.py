@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from evoplan.model.foreign.capture import CaptureError
-from evoplan.planner.files import check_writable
+from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.fitting.certifying import certificate_of_fit, certified
 from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
 from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
@@ -57,6 +58,16 @@ class Fitted:
     def report(self) -> str:
         """The plan in words."""
         return self.plan.report()
+
+    def certify(self) -> FitPlan:
+        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`."""
+        self.plan = certified(self._fitting, self.plan)
+        return self.plan
+
+    def certificate(self, path: str | Path) -> None:
+        """Write a certificate of the plan that anybody can check: docs/certificates.md."""
+        check_writable(path)
+        write_json(path, certificate_of_fit(self._fitting, self.plan))
 
     def frontier(self, points: int = 12) -> list[Prediction]:
         """What can be had: peak and time of the fastest plans, from the least memory on."""
@@ -151,6 +162,22 @@ def fit(
     fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast, device)
     made = _planned(fitting, size) if plan is None else _made_before(fitting, plan, size)
     return Fitted(fitting, made, on_change)
+
+
+def fitting_for(
+    plan: FitPlan, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None
+) -> tuple[Fitting, FitPlan]:
+    """The costs of a plan that was made before, of the model that it is for.
+
+    Raises:
+        CaptureError: it is for another model, or other inputs; says which.
+    """
+    dtype, _, mixed = plan.precision.partition(" ")
+    where = {parameter.device.type for parameter in model.parameters()}
+    name = None if plan.device in where else plan.device
+    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name
+    fitting = fitting_of(model, args, kwargs, *about)
+    return fitting, _made_before(fitting, plan, plan.budget_bytes)
 
 
 def _made_before(fitting: Fitting, plan: str | Path | FitPlan, size: int | None) -> FitPlan:

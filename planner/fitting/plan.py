@@ -67,6 +67,7 @@ class FitPlan(Sealed):
             f"per block {exact_size(large.peak_bytes)}; {large.step_seconds:.3g} s (each block checkpointed)",
             f"least     {exact_size(self.least_feasible_bytes)}",
             f"schedule  {shape_of(self.schedule)}  (s: a step, [..]: a checkpoint)",
+            *(one.in_words() for one in self.solver.certificates),
             *(f"note      {note}" for note in self.notes),
         ]
         return "\n".join(rows)

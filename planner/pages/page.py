@@ -228,7 +228,7 @@ def _proofs(content: Content) -> str:
     if not said and solver.gap is not None:
         said.append(f"at most {solver.gap:.2%} slower than the fastest schedule on offer")
     if not said:
-        said.append("no bound is proven; `evoplan plan --certify` proves one for models of evoplan's own")
+        said.append("no bound is proven; `evoplan plan --certify` proves one")
     said += [f"{name}: {where}" for name, where in content.costs.items()] + list(content.notes)
     items = "".join(f"<li>{escape(words)}</li>" for words in said)
     return (

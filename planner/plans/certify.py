@@ -1,4 +1,4 @@
-"""How far from optimal may a plan be? Bounds from two solvers, each with the class it holds for."""
+"""How far from optimal may a plan be? Bounds from several solvers, each with the class it holds for."""
 
 from __future__ import annotations
 
@@ -7,52 +7,101 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evoplan.planner.plans.plan import Certificate, Plan
+from evoplan.cost_model.costs import CostTable
+from evoplan.planner.plans.plan import Certificate, Plan, SolverReport
 from evoplan.planner.problems.costing import Costed
-from evoplan.planner.schedules.schedule import depth
+from evoplan.planner.schedules.schedule import Sequence, depth
 from evoplan.planner.solvers import Frontier, cp_sat
+from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
+from evoplan.planner.solvers.proof import best_proof
+from evoplan.planner.solvers.ways import MANY
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"
+ANY_ORDER = "runs that are owed, memory at a price"
+
+Told = Callable[[str], None]
 
 
-def certify(costed: Costed, plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Plan:
+def certify(costed: Costed, plan: Plan, progress: Told = lambda _: None) -> Plan:
     """The plan with what can be proven of it.
 
     Raises:
         ValueError: the plan is for inference, where the solver is exact.
     """
-    if not costed.problem.training:
+    check_training(plan)
+    budget = costed.chain_budget()
+    after, planned = costed.reduction_seconds, plan.predicted.step_seconds  # `after` is of any schedule
+    report = proven(costed.table, plan.schedule, budget, plan.solver, after, planned, progress)
+    return plan.model_copy(update={"solver": report})
+
+
+def check_training(plan: Plan) -> None:
+    """ValueError for a plan of which nothing is left to prove."""
+    if not plan.problem.training:
         raise ValueError(
             "--certify is for training: an inference plan is the fastest on offer as it is (solver.gap is 0)"
         )
-    table, budget = costed.table, costed.chain_budget()
+
+
+def proven(
+    table: CostTable,
+    schedule: Sequence,
+    budget: int | None,
+    solver: SolverReport,
+    after: float,
+    planned: float,
+    progress: Told = lambda _: None,
+) -> SolverReport:
+    """A solver's report with what can be proven of its schedule.
+
+    Args:
+        budget: in bytes, for the chain alone; None is unlimited.
+        after: seconds of a step that are the same under any schedule.
+        planned: seconds of the step under this one.
+    """
     if budget is None:
         budget = cp_sat.most_bytes(table)
     progress("bounding every depth")
     start = time.perf_counter()
-    after = costed.reduction_seconds  # of any schedule
-    bound = LowerBound(table).seconds(budget) + after
-    planned = plan.predicted.step_seconds
-    found = [_certificate(ROUNDING, None, bound, planned, start)]
+    bound = least_possible(table, budget)
+    found = [_certificate(ROUNDING, None, bound + after, planned, start)]
     if cp_sat.applies(table):
         progress("CP-SAT")
         start = time.perf_counter()
-        bound = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds + after
+        # What holds for every depth holds for one; the search may be cut off before it knows as much.
+        flat = max(bound, LowerBound(table, max_depth=1).seconds(budget))
+        flat = max(flat, cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds)
         best = Frontier(table, max_depth=1).seconds(budget) + after
-        if depth(plan.schedule) <= 1:
+        if depth(schedule) <= 1:
             best = min(best, planned)
-        found.append(_certificate(CP_SAT, 1, bound, best, start))
-    report = plan.solver.model_copy(update={"gap": found[0].gap, "certificates": tuple(found)})
-    return plan.model_copy(update={"solver": report})
+        found.append(_certificate(CP_SAT, 1, flat + after, best, start))
+    if len(table.options) <= MANY_STEPS:
+        progress("bounding every order")
+        start = time.perf_counter()
+        anyhow = any_order_bound(table, budget) + after
+        found.append(_certificate(ANY_ORDER, None, anyhow, planned, start, persistent=False))
+    return solver.model_copy(update={"gap": found[0].gap, "certificates": tuple(found)})
 
 
-def _certificate(method: str, max_depth: int | None, bound: float, best: float, start: float) -> Certificate:
+def least_possible(table: CostTable, budget: int) -> float:
+    """Seconds below which no persistent schedule can be; inf if none fits."""
+    bound = LowerBound(table).seconds(budget)
+    if len(table.groups) > MANY:
+        return bound
+    seconds = best_proof(table, budget).seconds
+    return np.inf if seconds is None else max(bound, float(seconds))
+
+
+def _certificate(
+    method: str, max_depth: int | None, bound: float, best: float, start: float, persistent: bool = True
+) -> Certificate:
     fits, known = bool(np.isfinite(bound)), bool(np.isfinite(best))
     return Certificate(
         method=method,
         max_depth=max_depth,
+        persistent=persistent,
         bound_seconds=float(bound) if fits else None,
         best_seconds=float(best) if known else None,
         # A schedule costed by the replay may be faster than the program's charges allow.

@@ -22,13 +22,15 @@ TIMES = ("measured", "calibrated", "roofline")
 class Certificate(BaseModel):
     """A proof that no schedule of a class is faster than a bound.
 
-    Memory is as the dynamic program charges it, which is up to two states more than the replay finds: a
-    schedule that fits by the replay alone may be faster.
+    For persistent schedules memory is as the dynamic program charges it, which is up to two states more than
+    the replay finds: a schedule that fits by the replay alone may be faster. For all others, as the replay.
 
     Attributes:
         method: who proves it.
         max_depth: the class: persistent schedules (what is kept is kept until it is used) with
             checkpoints nested at most so deep; None for any depth.
+        persistent: False: the class is every schedule of the strategies on offer, in whichever order they run
+            and whatever they drop and make again.
         bound_seconds: none of them is faster within the budget; None: none of them fits.
         best_seconds: the fastest one known; None: none is known.
         gap: best_seconds / bound_seconds - 1.
@@ -39,6 +41,7 @@ class Certificate(BaseModel):
 
     method: Name
     max_depth: Annotated[int, Field(ge=0)] | None
+    persistent: bool = True
     bound_seconds: Seconds | None
     best_seconds: Seconds | None
     gap: Seconds | None
@@ -49,6 +52,8 @@ class Certificate(BaseModel):
         nested = {None: "nested to any depth", 0: "not used", 1: "at most one deep"}
         depths = nested.get(self.max_depth, f"at most {self.max_depth} deep")
         of = f"certificate ({self.method}): persistent schedules, checkpoints {depths}, as charged by dp: "
+        if not self.persistent:
+            of = f"certificate ({self.method}): every schedule, persistent or not: "
         if self.bound_seconds is None:
             return f"{of}none fits this budget (proved in {format_seconds(self.seconds)})"
         proved = f"none is faster than {format_seconds(self.bound_seconds)}"

@@ -4,6 +4,7 @@ Memory is as the program charges it, not as the replay finds it, which may be up
 Two relaxations, of which the better one counts:
 
 - *Rounding down*: the same program with every cost rounded down to its grid. Whatever fits fits there too.
+  The grid's step divides the state's sizes, or nearly so: they are rounded once for each checkpoint.
 - *A price on memory*: only what the first pass keeps must fit, and it may be bought at any price a second
   per byte. For each price the cheapest chain is a shortest path; the best price gives the bound
   (Lagrange). Exact bytes, no grid: tight where a budget holds many parts, loose where one step fills it.
@@ -21,6 +22,9 @@ from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
 from evoplan.planner.solvers.segments import SegmentCosts
 
 PRICES = 160
+CANDIDATES = 512  # grid steps that are looked at
+WASTE = 0.02  # of the state: so little is not worth a finer grid
+FINER = 3
 
 
 class LowerBound:
@@ -53,7 +57,7 @@ class LowerBound:
     def _on_grid(self, memory: int) -> float:
         span = next((span for span in self._spans if span >= memory), memory)
         if span not in self._programs:
-            unit = -(-max(span, 1) // self.units)
+            unit = dividing_unit(self.table, span, self.units, FINER)
             program = Program(self.table, unit, span // unit, self.max_depth, optimistic=True)
             self._programs[span] = unit, program.times.copy()
         unit, times = self._programs[span]
@@ -105,3 +109,24 @@ def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
                     out=best[group.start],
                 )  # fmt: skip
     return prices, best[0]
+
+
+def dividing_unit(table: CostTable, span_bytes: int, units: int, finer: int = 1) -> int:
+    """A grid step of span / units, about, by which the sizes of the state are nearly divided.
+
+    Every checkpoint keeps state, so that rounding it down is what loses most.
+
+    Args:
+        finer: the grid may have so many times more steps where that divides the state better.
+    """
+    if span_bytes <= units:
+        return 1
+    smallest = max(1, -(-span_bytes // (finer * units)))
+    largest = 2 * finer * smallest
+    sizes = np.array(list(table.state_bytes.values()))
+    parts = (size // count for size in map(int, sizes) for count in range(1, size // smallest + 1))
+    candidates = {unit for unit in parts if smallest <= unit <= largest}
+    candidates |= set(np.linspace(smallest, largest, CANDIDATES).astype(np.int64).tolist())
+    chosen = np.array(sorted(candidates))
+    waste = (sizes[:, None] % chosen / np.maximum(1, sizes[:, None])).sum(axis=0)
+    return int(chosen[waste <= waste.min() + WASTE][-1])

@@ -1,0 +1,109 @@
+"""Certificates at many budgets: how close they come, how large they are, and whether the checker takes them.
+
+    python -m evoplan.experiments.certificates [--budgets 500] [--blocks 48] [--json FILE]
+
+AlphaFold 2's Evoformer at s=512, r=384 in float16 on the roofline of an A100. Of each budget the frontier's
+schedule gets a certificate; the checker, in a process of its own, decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evoplan.cost_model.costs import CostTable
+from evoplan.experiments.planning import DEVICE, DTYPE, GIB, stacked, traced
+from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.plans.certificate import certificate
+from evoplan.planner.schedules.replay import replay
+from evoplan.planner.solvers import Frontier
+from evoplan.planner.solvers.bounds import LowerBound
+
+CHECKER = Path(__file__).resolve().parents[1] / "tools" / "check_certificate.py"
+
+
+def certified(
+    table: CostTable, frontier: Frontier, bound: LowerBound, budget: int, folder: Path
+) -> dict[str, Any]:
+    """One budget: the certificate's gap, that of the frontier's own bound, and what the checker says."""
+    schedule = frontier.schedule(budget)
+    start = time.perf_counter()
+    document = certificate(table, schedule, budget, {"budget_bytes": budget})
+    made = time.perf_counter() - start
+    path = folder / "certificate.json"
+    path.write_text(json.dumps(document))
+    start = time.perf_counter()
+    checked = subprocess.run(
+        [sys.executable, "-I", str(CHECKER), str(path)], capture_output=True, text=True, check=False
+    )
+    proved, seconds = document["bound"]["seconds"], replay(schedule, table).seconds
+    return {
+        "budget_bytes": budget,
+        "seconds": seconds,
+        "gap": None if proved is None else seconds / float(proved) - 1,
+        "own_gap": seconds / bound.seconds(budget) - 1,
+        "valid": checked.returncode == 0,
+        "made_seconds": made,
+        "checked_seconds": time.perf_counter() - start,
+        "file_bytes": path.stat().st_size,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest and median of each figure, and how many certificates hold."""
+    found: dict[str, Any] = {"budgets": len(rows), "valid": sum(row["valid"] for row in rows)}
+    for name in ("gap", "own_gap", "made_seconds", "checked_seconds", "file_bytes"):
+        figures = [row[name] for row in rows if row[name] is not None]
+        found[name] = {"median": median(figures), "largest": max(figures)}
+    found["gap_over_own"] = max(row["gap"] - row["own_gap"] for row in rows if row["gap"] is not None)
+    found["over_1_percent"] = [row["budget_bytes"] for row in rows if row["gap"] is None or row["gap"] > 0.01]
+    return found
+
+
+def main() -> int:
+    """Print the table; 0 if every certificate holds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evoplan.experiments.certificates", description=main.__doc__
+    )
+    parser.add_argument("--budgets", type=int, default=500, help="on a logarithmic scale, from the least on")
+    parser.add_argument("--blocks", type=int, default=48)
+    parser.add_argument("--json", dest="json_path", help="write every budget's figures here")
+    chosen = parser.parse_args()
+    check_writable(json_path=chosen.json_path)
+    table = stacked(traced(512, 384), chosen.blocks)
+    frontier = Frontier(table)
+    bound = LowerBound(table, spans=frontier.spans)
+    rows = []
+    with TemporaryDirectory() as folder:
+        for budget in frontier.budgets(chosen.budgets):
+            rows.append(certified(table, frontier, bound, budget, Path(folder)))
+            print(f"  {len(rows)}: {rows[-1]}", file=sys.stderr, flush=True)
+    found = summary(rows)
+    if chosen.json_path:
+        about = {"device": DEVICE, "dtype": DTYPE, "blocks": chosen.blocks}
+        write_json(chosen.json_path, {**about, "summary": found, "budgets": rows})
+    shown = Table("", "median", "largest")
+    shown.add_row("gap of the certificate", *(f"{x:.3%}" for x in found["gap"].values()))
+    shown.add_row("gap of the frontier's own bound", *(f"{x:.3%}" for x in found["own_gap"].values()))
+    shown.add_row("made in", *(f"{x:.2f} s" for x in found["made_seconds"].values()))
+    shown.add_row("checked in", *(f"{x:.2f} s" for x in found["checked_seconds"].values()))
+    shown.add_row("file", *(f"{x / 1000:.0f} kB" for x in found["file_bytes"].values()))
+    console = Console(width=110)
+    console.print(shown)
+    over = ", ".join(f"{budget / GIB:.2f} GiB" for budget in found["over_1_percent"])
+    console.print(f"{found['valid']} of {found['budgets']} hold; gap over 1 %: {over or 'nowhere'}")
+    return 0 if found["valid"] == found["budgets"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
