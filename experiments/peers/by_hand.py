@@ -96,9 +96,7 @@ class ByHand(nn.Module):
             (state[step.target],) = self.around_step(part, *(state[n] for n in step.reads), *constants)
         return tuple(state.values())
 
-    def _step(
-        self, step: Step, names: tuple[tuple[str, ...], ...], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _step(self, step: Step, names: tuple[tuple[str, ...], ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(step.reads)
         constants = dict(zip(names[1], tensors[count:], strict=True))
         of_stages = step.tensors(step.named(tensors[:count]), constants, None)
@@ -108,31 +106,34 @@ class ByHand(nn.Module):
 
 
 def in_pieces(step: Step, tensors: Mapping[str, Tensor], pieces: int, again_each: bool) -> Tensor:
-    """The new target, its update made slice by slice and put together.
+    """The new target, made slice by slice and put together.
 
     Args:
         again_each: checkpoint every slice.
     """
     submodule = step.submodule
     axis = next(axis for axis in submodule.axes if isinstance(axis, IndependentAxis))
-    context = submodule.sliced_context(tensors) if submodule.context_inputs else None
+    around = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again_each else None
+    context = None
+    if submodule.context_inputs:
+        made = submodule.sliced_context
+        context = around(made, tensors) if around else made(tensors)
     names = tuple(tensors)
 
-    def update(context: Tensor | None, *slices: Tensor) -> Tensor:
-        return submodule.update(dict(zip(names, slices, strict=True)), context)
+    def new_target(context: Tensor | None, *slices: Tensor) -> Tensor:
+        of_slice = dict(zip(names, slices, strict=True))
+        return add_residual(of_slice[submodule.target], submodule.update(of_slice, context))
 
     target = submodule.target
     size = tensors[target].shape[axis.cuts[target]]
+    lengths = [span.stop - span.start for span in even_spans(size, min(pieces, size))]
+    # Split at once: a slice by itself has backward make a tensor of the whole's size for each.
+    cut = {
+        name: tensor.split(lengths, axis.cuts[name]) for name, tensor in tensors.items() if name in axis.cuts
+    }
     parts = []
-    for span in even_spans(size, min(pieces, size)):
-        length = span.stop - span.start
-        slices = [
-            tensor.narrow(axis.cuts[name], span.start, length) if name in axis.cuts else tensor
-            for name, tensor in tensors.items()
-        ]
-        around = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again_each else None
-        parts.append(around(update, context, *slices) if around else update(context, *slices))
-    del slices, context
-    joined = torch.cat(parts, dim=axis.cuts[target])
-    del parts
-    return add_residual(tensors[target], joined)
+    for index in range(len(lengths)):
+        slices = [cut[name][index] if name in cut else tensor for name, tensor in tensors.items()]
+        parts.append(around(new_target, context, *slices) if around else new_target(context, *slices))
+    del slices, context, cut
+    return torch.cat(parts, dim=axis.cuts[target])

@@ -33,6 +33,10 @@ def _square_root(setting: Setting, budget: float | None) -> nn.Module:
     return ByHand(setting.stack, segments=(max(1, isqrt(setting.blocks)),))
 
 
+def _square_root_nested(setting: Setting, budget: float | None) -> nn.Module:
+    return ByHand(setting.stack, around_block=again, segments=(max(1, isqrt(setting.blocks)),))
+
+
 def _openfold(blocks: int, pieces: int, setting: Setting) -> ByHand:
     return ByHand(setting.stack, segments=(blocks,), pieces=pieces, pieces_again=False)
 
@@ -58,6 +62,10 @@ register(
         "sqrt", "a checkpoint around every square root of n blocks", _square_root,
         "Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost",
     ),
+    _hand(
+        "sqrt>block", "the same, and each block in them once more", _square_root_nested,
+        "Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost",
+    ),
     _hand("block>submodule", "both, one within the other", _placed(block=True, submodule=True)),
     _hand("pair>block>submodule", "and pairs of blocks around them",
           _placed((2,), block=True, submodule=True)),
@@ -72,4 +80,3 @@ register(
     _hand("openfold-tuned", "the same in the chunks, of 2 to 16, of the least peak", _openfold_tuned,
           OPENFOLD),
 )  # fmt: skip
-
