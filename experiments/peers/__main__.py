@@ -26,7 +26,7 @@ from evoplan.model.families import EvoformerConfig
 from evoplan.planner.commands.flags import REPEATS
 from evoplan.planner.commands.terminal import console_for_output, progress, run_command
 from evoplan.planner.files import STDOUT, check_writable
-from evoplan.planner.problems.problem import Problem
+from evoplan.planner.problems.problem import Mixed, Problem
 
 # (c_m, c_z), and the size that goes with them: s, r, blocks.
 WIDTHS = {"small": ((64, 64), (32, 64, 4)), "alphafold2": ((256, 128), (64, 96, 4))}
@@ -37,10 +37,10 @@ def problem_of(size: tuple[int, int, int], widths: str, precision: str, device: 
     """What is trained: AlphaFold 2's main stack without dropout and without an optimizer."""
     (c_m, c_z), (s, r, blocks) = WIDTHS[widths][0], size
     config = EvoformerConfig(n_block=blocks, c_m=c_m, c_z=c_z).with_dropout(0.0)
-    mixed = {} if precision == "fp32" else {"mixed": precision}
+    mixed: Mixed | None = "bf16-mixed" if precision == "bf16-mixed" else None
     return Problem(
         model="alphafold2", config=config, shape=InputShape(s, r), dtype="float32", device=device,
-        optimizer="none", **mixed,
+        optimizer="none", mixed=mixed,
     )  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def problem_of(size: tuple[int, int, int], widths: str, precision: str, device: 
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has, and make the others.")
 def peers(
     size: tuple[int, int, int] | None, widths: str, precision: str, rounds: int, device: str,
-    only: str | None, listing: bool, cache: str | None, json_path: str | None, plot_path: str | None, resume: bool,
+    only: str | None, listing: bool, cache: str | None, json_path: str | None, plot_path: str | None,
+    resume: bool,
 ) -> None:  # fmt: skip
     """Plans against their peers, at equal measured peaks."""
     console = console_for_output(120, json_path)

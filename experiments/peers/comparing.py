@@ -95,9 +95,10 @@ class Comparison:
         tolerance = TOLERANCES[self.problem.precision]
         if not row.loss_error <= tolerance:
             row.status, row.reason = "wrong", f"the loss is off by {row.loss_error:.1g}"
-        elif row.gradient_error is not None and not row.gradient_error <= tolerance:
-            if self.problem.mixed is None or beyond_rounding(plain, peer, self.problem) > tolerance:
-                row.status, row.reason = "wrong", f"a gradient is off by {row.gradient_error:.1g}"
+            return
+        off = row.gradient_error is not None and not row.gradient_error <= tolerance
+        if off and (self.problem.mixed is None or beyond_rounding(plain, peer, self.problem) > tolerance):
+            row.status, row.reason = "wrong", f"a gradient is off by {row.gradient_error:.1g}"
 
     def _time(self, row: Row) -> None:
         """The peer, and in turn with it the plan for what it takes."""

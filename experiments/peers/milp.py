@@ -1,4 +1,4 @@
-"""torch.distributed._tools.sac_ilp: which modules to recompute, by an integer program under a budget in bytes."""
+"""torch.distributed._tools.sac_ilp: which modules to recompute, by an integer program under a budget."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def _milp(setting: Setting, budget: float | None) -> nn.Module:
     modules = chosen_modules(setting, int(budget or 0))
 
     def around_block(part: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return again(part, *tensors) if f"{ROOT}.{part.args[0]}" in modules else part(*tensors)  # type: ignore[no-any-return]
+        return again(part, *tensors) if f"{ROOT}.{part.args[0]}" in modules else part(*tensors)
 
     def around_step(part: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         step = part.args[0]
         name = f"{ROOT}.{step.group}.{step.index}"
-        return again(part, *tensors) if name in modules else part(*tensors)  # type: ignore[no-any-return]
+        return again(part, *tensors) if name in modules else part(*tensors)
 
     return ByHand(setting.stack, around_block=around_block, around_step=around_step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class _Chained(nn.Module):
         hand = ByHand(setting.stack)
         group = hand.chain.groups[block]
         self.submodules = nn.ModuleList(step.submodule for step in hand.chain.steps[group.start : group.stop])
-        state, constants = setting.stack.prepare(**setting.inputs)  # type: ignore[arg-type]
+        state, constants = setting.stack.prepare(**setting.inputs)
         names, self._constants = (tuple(state), tuple(constants)), tuple(constants.values())
-        self._part = lambda *tensors: hand._block(block, names, *tensors)
+        self._part = partial(hand._block, block, names)
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
         return self._part(*state, *self._constants)
@@ -59,7 +60,7 @@ def _ckptplan(setting: Setting, budget: float | None) -> nn.Module:
     import ckptplan.errors
 
     problem = setting.costed.problem
-    state, _ = setting.stack.prepare(**setting.inputs)  # type: ignore[arg-type]
+    state, _ = setting.stack.prepare(**setting.inputs)
     inputs = tuple(tensor.detach() for tensor in state.values())
     model = nn.ModuleList(_Chained(setting, block) for block in range(setting.blocks))
     try:
@@ -79,7 +80,7 @@ def _ckptplan(setting: Setting, budget: float | None) -> nn.Module:
 def _rockmate(setting: Setting, budget: float | None) -> nn.Module:
     import rockmate
 
-    state, _ = setting.stack.prepare(**setting.inputs)  # type: ignore[arg-type]
+    state, _ = setting.stack.prepare(**setting.inputs)
     model = ByHand(setting.stack)
     return rockmate.Rockmate(model, tuple(state.values()), int(budget or 0))  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -39,7 +39,7 @@ class Setting:
     plain_peak_bytes: int
     static_bytes: int
     peak_of: Callable[[nn.Module], int]
-    inputs: dict[str, object] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -47,7 +47,7 @@ class Setting:
         return len(self.costed.table.groups)
 
 
-# (what it is put on, the budget: bytes above static, a fraction, or None) -> a module to be called as the stack.
+# (what it is put on, the budget: bytes above static, a fraction, or None) -> a module called as the stack.
 Apply = Callable[[Setting, float | None], nn.Module]
 
 

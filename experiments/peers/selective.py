@@ -91,7 +91,7 @@ def results_of_block(setting: Setting) -> list[Result]:
 
 
 def greedy(results: list[Result], blocks: int, room_bytes: int) -> list[set[int]]:
-    """For each block, the calls whose results are kept: most seconds saved per byte first, while there is room.
+    """For each block, the calls whose results are kept: most seconds saved per byte first, as they fit.
 
     Source: after torchtitan's pass that keeps or recomputes under a budget (pull request 4636).
     """
