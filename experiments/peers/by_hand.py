@@ -114,11 +114,13 @@ def in_pieces(step: Step, tensors: Mapping[str, Tensor], pieces: int, again_each
     submodule = step.submodule
     axis = next(axis for axis in submodule.axes if isinstance(axis, IndependentAxis))
     around = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again_each else None
-    context = None
+    context, names = None, tuple(tensors)
     if submodule.context_inputs:
-        made = submodule.sliced_context
-        context = around(made, tensors) if around else made(tensors)
-    names = tuple(tensors)
+
+        def made(*given: Tensor) -> Tensor:
+            return submodule.sliced_context(dict(zip(names, given, strict=True)))
+
+        context = around(made, *tensors.values()) if around else made(*tensors.values())
 
     def new_target(context: Tensor | None, *slices: Tensor) -> Tensor:
         of_slice = dict(zip(names, slices, strict=True))

@@ -19,12 +19,14 @@ from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import storage_key
 
 _ATEN = torch.ops.aten
+BATCHED = [_ATEN.bmm.default, _ATEN.baddbmm.default]
 PRODUCTS = [_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default]
+SELECTIVE = "torch.utils.checkpoint.create_selective_checkpoint_contexts"
 REPEATS = 3  # of each operator's time the least counts
 
 
-def _products(setting: Setting, budget: float | None) -> nn.Module:
-    keep = partial(create_selective_checkpoint_contexts, PRODUCTS)
+def _products(kept: list[Any], setting: Setting, budget: float | None) -> nn.Module:
+    keep = partial(create_selective_checkpoint_contexts, kept)
     return ByHand(setting.stack, around_block=partial(again, context_fn=keep))
 
 
@@ -132,8 +134,12 @@ def _greedy(setting: Setting, budget: float | None) -> nn.Module:
 
 register(
     Peer(
-        "selective", "selective checkpointing per block: results of matrix products are kept",
-        "torch.utils.checkpoint.create_selective_checkpoint_contexts", "hand", _products,
+        "selective", "selective checkpointing per block: results of all matrix products are kept",
+        SELECTIVE, "hand", partial(_products, PRODUCTS),
+    ),
+    Peer(
+        "selective-batched", "the same of batched products alone, which attention is made of",
+        SELECTIVE, "hand", partial(_products, BATCHED),
     ),
     Peer(
         "greedy", "per operator of a block keep or recompute, most seconds saved per byte first",
