@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_what_is_best_is_no_faster_than_what_is_proven(name: str) -> None:
     assert len(table.groups) >= 4
     assert len(best) >= 6
     assert [each.budget_bytes for each in best] == sorted({each.budget_bytes for each in best})
-    for before, after in zip(best, best[1:], strict=False):
+    for before, after in pairwise(best):
         assert after.seconds <= before.seconds
     assert all(0 < each.bound_seconds <= each.seconds for each in best)
 
