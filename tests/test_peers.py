@@ -23,14 +23,14 @@ from evoplan.planner.commands.terminal import run_command
 from evoplan.planner.problems.problem import Problem
 
 CHEAP = (
-    "plain", "submodule", "block", "sqrt", "sqrt>block", "block>submodule", "submodule+4",
-    "pair>block>submodule+8", "openfold", "selective", "selective-batched", "greedy", "seed-dp", "evoplan-least",
+    "plain", "submodule", "block", "sqrt", "sqrt>block", "block>submodule", "pair>block>submodule+8",
+    "openfold", "selective", "selective-batched", "greedy", "seed-dp", "evoplan-least",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    config = EvoformerConfig(n_block=3, c_m=8, c_z=12).with_dropout(0.0)
+    config = EvoformerConfig(n_block=2, c_m=8, c_z=12).with_dropout(0.0)
     problem = Problem(
         model="alphafold2", config=config, shape=InputShape(5, 7), dtype="float64", optimizer="none"
     )
@@ -129,9 +129,8 @@ def test_rows_come_back_and_are_skipped(tmp_path: Path) -> None:
     def row(peer: Peer, share: float | None) -> Row:
         made.append((peer.name, share))
         times = Times.of([1.0, 2.0, 3.0])
-        return Row(
-            name=peer.name, about="a", source="b", kind="hand", share=share, peak_bytes=9, seconds=times
-        )
+        about: dict[str, Any] = {"about": "a", "source": "b", "kind": "hand"}
+        return Row(name=peer.name, share=share, peak_bytes=9, seconds=times, **about)
 
     stub: Any = SimpleNamespace(row=row, static_bytes=1, setting=SimpleNamespace(plain_peak_bytes=2))
     first = document()
@@ -148,7 +147,7 @@ def test_rows_come_back_and_are_skipped(tmp_path: Path) -> None:
 def test_another_comparison_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     document().write(path)
-    with pytest.raises(ValueError, match="another comparison .*rounds 0"):
+    with pytest.raises(ValueError, match=r"another comparison .*rounds 0"):
         resumed(path, document(rounds=5))
     path.write_text('{"rows": 3}')
     with pytest.raises(ValueError, match="no comparison"):

@@ -78,7 +78,10 @@ def _ckptplan(setting: Setting, budget: float | None) -> nn.Module:
 
 
 def _rockmate(setting: Setting, budget: float | None) -> nn.Module:
-    import rockmate
+    try:
+        import rockmate
+    except ImportError as error:
+        raise UnavailableError(f"{error}; rockmate 2.0.0 wants an rkgb that PyPI does not have") from None
 
     state, _ = setting.stack.prepare(**setting.inputs)
     model = ByHand(setting.stack)
