@@ -30,7 +30,8 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.schedules.replay import Replay, replay
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, allow_depth
-from evoplan.planner.solvers import InfeasibleError, inference_schedule
+from evoplan.planner.solvers import InfeasibleError
+from evoplan.planner.solvers.inference import inference_schedule
 
 UNITS = 200  # of memory, in which the program counts
 MOST_STEPS = 100  # of a chain whose stages are its steps

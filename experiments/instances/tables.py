@@ -84,6 +84,6 @@ def _cost_to_json(cost: StepCost) -> list[Any]:
 
 def _cost_from_json(row: list[Any]) -> StepCost:
     strategy, *figures, keeps_made = row
-    named = dict(zip(FIELDS, figures, strict=True))
-    works = {f"{phase}_work": Work() for phase in ("discard", "forward", "backward")}
-    return StepCost(Strategy.parse(strategy), keeps_made=tuple(keeps_made), **works, **named)
+    named: dict[str, Any] = dict(zip(FIELDS, figures, strict=True))
+    named |= {f"{phase}_work": Work() for phase in ("discard", "forward", "backward")}
+    return StepCost(Strategy.parse(strategy), keeps_made=tuple(keeps_made), **named)
