@@ -91,12 +91,20 @@ class Bench:
 
     def add(self, name: str, plan: Plan) -> None:
         """Run a plan once and measure its peak."""
-        problem = self.costed.problem
-        trial = Trial(apply_plan(self.stack, plan), problem, self.inputs)
+        self.add_module(name, apply_plan(self.stack, plan))
+        self.plans[name] = plan
+
+    def add_module(self, name: str, module: Any) -> None:
+        """Run the stack under anything that is called like it, and measure its peak."""
+        trial = Trial(module, self.costed.problem, self.inputs)
         trial.run()
-        self.plans[name], self.trials[name] = plan, trial
-        live = trial.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
-        self.peaks[name] = live + measure.peak_bytes(trial.run, self.kind)
+        self.trials[name] = trial
+        self.peaks[name] = self.static_bytes(trial) + measure.peak_bytes(trial.run, self.kind)
+
+    def static_bytes(self, trial: Trial) -> int:
+        """What is there before a step."""
+        static = self.costed.static
+        return trial.live_bytes() + static["optimizer"] + static["workspace"]
 
     def plan_for(self, budget: int) -> Plan:
         """The plan for so many bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from evoplan.model.running.in_place import add_over, multiply_over
 from evoplan.model.running.kernels import kernel_in_use
 from evoplan.model.running.layers import FULL, columns, rows, times
 from evoplan.model.running.regions import SCORES, region
@@ -16,7 +17,7 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     # AlphaFold adds -1e9, which is -inf in float16 and turns a row without any key into NaN. Under autocast
     # the logits are in another precision than the mask.
     large = min(1e9, *(torch.finfo(each).max / 2 for each in (dtype, mask.dtype)))
-    return (mask - 1.0).mul_(large).to(dtype)
+    return multiply_over(mask - 1.0, large).to(dtype)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -73,9 +74,9 @@ class Attention(nn.Module):
         del q, k
         # In place: the backward of a product does not read its result.
         if key_mask is not None:
-            logits += mask_bias(key_mask, logits.dtype)[..., None, None, :]
+            logits = add_over(logits, mask_bias(key_mask, logits.dtype)[..., None, None, :])
         if pair_bias is not None:
-            logits += pair_bias.unsqueeze(-4)
+            logits = add_over(logits, pair_bias.unsqueeze(-4))
         with region(SCORES):
             weights = logits.softmax(dim=-1)
         del logits

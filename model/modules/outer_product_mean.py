@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from evoplan.model.families import EvoformerConfig, MSAModuleConfig
 from evoplan.model.modules.representations import ALPHAFOLD
+from evoplan.model.running.in_place import divide_over
 from evoplan.model.running.layers import FULL, columns, rows, times
 from evoplan.model.running.submodule import ReductionAxis, Submodule
 
@@ -60,4 +61,4 @@ class OuterProductMean(Submodule):
         return columns(self.linear_out, outer, times(part, c_b))
 
     def finish(self, update: Tensor, count: Tensor) -> Tensor:
-        return update.div_((count + self.eps)[..., None])
+        return divide_over(update, (count + self.eps)[..., None])

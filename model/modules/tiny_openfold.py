@@ -16,6 +16,7 @@ from evoplan.model.families import TinyOpenFoldConfig
 from evoplan.model.modules.attention import Attention, transposed
 from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.running.chain import Block, Plannable, State, laid_out
+from evoplan.model.running.in_place import relu_over
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.layers import FULL, columns, rows, times
 from evoplan.model.running.layout import channels_first, channels_last
@@ -105,7 +106,7 @@ class TinyTransition(Submodule):
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
         hidden = rows(self.linear_1, x.flatten(0, -2), part)
-        hidden = hidden.relu() if has_hooks(self.linear_1) else hidden.relu_()
+        hidden = hidden.relu() if has_hooks(self.linear_1) else relu_over(hidden)
         return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)
 
 

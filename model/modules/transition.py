@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from evoplan.model.modules.representations import ALPHAFOLD
+from evoplan.model.running.in_place import relu_over
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.layers import FULL, columns, rows
 from evoplan.model.running.submodule import ReductionAxis, Submodule
@@ -31,5 +32,5 @@ class Transition(Submodule):
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
         hidden = rows(self.linear_1, x.flatten(0, -2), part)
-        hidden = hidden.relu() if has_hooks(self.linear_1) else hidden.relu_()
+        hidden = hidden.relu() if has_hooks(self.linear_1) else relu_over(hidden)
         return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
+from torch.utils import checkpoint as _checkpoint
+
+_SELECTIVE = (_checkpoint._CachingTorchDispatchMode, _checkpoint._CachedTorchDispatchMode)
 
 
 def backward_pass() -> tuple[int, bool]:
@@ -40,6 +43,14 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def has_data(tensor: Tensor) -> bool:
     """Whether there are numbers in it: it is neither on the meta device nor a fake one."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def keeps_results() -> bool:
+    """Whether a selective checkpoint is at work: it notes or gives back the results of operators."""
+    if not torch._C._len_torch_dispatch_stack():  # asked often, and hardly ever more than this
+        return False
+    modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
+    return any(isinstance(mode, _SELECTIVE) for mode in modes)
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evoplan.model.running.in_place import add_over
 from evoplan.model.running.internals import has_hooks, is_plain
 
 FULL = slice(None)
@@ -48,7 +49,7 @@ def columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
         return out.clone() if has_hooks(layer) else out  # whoever hangs on the layer may keep what it saw
     # A product without bias is no view: what is written into it costs autograd nothing.
     out = F.linear(x, layer.weight if part == FULL else layer.weight[:, part])
-    return out if layer.bias is None or part.start else out.add_(layer.bias)
+    return out if layer.bias is None or part.start else add_over(out, layer.bias)
 
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:

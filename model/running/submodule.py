@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from evoplan.model.config import Dims
+from evoplan.model.running.in_place import add_over, multiply_over
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.remake import cheap
 
@@ -288,11 +289,11 @@ class Submodule(nn.Module):
 def dropped(update: Tensor, tensors: Tensors) -> Tensor:
     """Dropout, where the tensors hold a mask for it. May write into `update`."""
     mask = tensors.get("dropout")
-    return update if mask is None else update.mul_(mask)
+    return update if mask is None else multiply_over(update, mask)
 
 
 def add_residual(target: Tensor, update: Tensor) -> Tensor:
     """target + update; reuses the memory of `update` where its layout is that of `target`."""
     if update.stride() == target.stride() and update.dtype == target.dtype:
-        return update.add_(target)
+        return add_over(update, target)
     return target + update
