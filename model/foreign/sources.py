@@ -14,7 +14,6 @@ from torch import nn
 
 # Their versions are told otherwise.
 _KNOWN = sys.stdlib_module_names | {"torch", "numpy"}
-_OURS = ("evoplan.cost_model", "evoplan.model", "evoplan.planner")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -31,7 +30,7 @@ def sources_of(things: Iterable[Any]) -> str | None:
         name = todo.pop()
         if name is None:
             return None
-        if name in seen or name.partition(".")[0] in _KNOWN or name.startswith(_OURS):
+        if name in seen or name.partition(".")[0] in _KNOWN:
             continue
         seen.add(name)
         module = sys.modules.get(name)
