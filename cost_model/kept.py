@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
@@ -88,17 +88,12 @@ def default_path() -> Path | None:
     return (Path(folder) if folder else caches_folder()) / f"traces-{_digest_of_sources()}.sqlite"
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """Equal for files of the same names and contents."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 @cache
 def _digest_of_sources() -> str:
-    return digest_of(_sources())
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _sources() -> Iterator[Path]:

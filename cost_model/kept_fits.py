@@ -7,38 +7,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from evoplan.cost_model.kept import Store, digest_of, key_of, surroundings
+from evoplan.cost_model.kept import Store, key_of, surroundings
 from evoplan.cost_model.kept_traces import cost_from_text, cost_to_text
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.foreign.children import Axis
 from evoplan.model.foreign.sources import sources_of
 
 T = TypeVar("T")
-_HERE = Path(__file__).parent.parent / "planner"
 
 
 class KeptFits:
     """What was found of a model, by all that it follows from.
 
     Args:
-        model: its classes' sources, and those of `functions`, are part of every key. Where one has none, as
-            in a notebook, nothing is kept.
+        model: its classes' sources, and those of `others`, classes and functions that have a part in what is
+            found, are in every key. Where one has none, as in a notebook, nothing is kept.
         about: what else all depends on.
     """
 
-    def __init__(self, model: nn.Module, functions: Sequence[Any] = (), about: Sequence[Any] = ()) -> None:
+    def __init__(self, model: nn.Module, others: Sequence[Any] = (), about: Sequence[Any] = ()) -> None:
         self._store = Store()
-        # What simulates a whole step is beside the cost model.
-        ours = [
-            path for name in ("execution", "fitting", "schedules") for path in (_HERE / name).glob("*.py")
-        ]
-        sources = sources_of([*{type(module) for module in model.modules()}, *functions])
-        self._about = None if sources is None else (surroundings(), digest_of(sorted(ours)), sources, *about)
+        sources = sources_of([*{type(module) for module in model.modules()}, *others])
+        self._about = None if sources is None else (surroundings(), sources, *about)
 
     def recall(
         self, about: Sequence[Any], find: Callable[[], T], text_of: Callable[[T], str], of: Callable[[str], T]

@@ -153,7 +153,7 @@ def fitting_of(
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
-    kept = KeptFits(model, (loss,), (where, dtype, autocast, place, of_blocks))
+    kept = KeptFits(model, (loss, Simulator), (where, dtype, autocast, place, of_blocks))
     chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
     table = calls_table(model, chain, where, dtype, casting, of_blocks, kept)
     about = where, dtype, times, place, autocast, casting
