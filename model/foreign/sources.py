@@ -83,7 +83,7 @@ def _code(function: Any) -> Any:
     code = getattr(function, "__code__", None)
     if code is None or function.__closure__:
         raise _UnknownError
-    return code.co_filename, code.co_firstlineno, code.co_code
+    return code.co_filename, code.co_firstlineno, hashlib.sha256(code.co_code).hexdigest()
 
 
 def _said(value: Any) -> Any:

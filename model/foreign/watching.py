@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,15 @@ class Watch(TorchDispatchMode):
                 module.__dict__["forward"] = self._watched(path, module, module.forward)
 
     def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        within = list(module.modules())
+
+        def buffers() -> dict[str, Any]:
+            return marks(dict(module.named_buffers())) if any(m._buffers for m in within) else {}
+
         def watched(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = pytree.tree_flatten((args, kwargs))
             visit = Visit(path, module, leaves, structure, len(self.operators))
-            before = marks(dict(module.named_buffers()))
+            before = buffers()
             self._open[-1].children.append(visit)
             self._open.append(visit)
             visit.hooked = has_saving_hooks()
@@ -76,7 +81,7 @@ class Watch(TorchDispatchMode):
             visit.writes = (
                 structure_now != structure or keys_of(leaves) != visit.keys or len(now) != len(leaves)
             )
-            after = marks(dict(module.named_buffers()))
+            after = buffers()
             visit.changes = _with_siblings(
                 module, [name for name in after if after[name] != before.get(name)]
             )
@@ -88,7 +93,7 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in operands(args, kwargs) if isinstance(leaf, Tensor)]
         about = about_operator(func, args, kwargs)
         draws = draws_numbers(func, args, kwargs or {})
         read = frozenset(map(storage_key, tensors))
@@ -108,13 +113,38 @@ def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     return bool(part)
 
 
+def operands(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
+    """What an operator is called with, one by one: some come in lists."""
+    for value in (*args, *(kwargs or {}).values()):
+        if isinstance(value, list | tuple):
+            yield from operands(tuple(value), None)
+        else:
+            yield value
+
+
 def about_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
     """An operator and the layouts and values that it is called with."""
-    return f"{func} {[_told(leaf) for leaf in pytree.tree_leaves((args, kwargs))]}"
+    leaves = list(operands(args, kwargs))
+    try:
+        key = func, *map(_key, leaves)
+        if key not in _texts:
+            _texts[key] = _text(func, leaves)
+        return _texts[key]
+    except TypeError:  # something among them has no hash
+        return _text(func, leaves)
 
 
-def _told(leaf: Any) -> str:
-    return str(Layout.of(leaf)) if isinstance(leaf, Tensor) else repr(leaf)[:80]
+_texts: dict[tuple[Any, ...], str] = {}  # as layers are alike, few are made
+
+
+def _key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    return type(leaf), leaf  # 1, 1.0 and True are equal
+
+
+def _text(func: Any, leaves: list[Any]) -> str:
+    return f"{func} {[str(Layout.of(t)) if isinstance(t, Tensor) else repr(t)[:80] for t in leaves]}"
 
 
 def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
