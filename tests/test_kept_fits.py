@@ -184,3 +184,28 @@ def test_a_method_put_into_a_class_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     before = told(Block())
     monkeypatch.setattr(Block, "forward", lambda self, x: x)
     assert told(Block()) != before
+
+
+def decorated(function: Callable[..., Any], rate: float) -> Callable[..., Any]:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return rate * function(self, x)
+
+    return forward
+
+
+def test_what_a_decorator_decorates_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(function: Callable[..., Any], rate: float) -> str | None:
+        monkeypatch.setattr(Block, "forward", decorated(function, rate))
+        return told(Block())
+
+    first = text(lambda self, x: x, 1.0)
+    assert first is not None
+    others = text(lambda self, x: x + 1, 1.0), text(lambda self, x: x + 2, 1.0), text(lambda self, x: x, 2.0)
+    assert len({first, *others}) == 4
+
+
+def test_a_list_that_is_in_itself_is_not_told() -> None:
+    layer = nn.Linear(2, 2)
+    layer.around = []  # type: ignore[assignment]
+    layer.around.append(layer.around)  # type: ignore[operator, union-attr]
+    assert told(layer) is None

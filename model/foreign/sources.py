@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,7 @@ def told(module: nn.Module) -> str | None:
     """
     try:
         return repr([(name, _of_layer(layer)) for name, layer in module.named_modules()])
-    except _UnknownError:
+    except (_UnknownError, ValueError, RecursionError):  # an empty cell; a list that is in itself
         return None
 
 
@@ -77,13 +77,24 @@ def _of_layer(layer: nn.Module) -> Any:
     return _name(type(layer)), _code(type(layer).forward), {n: _said(value) for n, value in own.items()}
 
 
-@cache
-def _code(function: Any) -> Any:
-    """Of a method that may have been put into a class from elsewhere."""
-    code = getattr(function, "__code__", None)
-    if code is None or function.__closure__:
+def _code(function: Any, seen: tuple[Any, ...] = ()) -> Any:
+    """Of a method, which may have come into a class from elsewhere; of a decorator, what it decorates, too."""
+    if not isinstance(function, FunctionType):
         raise _UnknownError
-    return code.co_filename, code.co_firstlineno, hashlib.sha256(code.co_code).hexdigest()
+    if function in seen:
+        return _name(function)
+    within = [cell.cell_contents for cell in function.__closure__ or ()]
+    return _digest(function.__code__), [
+        _code(value, (*seen, function)) if isinstance(value, FunctionType) else _said(value)
+        for value in within
+    ]
+
+
+@cache
+def _digest(code: CodeType) -> str:
+    constants = [_digest(value) if isinstance(value, CodeType) else value for value in code.co_consts]
+    about = code.co_filename, code.co_firstlineno, code.co_code, code.co_names, constants
+    return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
 def _said(value: Any) -> Any:
@@ -93,7 +104,7 @@ def _said(value: Any) -> Any:
         return [(_said(key), _said(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | set | frozenset):
         return _name(type(value)), [_said(item) for item in value]
-    if isinstance(value, type):
+    if isinstance(value, type | BuiltinFunctionType):
         return _name(value)
     if isinstance(value, FunctionType):
         if value.__closure__ or value.__defaults__ or value.__kwdefaults__:
