@@ -78,7 +78,7 @@ def _of_layer(layer: nn.Module) -> Any:
 
 
 def _code(function: Any, seen: tuple[Any, ...] = ()) -> Any:
-    """Of a method, which may have come into a class from elsewhere; of a decorator, what it decorates, too."""
+    """Of a method, which may have come into a class from elsewhere; of a decorator, all that it decorates."""
     if not isinstance(function, FunctionType):
         raise _UnknownError
     if function in seen:
