@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction
 from evoplan.planner.problems.problem import Name, Optimizer
-from evoplan.planner.schedules.schedule import Sequence, shape_of
+from evoplan.planner.schedules.schedule import Sequence, shape_of, strategies_used
 from evoplan.planner.schedules.text import schedule_of, schedule_to_json
 from evoplan.planner.sizes import exact_size
 
@@ -68,9 +69,15 @@ class FitPlan(Sealed):
             f"least     {exact_size(self.least_feasible_bytes)}",
             f"schedule  {shape_of(self.schedule)}  (s: a step, [..]: a checkpoint)",
             *(one.in_words() for one in self.solver.certificates),
+            *(f"run as    {count} x {strategy}" for strategy, count in self._strategies()),
             *(f"note      {note}" for note in self.notes),
         ]
         return "\n".join(rows)
+
+    def _strategies(self) -> list[tuple[str, int]]:
+        """Those that blocks run under, and how many do: one that is recomputed may run under two."""
+        used = strategies_used(self.schedule).values()
+        return Counter(str(strategy) for strategies in used for strategy in strategies).most_common()
 
 
 def _check(plan: FitPlan) -> None:
