@@ -23,7 +23,7 @@ def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
     """A model with no weight zero: the originals start some at zero, which would hide errors."""
     for name in NEEDS.get(path.stem.partition("_")[0], ()):
         pytest.importorskip(name)
-    given = Case(*built_by(f"{path}:build"))
+    given = Case(*built_by(f"{path}:build")[:4])
     with torch.no_grad():
         for parameter in given.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
