@@ -27,6 +27,9 @@ from evoplan.model.running.internals import other_forwards
 
 logger = logging.getLogger(__name__)
 
+# Code that casts to single precision by itself may run in nothing else.
+DTYPES = torch.float64, torch.float32
+CLOSE_IN_SINGLE = 1e-5
 MOST_NUMBERS = 2**23  # in arguments: larger ones are not run
 
 
@@ -40,13 +43,14 @@ def what_differs(
         child: what it is called with.
         values: as text, by name.
     """
-    before, full, equal, error = random.getstate(), shapes_of(child), False, "it is too large to be tried"
-    for shapes, numbers in product(_shapes(module, child, knobs, values), NUMBERS):
-        if equal and shapes != full:
+    before, full, equal, error = random.getstate(), shapes_of(child), None, "it is too large to be tried"
+    several = [*_shapes(module, child, knobs, values)]
+    for dtype, shapes, numbers in product(DTYPES, several, NUMBERS):
+        if equal is not None and (shapes, dtype) != (full, equal):
             continue
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                found = _compared(Probe(child, module, shapes, numbers), knobs, values)
+                found = _compared(Probe(child, module, shapes, numbers, dtype=dtype), knobs, values)
         except Exception as raised:  # somebody else's code, with sizes and values that nobody has told it of
             logger.debug("%s with %s and shapes %s: %s", child.path, values, shapes, raised)
             said = str(raised).partition("\n")[0][:100]
@@ -58,8 +62,8 @@ def what_differs(
             return found
         if shapes == full:
             return None
-        equal = True
-    return None if equal else error
+        equal = dtype
+    return error if equal is None else None
 
 
 def _shapes(
@@ -98,7 +102,7 @@ def _compared(probe: Probe, knobs: Mapping[str, Knob], values: Mapping[str, str]
         return "its setter changes more than attributes of the block's modules, which are put back"
     with turned.in_force(), other_forwards({block: turned.forward(block.forward)}):
         error = _apart(plain, ran())
-    if error > probe.close:
+    if error > min(probe.close, CLOSE_IN_SINGLE):
         return f"it changes results ({error:.1e} of the largest)"
     return None
 

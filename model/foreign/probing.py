@@ -47,11 +47,19 @@ class Probe:
     Args:
         numbers: integers are below this.
         scale: of other numbers.
+        dtype: of all that is floating.
     """
 
     def __init__(
-        self, child: Child, module: nn.Module, shapes: Shapes, numbers: int = 2, scale: float = 1.0
+        self,
+        child: Child,
+        module: nn.Module,
+        shapes: Shapes,
+        numbers: int = 2,
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
+        self.dtype = dtype
         self.child, self.numbers, self.scale = child, numbers, scale
         self.random = torch.Generator().manual_seed(0)
         self.module = self._copy(module)
@@ -72,18 +80,22 @@ class Probe:
     def _copy(self, module: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {}
         for parameter in module.parameters():
-            data = torch.rand(parameter.shape, generator=self.random, dtype=torch.float64) - 0.5
+            data = torch.rand(parameter.shape, generator=self.random, dtype=self.dtype) - 0.5
             memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
-            memo[id(buffer)] = self._tensor(buffer.shape, buffer) if buffer.is_meta else _on_cpu(buffer)
+            memo[id(buffer)] = self._tensor(buffer.shape, buffer) if buffer.is_meta else self._on_cpu(buffer)
         return copy.deepcopy(module, memo)
 
     def _tensor(self, shape: Sequence[int], like: Layout | Tensor) -> Tensor:
         if like.dtype.is_floating_point or like.dtype.is_complex:
-            dtype = torch.complex128 if like.dtype.is_complex else torch.float64
+            dtype = self.dtype.to_complex() if like.dtype.is_complex else self.dtype
             return self.scale * torch.randn(tuple(shape), generator=self.random, dtype=dtype)
         most = 2 if like.dtype == torch.bool else self.numbers
         return torch.randint(most, tuple(shape), generator=self.random).to(like.dtype)
+
+    def _on_cpu(self, buffer: Tensor) -> Tensor:
+        dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
+        return buffer.detach().to("cpu", dtype, copy=True)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=torch.float64).to(like.dtype)
@@ -230,11 +242,6 @@ class Probe:
         pairs = [*zip(made, whole.made, strict=True), *zip(grads, whole.grads, strict=True)]
         largest = max(map(_largest, whole.grads), default=0.0)
         return all(_close(one, other, self.close, ROUNDING * self.close * largest) for one, other in pairs)
-
-
-def _on_cpu(buffer: Tensor) -> Tensor:
-    wide = torch.float64 if buffer.is_floating_point() else buffer.dtype
-    return buffer.detach().to("cpu", wide, copy=True)
 
 
 class _Dtypes(TorchDispatchMode):
