@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evoplan
+from evoplan.model.foreign import equal_results
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.fitted import Fitted
 from evoplan.planner.fitting.patched import Patched
@@ -35,15 +36,15 @@ class Mixer(nn.Module):
     def __init__(self, width: int = 8, wrong: bool = False) -> None:
         super().__init__()
         self.query, self.key, self.up = (nn.Linear(width, width) for _ in range(3))
-        self.wrong, self.sizes, self.chunk = wrong, [], None
+        self.wrong, self.sizes, self.chunk, self._own = wrong, [], None, None
         self.options: dict[str, int] = {}
 
     def forward(self, x: Tensor, chunk_size: int | None = None) -> Tensor:
-        size = self.chunk if chunk_size is None else chunk_size
+        size = chunk_size or self.chunk or self._own
         self.sizes.append(size)
         key, query = self.key(x), self.query(x)
         made = [self.some(part, key) for part in (query.split(size, 1) if size else [query])]
-        if self.wrong and size:
+        if self.wrong and len(made) > 1:
             made[-1] = made[-1] * 1.001
         return x + self.up(torch.cat(made, 1))
 
@@ -64,7 +65,7 @@ class Around(nn.Module):
     def set_chunk(self, chunk: int | None) -> None:
         if chunk == 3:
             raise RuntimeError("no chunks of three")
-        self.mixer.chunk = chunk
+        self.mixer._own = chunk
 
 
 class Stack(nn.Module):
@@ -125,7 +126,7 @@ def test_every_value_is_combined_with_every_way_to_recompute(kind: str) -> None:
         fitted.remove()
         assert found.ok, (strategy, found)
         assert 0.97 <= found.measured_peak_bytes / found.predicted_peak_bytes <= 1, strategy
-    assert all(block.mixer.chunk is None for block in given.model.blocks)
+    assert all(block.mixer.chunk is block.mixer._own is None for block in given.model.blocks)
 
 
 @pytest.mark.parametrize("kind", KNOBS)
@@ -168,12 +169,14 @@ def test_values_that_change_results_are_left_out_and_named() -> None:
     ]
 
 
-def test_chunks_that_are_longer_than_small_sizes_are_tried_with_larger_ones() -> None:
-    """A trial with seven positions would say nothing of chunks of nine."""
+def test_small_sizes_are_larger_than_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial with seven positions would say nothing of chunks of forty, and one in full is too large."""
+    monkeypatch.setattr(equal_results, "MOST_NUMBERS", 2000)
     torch.manual_seed(0)
-    given = Case(Stack(wrong=True).double(), (random(2, 400, 8),))
-    fitted = given.fit(knobs={"chunk_size": [9]})
-    assert "it changes results" in fitted.plan.notes[0]
+    given = Case(Stack(wrong=True).double(), (random(2, 150, 8),))
+    fitted = given.fit(knobs={"chunk_size": [40, 140]})
+    assert ["it changes results" in note for note in fitted.plan.notes] == [True, False]
+    assert "chunk_size=140 is not used: it is too large to be tried" in fitted.plan.notes[1]
 
 
 def test_a_setter_that_fails_leaves_its_value_out_and_the_block_as_it_was() -> None:
