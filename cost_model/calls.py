@@ -16,8 +16,9 @@ from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.kept_fits import KeptFits, costs_from_text, costs_to_text
+from evoplan.cost_model.knobs import about_knobs
 from evoplan.cost_model.liveness import Liveness
-from evoplan.cost_model.menus import strategies_of
+from evoplan.cost_model.menus import REDO, strategies_of
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import AsWritten, StepCost
@@ -88,7 +89,8 @@ def _recalled(
     children = repr(
         [(path, child.stays, child.draws, child.changes) for path, child in call.children.items()]
     )
-    about_costs = "costs", told(module), about, children
+    knobs = about_knobs(call)
+    about_costs = "costs", told(module), about, children, knobs
     return kept.recall(about_costs, trace, costs_to_text, costs_from_text)
 
 
@@ -107,7 +109,7 @@ AGAIN_SECONDS = 1e-3, 2e-3
 
 def _timed(cost: StepCost, device: Device, precision: str) -> StepCost:
     lean = sum(cost.forward_work.kernels.values()) if cost.strategy.kind == LEAN.kind else 0
-    again = len(cost.strategy.within)
+    again = len(cost.strategy.modules)
     forward, backward = (
         lean * of_operator + again * of_module
         for of_operator, of_module in zip(LEAN_SECONDS, AGAIN_SECONDS, strict=True)
@@ -124,14 +126,17 @@ def _needed(costs: list[StepCost]) -> tuple[StepCost, ...]:
     """Without those that another one is better than in all; `whole` stays."""
     first, *others = costs
     kept = [first]
-    for cost in others:
-        if not any(_better(other, cost) for other in costs if other is not cost):
+    for at, cost in enumerate(others, 1):
+        before, after = costs[:at], costs[at + 1 :]
+        if not any(_as_good(other, cost) for other in before) and not any(
+            _as_good(other, cost) and not _as_good(cost, other) for other in after
+        ):
             kept.append(cost)
     return tuple(kept)
 
 
-def _better(one: StepCost, other: StepCost) -> bool:
-    return one != other and all(a <= b for a, b in zip(_figures(one), _figures(other), strict=True))
+def _as_good(one: StepCost, other: StepCost) -> bool:
+    return all(a <= b for a, b in zip(_figures(one), _figures(other), strict=True))
 
 
 def _figures(cost: StepCost) -> tuple[float, ...]:
@@ -148,7 +153,7 @@ def _traced(
     casting: Casting,
     where: str,
 ) -> list[StepCost]:
-    offered = strategies_of(call.children)  # for which modules may be run on real tensors
+    offered = strategies_of(call.children, call.turned)  # for which modules may be run on real tensors
     try:
         with simulated(device, where=where) as trace, real_tensors_too():
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)
@@ -186,26 +191,31 @@ class CallTracing:
             argument.value if isinstance(argument, Value) else argument.layout.empty(where)
             for argument in call.arguments
         ]
-        self._whole = self._discarded(WHOLE)
+        self._discards: dict[Strategy, tuple[int, Work]] = {}
 
     def _discarded(self, strategy: Strategy) -> tuple[int, Work]:
-        """A run that keeps nothing: its peak and its work. Only slices make it another one."""
-        if not any(how.startswith("chunk") for _, how in strategy.within) and strategy != WHOLE:
-            return self._whole
+        """A run that keeps nothing: its peak and its work. Only slices and knobs make it another one."""
+        within = tuple((path, way) for path, way in strategy.within if way != REDO)
+        return self._discarded_so(Strategy(WHOLE.kind, within=within))
+
+    def _discarded_so(self, strategy: Strategy) -> tuple[int, Work]:
+        if strategy in self._discards:
+            return self._discards[strategy]
         base = self.trace.live_bytes
         self.trace.reset()
         with torch.no_grad(), self.casting():
             discarded(self.call, self.module.forward, self.leaves, self._inside(strategy))
-        return self.trace.peak_bytes - base, self.trace.work()
+        found = self._discards[strategy] = self.trace.peak_bytes - base, self.trace.work()
+        return found
 
     def _inside(self, strategy: Strategy) -> Inside:
-        return Inside(strategy, self.module, self.call.children, self.settings)
+        return Inside(strategy, self.module, self.call.children, self.settings, self.call.knobs)
 
     def cost(self, strategy: Strategy) -> StepCost:
         """Its cost under one strategy."""
         cost = self._recorded(strategy)
         held = self._recorded(strategy, held=True).backward_bytes if cost.keeps_made else 0
-        written = None if strategy.within else self._written(strategy, bool(cost.keeps_made))
+        written = None if strategy.modules else self._written(strategy, bool(cost.keeps_made))
         return replace(cost, backward_held_bytes=held, as_written=written)
 
     def _written(self, strategy: Strategy, keeps_made: bool) -> AsWritten:

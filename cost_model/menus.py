@@ -7,7 +7,7 @@ peak of a backward, where the largest are cut into slices, or recomputed module 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from evoplan.model.foreign.children import SELF, Axis, Child
 from evoplan.model.running.kinds import LEAN, WHOLE
@@ -22,12 +22,28 @@ CUTS = (2, 4, 8, 16)  # slices of a whole block
 Ways = dict[str, str]  # by path
 
 
-def strategies_of(children: Mapping[str, Child]) -> list[Strategy]:
+def strategies_of(children: Mapping[str, Child], turned: Sequence[Mapping[str, str]] = ()) -> list[Strategy]:
     """What a block can run under, without what comes to the same.
 
     Args:
         children: what it calls, by path in it, itself among them.
+        turned: values of its own knobs under which it may run as well, by name.
     """
+    # Slices were shown with its knobs as they are: turned, nothing is cut. Each value is traced in all these
+    # ways; so of those that recompute modules, the rest being lean as well is left out.
+    settings: list[Ways] = [{f".{name}": f"set({value})" for name, value in one.items()} for one in turned]
+    uncut = [
+        Strategy(strategy.kind, within=_within(dict(strategy.within) | setting))
+        for setting in settings
+        for strategy in _untouched(children)
+        if set(dict(strategy.within).values()) <= {REDO}
+        and not (strategy.within and strategy.kind == LEAN.kind)
+    ]
+    return list(dict.fromkeys([*_untouched(children), *uncut]))
+
+
+def _untouched(children: Mapping[str, Child]) -> list[Strategy]:
+    """Those under which its knobs are as the model has them."""
     offered = [WHOLE, LEAN]
     # Modules that change their buffers are not run again one by one.
     if not children[SELF].changes:
@@ -36,7 +52,7 @@ def strategies_of(children: Mapping[str, Child]) -> list[Strategy]:
             offered += [Strategy(kind.kind, within=_within(ways)) for kind in (WHOLE, LEAN)]
         for ways in _lower(children, sets[-1] if sets else {}):
             offered.append(Strategy(WHOLE.kind, within=_within(ways)))
-    return list(dict.fromkeys(offered))
+    return offered
 
 
 def _within(ways: Ways) -> Within:

@@ -21,12 +21,9 @@ def build():
 if __name__ == "__main__":
     model, args, kwargs, loss = build()
     fitted = evoplan.fit(model, args, kwargs, budget="8MiB", loss=loss)
-    print(fitted.report())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
-        value = loss(fitted(*args, **kwargs))
-        value.backward()
+        loss(fitted(*args, **kwargs)).backward()
         optimizer.step()
-        print(f"loss {value.item():.4f}")
-    print(fitted.verify(args, kwargs))
+    print(fitted.report(), fitted.verify(args, kwargs), sep="\n")

@@ -9,12 +9,11 @@ import evoplan
 
 
 class Trunk(nn.Module):
-    """Blocks over a sequence and a pair representation."""
-
     def __init__(self, config):
         super().__init__()
-        blocks = (EsmFoldTriangularSelfAttentionBlock(config) for _ in range(config.num_blocks))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            EsmFoldTriangularSelfAttentionBlock(config) for _ in range(config.num_blocks)
+        )
 
     def forward(self, s, z, mask):
         for block in self.blocks:
@@ -25,10 +24,8 @@ class Trunk(nn.Module):
 def build():
     """The model, what it is called with, and its loss."""
     torch.manual_seed(0)
-    config = TrunkConfig(
-        num_blocks=4, sequence_state_dim=32, pairwise_state_dim=16, sequence_head_width=8,
-        pairwise_head_width=8, dropout=0.1,
-    )  # fmt: skip
+    widths = {"sequence_state_dim": 32, "pairwise_state_dim": 16}
+    config = TrunkConfig(num_blocks=4, sequence_head_width=8, pairwise_head_width=8, dropout=0.1, **widths)
     args = torch.randn(1, 23, 32), torch.randn(1, 23, 23, 16), torch.ones(1, 23)
     return Trunk(config).train(), args, {}, lambda out: out[0].square().mean() + out[1].square().mean()
 
@@ -36,12 +33,9 @@ def build():
 if __name__ == "__main__":
     model, args, kwargs, loss = build()
     fitted = evoplan.fit(model, args, kwargs, budget="4MiB", loss=loss)
-    print(fitted.report())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
-        value = loss(fitted(*args, **kwargs))
-        value.backward()
+        loss(fitted(*args, **kwargs)).backward()
         optimizer.step()
-        print(f"loss {value.item():.4f}")
-    print(fitted.verify(args, kwargs))
+    print(fitted.report(), fitted.verify(args, kwargs), sep="\n")

@@ -23,7 +23,7 @@ def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
     """A model with no weight zero: the originals start some at zero, which would hide errors."""
     for name in NEEDS.get(path.stem.partition("_")[0], ()):
         pytest.importorskip(name)
-    given = Case(*built_by(f"{path}:build"))
+    given = Case(*built_by(f"{path}:build")[:4])
     with torch.no_grad():
         for parameter in given.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -64,4 +64,4 @@ def test_gradients_in_double_precision(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 60
+    assert len(path.read_text().splitlines()) < 40

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.children import Child
+from evoplan.model.foreign.knobs import Knob
 from evoplan.model.foreign.leaves import ChangedCallError, Key, Layout, Value, key_of
 
 
@@ -78,6 +79,8 @@ class Call:
         work: equal for calls that run the same operators on the same shapes.
         children: the modules that it calls in turn, by path in the block; `.` is the block itself.
         settings: of its modules when these were looked into.
+        knobs: of the block's own, by name.
+        turned: values of these, as text, under which it was shown to give equal results.
     """
 
     index: int
@@ -93,6 +96,8 @@ class Call:
     work: str
     children: Mapping[str, Child] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
+    turned: tuple[Mapping[str, str], ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

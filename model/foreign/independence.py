@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import Any
@@ -72,7 +72,7 @@ def _value(buffer: Tensor) -> Any:
 
 def _found(child: Child, module: nn.Module) -> tuple[Axis, ...]:
     before = random.getstate()
-    for shapes, numbers in product(_smaller(child, module), NUMBERS):
+    for shapes, numbers in product(smaller(child, module), NUMBERS):
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 return tuple(_axes(child, module, shapes, numbers))
@@ -84,7 +84,7 @@ def _found(child: Child, module: nn.Module) -> tuple[Axis, ...]:
 
 
 def _axes(child: Child, module: nn.Module, shapes: Shapes, numbers: int) -> Iterator[Axis]:
-    full = shapes == _shapes(child)
+    full = shapes == shapes_of(child)
     for axis in Probe(child, module, shapes, numbers).axes():
         found = axis if full else _at_full_length(child, module, shapes, numbers, axis)
         if found is not None and _in_full(child, module, shapes, numbers, found):
@@ -120,8 +120,8 @@ def _in_full(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis
 
     A module may do otherwise above some size: experts with room for so many tokens, values that are clipped.
     """
-    full = _shapes(child)
-    largest = full if _are_few(full) else _long(child, shapes, axis)
+    full = shapes_of(child)
+    largest = full if numbers_in(full) <= MOST_NUMBERS else _long(child, shapes, axis)
     try:
         return Probe(child, module, largest, numbers, scale=LARGE).same(axis)
     except Exception as error:
@@ -129,20 +129,25 @@ def _in_full(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis
         return False
 
 
-def _are_few(shapes: Shapes) -> bool:
-    return sum(prod(shape) for shape in shapes if shape is not None) <= MOST_NUMBERS
+def numbers_in(shapes: Shapes) -> int:
+    """How many there are in tensors of these shapes."""
+    return sum(prod(shape) for shape in shapes if shape is not None)
 
 
-def _shapes(child: Child) -> Shapes:
+def shapes_of(child: Child) -> Shapes:
+    """Those of its arguments."""
     return [then.shape if isinstance(then, Layout) else None for then in child.arguments]
 
 
-def _smaller(child: Child, module: nn.Module) -> Iterator[Shapes]:
+def smaller(child: Child, module: nn.Module, small: Sequence[int] = SMALL) -> Iterator[Shapes]:
     """Shapes to try, the smallest first: which sizes are a module's own, and have to stay, nobody tells.
 
     Parameters have them, or they are the last of what is differentiated, or of what the first argument is.
+
+    Args:
+        small: what larger sizes become.
     """
-    shapes, own = _shapes(child), {n for p in (*module.parameters(), *module.buffers()) for n in p.shape}
+    shapes, own = shapes_of(child), {n for p in (*module.parameters(), *module.buffers()) for n in p.shape}
     first = next((shape for shape in shapes if shape), ())
     wanted = [shape for shape, wants in zip(shapes, child.wanted, strict=True) if shape and wants] or [first]
     free = {size for shape in wanted for size in shape}
@@ -153,7 +158,7 @@ def _smaller(child: Child, module: nn.Module) -> Iterator[Shapes]:
     ]
     tried = []
     for stay, last in [(own, ends[0]), *((set[int](), end) for end in ends[1:])]:
-        sizes = _small(free - stay, own)
+        sizes = _small(free - stay, own, small)
         smaller: Shapes = [
             None if shape is None else _with(shape, sizes, keep_last)
             for shape, keep_last in zip(shapes, last, strict=True)
@@ -161,7 +166,7 @@ def _smaller(child: Child, module: nn.Module) -> Iterator[Shapes]:
         if smaller != shapes and smaller not in tried:
             tried.append(smaller)
     yield from tried
-    if _are_few(shapes):
+    if numbers_in(shapes) <= MOST_NUMBERS:
         yield shapes
 
 
@@ -170,7 +175,7 @@ def _with(shape: tuple[int, ...], sizes: Mapping[int, int], keep_last: bool) -> 
     return (*new[:-1], shape[-1]) if keep_last and shape else new
 
 
-def _small(sizes: set[int], own: set[int]) -> dict[int, int]:
+def _small(sizes: set[int], own: set[int], small: Sequence[int]) -> dict[int, int]:
     """Small ones in place of large ones, each another and none that a parameter has."""
-    new = iter(size for size in SMALL if size not in own | sizes)
-    return dict(zip(sorted(size for size in sizes if size > max(SMALL)), new, strict=False))
+    new = iter(size for size in small if size not in own | sizes)
+    return dict(zip(sorted(size for size in sizes if size > max(small)), new, strict=False))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from evoplan.model.foreign.attributes import Attributes, Settings
 from evoplan.model.foreign.children import SELF, Child
 from evoplan.model.foreign.fingerprints import Fingerprint, alike, fingerprint
+from evoplan.model.foreign.knobs import Knob, Turned
 from evoplan.model.foreign.lean import as_written, remaking_operators
 from evoplan.model.foreign.leaves import distinct
 from evoplan.model.foreign.slices import InSlices
@@ -32,6 +33,7 @@ class Inside:
     Args:
         children: what the block calls, by path.
         settings: of its modules when it was planned.
+        knobs: of its own, by name.
 
     Attributes:
         tries: whether modules that run again in backward are seen to make the same as in forward. Counters,
@@ -41,11 +43,17 @@ class Inside:
     tries = False
 
     def __init__(
-        self, strategy: Strategy, block: nn.Module, children: Mapping[str, Child], settings: Settings
+        self,
+        strategy: Strategy,
+        block: nn.Module,
+        children: Mapping[str, Child],
+        settings: Settings,
+        knobs: Mapping[str, Knob],
     ) -> None:
         self.block, self.children, self.settings = block, children, settings
         self.lean = strategy.kind == LEAN.kind
-        self.ways = dict(strategy.within)
+        self.ways = dict(strategy.modules)
+        self.turned = Turned(block, knobs, dict(strategy.knobs))
 
     @contextmanager
     def recording(self, forward: Forward) -> Iterator[Forward]:
@@ -58,7 +66,8 @@ class Inside:
     @contextmanager
     def discarding(self, forward: Forward) -> Iterator[Forward]:
         """The same as it is run for no backward: what is cut into slices is, so that it takes no more."""
-        with self.below(None):
+        forward = self.turned.forward(forward)
+        with self.turned.in_force(), self.below(None):
             yield self._other(SELF, self.block, forward) if SELF in self.ways else forward
 
     def below(self, path: str | None) -> AbstractContextManager[None]:
@@ -119,7 +128,7 @@ class _Recomputed:
             )  # fmt: skip
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with self.inside.below(self.path):
+        with self.inside.turned.in_force(), self.inside.below(self.path):  # in backward as well
             return self.forward(*args, **kwargs)
 
 

@@ -34,7 +34,9 @@ ROUNDING = 1e-4
 
 
 @dataclass
-class _Ran:
+class Ran:
+    """A run and its backward."""
+
     made: list[Tensor]
     grads: list[Tensor | None]  # of the arguments that want one, then of parameters
 
@@ -45,11 +47,19 @@ class Probe:
     Args:
         numbers: integers are below this.
         scale: of other numbers.
+        dtype: of all that is floating.
     """
 
     def __init__(
-        self, child: Child, module: nn.Module, shapes: Shapes, numbers: int = 2, scale: float = 1.0
+        self,
+        child: Child,
+        module: nn.Module,
+        shapes: Shapes,
+        numbers: int = 2,
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
+        self.dtype = dtype
         self.child, self.numbers, self.scale = child, numbers, scale
         self.random = torch.Generator().manual_seed(0)
         self.module = self._copy(module)
@@ -70,18 +80,22 @@ class Probe:
     def _copy(self, module: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {}
         for parameter in module.parameters():
-            data = torch.rand(parameter.shape, generator=self.random, dtype=torch.float64) - 0.5
+            data = torch.rand(parameter.shape, generator=self.random, dtype=self.dtype) - 0.5
             memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
-            memo[id(buffer)] = self._tensor(buffer.shape, buffer) if buffer.is_meta else _on_cpu(buffer)
+            memo[id(buffer)] = self._tensor(buffer.shape, buffer) if buffer.is_meta else self._on_cpu(buffer)
         return copy.deepcopy(module, memo)
 
     def _tensor(self, shape: Sequence[int], like: Layout | Tensor) -> Tensor:
         if like.dtype.is_floating_point or like.dtype.is_complex:
-            dtype = torch.complex128 if like.dtype.is_complex else torch.float64
+            dtype = self.dtype.to_complex() if like.dtype.is_complex else self.dtype
             return self.scale * torch.randn(tuple(shape), generator=self.random, dtype=dtype)
         most = 2 if like.dtype == torch.bool else self.numbers
         return torch.randint(most, tuple(shape), generator=self.random).to(like.dtype)
+
+    def _on_cpu(self, buffer: Tensor) -> Tensor:
+        dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
+        return buffer.detach().to("cpu", dtype, copy=True)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=torch.float64).to(like.dtype)
@@ -105,7 +119,7 @@ class Probe:
             for dim in range(leaf.ndim)
             if leaf.shape[dim] > 1
         }
-        whole = self._differentiated(self.leaves, self.weights)
+        whole = self.differentiated(self.leaves, self.weights)
         # It may ask whether what it is given wants a gradient, which in slices it does in backward alone.
         alike = all(_close(*pair, self.close) for pair in zip(self.made, whole.made, strict=True))
         for dim in range(self.made[0].ndim):
@@ -177,12 +191,13 @@ class Probe:
         whole = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
         return whole and leaf.dtype != torch.bool and self.child.read[at]
 
-    def _differentiated(
+    def differentiated(
         self,
         leaves: Sequence[Any],
         weights: Sequence[Tensor],
         draws: AbstractContextManager[None] | None = None,
-    ) -> _Ran:
+    ) -> Ran:
+        """A run on these, and its gradients where what it makes has these."""
         leaves = list(leaves)
         inputs = []
         for at in self.wanted:
@@ -192,20 +207,20 @@ class Probe:
         pairs = [(t, w) for t, w in zip(made, weights, strict=True) if t.requires_grad]
         outputs, given = zip(*pairs, strict=True)
         grads = torch.autograd.grad(outputs, [*inputs, *self.trained], given, allow_unused=True)
-        return _Ran([tensor.detach() for tensor in made], list(grads))
+        return Ran([tensor.detach() for tensor in made], list(grads))
 
     def same(self, axis: Axis) -> bool:
         """Whether it passes the second test alone."""
-        return self._same(axis, self._differentiated(self.leaves, self.weights))
+        return self._same(axis, self.differentiated(self.leaves, self.weights))
 
-    def _same(self, axis: Axis, whole: _Ran) -> bool:
+    def _same(self, axis: Axis, whole: Ran) -> bool:
         """Whether slices of uneven length give what the whole does."""
         dims = [dim for dim in axis.results if dim is not None]
         first = max(1, axis.length // 3)
         few = sorted({0, 1, first, max(1, axis.length - 2), axis.length})
         return all(self._same_in(bounds, axis, dims, whole) for bounds in ([0, first, axis.length], few))
 
-    def _same_in(self, bounds: Sequence[int], axis: Axis, dims: Sequence[int], whole: _Ran) -> bool:
+    def _same_in(self, bounds: Sequence[int], axis: Axis, dims: Sequence[int], whole: Ran) -> bool:
         parts = []
         torch.manual_seed(0)
         draws = SlicedDraws(self.draws, axis.length)
@@ -215,7 +230,7 @@ class Probe:
                 for leaf, dim in zip(self.leaves, axis.arguments, strict=True)
             ]
             weights = [w.narrow(dim, start, size) for w, dim in zip(self.weights, dims, strict=True)]
-            parts.append(self._differentiated(leaves, weights, draws.of(slice(start, start + size))))
+            parts.append(self.differentiated(leaves, weights, draws.of(slice(start, start + size))))
         made = [
             torch.cat(pieces, dim) for *pieces, dim in zip(*(part.made for part in parts), dims, strict=True)
         ]
@@ -227,11 +242,6 @@ class Probe:
         pairs = [*zip(made, whole.made, strict=True), *zip(grads, whole.grads, strict=True)]
         largest = max(map(_largest, whole.grads), default=0.0)
         return all(_close(one, other, self.close, ROUNDING * self.close * largest) for one, other in pairs)
-
-
-def _on_cpu(buffer: Tensor) -> Tensor:
-    wide = torch.float64 if buffer.is_floating_point() else buffer.dtype
-    return buffer.detach().to("cpu", wide, copy=True)
 
 
 class _Dtypes(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch import Tensor
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
 _PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
-_INNER = re.compile(r"([^=,\[\]]+)=(redo|chunk\(\d+, \d+\))(?:, |$)")
+_INNER = re.compile(r"([^=,\[\]]+)=(redo|chunk\(\d+, \d+\)|set\([^=,()\[\]]+\))(?:, |$)")
 
 Within = tuple[tuple[str, str], ...]
 
@@ -115,7 +115,8 @@ class Strategy:
         n: number of pieces.
         kernel: of `model.running.kernels`; printed after a plus unless it is eager.
         within: of a block that somebody else wrote: modules of it, by path, that are run otherwise (see
-            `model.foreign.inside`): `redo`, or `chunk(dim, n)`; the block itself is `.`.
+            `model.foreign.inside`): `redo`, or `chunk(dim, n)`; the block itself is `.`. Its own knobs are
+            named after it, such as `.chunk_size`, and are `set(16)`.
     """
 
     kind: str = "whole"
@@ -141,6 +142,17 @@ class Strategy:
         """Whether it keeps nothing but the submodule's input, from which backward recomputes each piece."""
         return self.axis is not None
 
+    @property
+    def modules(self) -> Within:
+        """Of `within` the modules: those run again in backward."""
+        return tuple((path, way) for path, way in self.within if not is_knob(path))
+
+    @property
+    def knobs(self) -> Within:
+        """Of `within` the knobs, by name, and the values that they are set to, as text."""
+        found = [(path, way) for path, way in self.within if is_knob(path)]
+        return tuple((path[1:], way[len("set(") : -1]) for path, way in found)
+
     def __str__(self) -> str:
         how = f"{self.kind}({self.axis}, {self.n})" if self.in_pieces else self.kind
         inner = ", ".join(f"{path}={inner}" for path, inner in self.within)
@@ -160,13 +172,19 @@ class Strategy:
         return cls(match[1], match[2], int(match[3] or 1), match[4] or EAGER, _within(match[5] or ""))
 
 
+def is_knob(path: str) -> bool:
+    """Whether that is no module's path but a knob's, `.name`."""
+    return path.startswith(".") and path != "."
+
+
 def _within(text: str) -> Within:
     found, at = [], 0
     while at < len(text):
         match = _INNER.match(text, at)
-        if match is None:
+        if match is None or is_knob(match[1]) != match[2].startswith("set("):
             raise ValueError(
-                f"{text[at:]!r} is no way to run a module; expected path=redo or path=chunk(dim, n)"
+                f"{text[at:]!r} is no way to run a module; expected path=redo or path=chunk(dim, n), or "
+                ".knob=set(value)"
             )
         found.append((match[1], match[2]))
         at = match.end()

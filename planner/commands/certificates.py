@@ -69,9 +69,9 @@ def _of_fit(plan_file: str, source: str | None) -> dict[str, Any]:
             "add --from FILE.py:FUNCTION that builds the model"
         )
     with progress("making the model") as update:
-        model, args, kwargs, loss = built_by(source)
+        built = built_by(source)
         update("tracing its blocks")
-        fitting, plan = fitting_for(plan, model, args, kwargs, loss)
+        fitting, plan = fitting_for(plan, *built)
         update("bounding")
         return certificate_of_fit(fitting, plan)
 

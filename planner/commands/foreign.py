@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -13,12 +13,22 @@ from evoplan.planner.commands.flags import json_option
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
-SOURCE = "FILE.py:FUNCTION, which returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss)"
+SOURCE = "FILE.py:FUNCTION, which returns (model, args), and kwargs, loss and knobs if there are any"
 _TAKEN = {"memory", "optimizer", "device", "mixed", "certify"}  # flags that go with --from
 
 
-def built_by(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
-    """The model, what it is called with and its loss, as a function in a file makes them.
+class Built(NamedTuple):
+    """What a file builds: the first arguments of `evoplan.fit`, and knobs."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Any
+    knobs: dict[str, Any]
+
+
+def built_by(source: str) -> Built:
+    """The model, what it is called with, its loss and its knobs, as a function in a file makes them.
 
     Raises:
         ValueError: there is no such file or function, it fails, or returns something else; says which.
@@ -47,14 +57,14 @@ def built_by(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
     return _checked(source, made)
 
 
-def _checked(source: str, made: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+def _checked(source: str, made: Any) -> Built:
     from torch import nn
 
-    parts = (*made, None, None)[:4] if isinstance(made, tuple) and 2 <= len(made) <= 4 else (None,) * 4
-    model, args, kwargs, loss = parts
+    few = isinstance(made, tuple) and 2 <= len(made) <= 5
+    model, args, kwargs, loss, knobs = (*made, None, None, None)[:5] if few else (None,) * 5
     if not isinstance(model, nn.Module) or not isinstance(args, tuple):
         raise ValueError(f"{source} returns something else; give {SOURCE}")
-    return model, args, dict(kwargs or {}), loss
+    return Built(model, args, dict(kwargs or {}), loss, dict(knobs or {}))
 
 
 def plan_from(
@@ -118,7 +128,7 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
         "device": flags["device"] if chosen else None,
         "autocast": getattr(torch, AUTOCAST[mixed]) if mixed else None,
     }
-    return *built, options
+    return *built[:4], options | {"knobs": built.knobs}
 
 
 @click.command()
@@ -128,7 +138,7 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
 def inspect(source: str, device: str | None, json_path: str | None) -> None:
     """Find the blocks of a model that somebody wrote: what they are given and keep, and where the peak is.
 
-    FUNCTION returns (model, args), (model, args, kwargs) or (model, args, kwargs, loss).
+    FUNCTION returns (model, args), and kwargs, loss and knobs if there are any.
     """
     check_writable(json_path=json_path, reads=(source.rpartition(":")[0],))
     from dataclasses import asdict
@@ -136,9 +146,9 @@ def inspect(source: str, device: str | None, json_path: str | None) -> None:
     from evoplan.planner.fitting.inspecting import inspect as inspected
 
     with progress("making the model"):
-        model, args, kwargs, loss = built_by(source)
+        built = built_by(source)
     with progress("looking for blocks"):
-        found = inspected(model, args, kwargs, loss, device=device)
+        found = inspected(built.model, built.args, built.kwargs, built.loss, device=device, knobs=built.knobs)
     if json_path:
         write_json(json_path, asdict(found))
     console_for_output(json_path=json_path).print(found.report(), highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from evoplan.model.foreign.capture import CaptureError
+from evoplan.model.foreign.knobs import Knobs
 from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.fitting.certifying import certificate_of_fit, certified
 from evoplan.planner.fitting.pages import content_of_fit
@@ -127,6 +128,7 @@ def fit(
     device: str | None = None,
     autocast: torch.dtype | None = None,
     on_change: OnChange = "error",
+    knobs: Knobs | None = None,
 ) -> Fitted:
     """Train a model within a memory budget, whoever wrote it.
 
@@ -148,6 +150,9 @@ def fit(
             given.
         on_change: what to do where a block is called otherwise than planned, with other shapes, say: raise an
             error, or run the rest of that forward unplanned.
+        knobs: of the blocks' own, and values to choose from, such as {"chunk_size": [None, 4, 16]}: the name
+            of an argument of theirs or of an attribute of modules in them; or, for anything else, a pair of a
+            function that sets it, `(block, value) -> None`, and values. What changes results is left out.
 
     Raises:
         NoPlanError: nothing fits; says the least that does.
@@ -159,13 +164,19 @@ def fit(
     size = _bytes(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
-    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), given_loss, optimizer, autocast, device)
+    about = given_loss, optimizer, autocast, device, knobs
+    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
     made = _planned(fitting, size) if plan is None else _made_before(fitting, plan, size)
     return Fitted(fitting, made, on_change)
 
 
 def fitting_for(
-    plan: FitPlan, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None
+    plan: FitPlan,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Loss | None,
+    knobs: Knobs | None = None,
 ) -> tuple[Fitting, FitPlan]:
     """The costs of a plan that was made before, of the model that it is for.
 
@@ -175,7 +186,7 @@ def fitting_for(
     dtype, _, mixed = plan.precision.partition(" ")
     where = {parameter.device.type for parameter in model.parameters()}
     name = None if plan.device in where else plan.device
-    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name
+    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name, knobs
     fitting = fitting_of(model, args, kwargs, *about)
     return fitting, _made_before(fitting, plan, plan.budget_bytes)
 
@@ -191,7 +202,9 @@ def _made_before(fitting: Fitting, plan: str | Path | FitPlan, size: int | None)
     for step, used in strategies_used(known.schedule).items():
         offered = {cost.strategy for cost in fitting.table.options[step]}
         for strategy in used - offered:
-            raise CaptureError(f"{known.blocks[step]} cannot be run {strategy} here; fit anew")
+            knobs = ", ".join(f"{name}={value}" for name, value in strategy.knobs)
+            instead = f"give `knobs` that have {knobs}, or fit anew" if knobs else "fit anew"
+            raise CaptureError(f"{known.blocks[step]} cannot be run {strategy} here; {instead}")
     predicted = fitting.predict(known.schedule)
     if predicted.peak_bytes != known.predicted.peak_bytes:
         raise CaptureError(

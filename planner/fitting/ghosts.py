@@ -75,7 +75,7 @@ class GhostRuns(CallRuns):
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Any, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
-        written = recorded and not strategy.within
+        written = recorded and not strategy.modules
         if written:  # autograd itself runs nothing again, and needs no generator's state
             self.met[call.index].random = None
         kept, made = super().run(call, strategy, recorded, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from evoplan.cost_model.knobs import tried_knobs
 from evoplan.model.foreign.calls import Call, Constant, FromState
 from evoplan.model.foreign.children import SELF, Child
+from evoplan.model.foreign.knobs import Knobs, declared
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
@@ -34,6 +37,8 @@ class Found:
         strategies: how it can be run.
         axes: of the block (`.`) and of modules in it, by path: the dimensions of what each makes along which
             it does the same for each part, and how long they are. Modules of little memory are left out.
+        knobs: values of its own knobs that were tried, such as `chunk_size=4`, and why not; "" where results
+            are equal.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Found:
     kept_bytes: int
     strategies: tuple[str, ...]
     axes: dict[str, dict[int, int]]
+    knobs: dict[str, str]
 
     def report(self, name: str) -> list[str]:
         """In words, under a name."""
@@ -58,6 +64,7 @@ class Found:
             f"    can run {', '.join(self._plain)}; of its modules recomputed {self._ways('redo')}; "
             f"in slices {self._ways('chunk')}",
             f"    independent {axes or 'nowhere'}",
+            *(f"    knob {said}: {why or 'equal results'}" for said, why in self.knobs.items()),
         ]
 
     @property
@@ -87,6 +94,17 @@ class Inspection:
     least_bytes: int
     notes: tuple[str, ...]
 
+    @property
+    def knobs(self) -> dict[str, list[Any]]:
+        """Those of its blocks, as `evoplan.fit` takes them: values that give equal results in each."""
+        tried: dict[str, set[bool]] = {}
+        for said, why in (pair for block in self.blocks for pair in block.knobs.items()):
+            tried.setdefault(said, set()).add(not why)
+        found: dict[str, list[Any]] = {}
+        for name, _, text in (said.partition("=") for said, equal in tried.items() if equal == {True}):
+            found.setdefault(name, []).append(literal_eval(text))
+        return found
+
     def report(self) -> str:
         """In words: equal neighbours once."""
         lines = [f"{self.model}: {len(self.blocks)} blocks"]
@@ -103,6 +121,7 @@ class Inspection:
             f"unplanned {exact_size(self.peak_bytes)}, at the {self.peak_at}",
             f"least     {exact_size(self.least_bytes)}",
             *(f"note      {note}" for note in self.notes),
+            *([f"knobs     evoplan.fit(..., knobs={self.knobs}) has them turned"] if self.knobs else []),
         ]
         return "\n".join(lines)
 
@@ -116,11 +135,13 @@ def inspect(
     optimizer: Optimizer = "adamw",
     device: str | None = None,
     autocast: torch.dtype | None = None,
+    knobs: Knobs | None = None,
 ) -> Inspection:
     """The blocks that `fit` would plan, what they are given and keep, the peak of a step and where it is.
 
     Args:
-        as `fit` has them.
+        as `fit` has them; knobs: beside those that are seen, arguments and attributes called like
+            `chunk_size`.
 
     Raises:
         CaptureError: the model cannot be planned; says why.
@@ -128,12 +149,13 @@ def inspect(
     autocast = autocast or autocast_in_force(model)
     about = tuple(args), dict(kwargs or {}), loss or mean_of_squares, optimizer, autocast, device
     fitting = fitting_of(model, *about)
+    tried = tried_knobs(model, fitting.captured, declared(knobs), fitting.kept)
     none = BASELINES["none"](fitting.table)
     peak = replay(none, fitting.table).peak
     where = "loss" if peak.step is None else f"{peak.phase} of {fitting.captured.calls[peak.step].name}"
     return Inspection(
         model=type(model).__name__,
-        blocks=tuple(_found(fitting, index) for index in range(len(fitting.captured.calls))),
+        blocks=tuple(_found(fitting, index, said) for index, said in enumerate(tried)),
         static_bytes=sum(fitting.static.values()),
         peak_bytes=fitting.predict(none).peak_bytes,
         peak_at=where,
@@ -142,7 +164,7 @@ def inspect(
     )
 
 
-def _found(fitting: Fitting, index: int) -> Found:
+def _found(fitting: Fitting, index: int, knobs: dict[str, str]) -> Found:
     call, costs = fitting.captured.calls[index], fitting.table.options[index]
     module = fitting.model.get_submodule(call.path)
     given = [
@@ -161,6 +183,7 @@ def _found(fitting: Fitting, index: int) -> Found:
         kept_bytes=whole.preserved_bytes,
         strategies=tuple(str(cost.strategy) for cost in costs),
         axes={path: axes for path, child in call.children.items() if (axes := _axes(child, call))},
+        knobs=knobs,
     )
 
 

@@ -22,11 +22,13 @@ from evoplan.cost_model.children import with_children
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device, device
 from evoplan.cost_model.kept_fits import KeptFits
+from evoplan.cost_model.knobs import about_knobs, with_knobs
 from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.foreign.capture import Captured, CaptureError
+from evoplan.model.foreign.knobs import Knobs, declared
 from evoplan.model.foreign.rehearsal import rehearsed
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
@@ -101,7 +103,9 @@ class Fitting:
         """What the memory of a step follows from, beside the schedule."""
         specs = [(name, p.shape, p.dtype, p.requires_grad) for name, p in self.model.named_parameters()]
         digests = self.captured.operators, self.captured.digest
-        return "step", told(self.model), *digests, repr(self.given), repr(specs)
+        knobs = [about_knobs(call) for call in self.captured.calls]
+        of_knobs = None if None in knobs else repr(knobs)
+        return "step", told(self.model), *digests, repr(self.given), repr(specs), of_knobs
 
     def predict(self, schedule: Sequence) -> Prediction:
         """Of the whole step, by simulation."""
@@ -126,15 +130,18 @@ def fitting_of(
     optimizer: Optimizer,
     autocast: torch.dtype | None,
     name: str | None,
+    knobs: Knobs | None = None,
 ) -> Fitting:
     """Capture a model and trace its blocks.
 
     Args:
         name: of the device to plan for; where the model lies if not given.
+        knobs: as `fit` has them.
 
     Raises:
         CaptureError: it cannot be planned; says why.
     """
+    of_blocks_own = declared(knobs)
     parameters = list(model.parameters())
     if not parameters:
         raise CaptureError(f"{type(model).__name__} has no parameters: there is nothing to train")
@@ -155,6 +162,7 @@ def fitting_of(
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
     kept = KeptFits(model, (loss, Simulator), (where, dtype, autocast, place, of_blocks))
     chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
+    chain = with_knobs(model, chain, of_blocks_own, kept)
     table = calls_table(model, chain, where, dtype, casting, of_blocks, kept)
     about = where, dtype, times, place, autocast, casting
     return Fitting(model, given, loss, optimizer, *about, chain, table, kept)

@@ -128,12 +128,12 @@ class CallRuns:
 
     def as_written(self, action: Action) -> bool:
         """Whether a step of forward runs in autograd's own graph: nothing of it will run again."""
-        return action.run is not None and action.recorded and not action.run.strategy.within
+        return action.run is not None and action.recorded and not action.run.strategy.modules
 
     def written(self, call: Call, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a step returns."""
         block = self.blocks[call.path]
-        inside = Inside(strategy, block.module, call.children, call.settings)
+        inside = Inside(strategy, block.module, call.children, call.settings, call.knobs)
         with inside.recording(block.forward) as recording:
             return recording(*args, **kwargs)
 
@@ -179,8 +179,8 @@ class CallRuns:
         met, block = self.met[call.index], self.blocks[call.path]
         leaves, forward = self.leaves(call, state), block.forward
         with met.context:
-            inside = Inside(strategy, block.module, call.children, call.settings)
-            if recorded and strategy.within and strategy not in block.tried:
+            inside = Inside(strategy, block.module, call.children, call.settings, call.knobs)
+            if recorded and strategy.modules and strategy not in block.tried:
                 inside.tries = True
                 block.tried.add(strategy)
             if recorded and met.differentiable:
