@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from transformers.models.esm.configuration_esm import TrunkConfig
-from transformers.models.esm.modeling_esmfold import EsmFoldTriangularSelfAttentionBlock
+from transformers.models.esm.modeling_esmfold import EsmFoldTriangularSelfAttentionBlock as Block
 
 import evoplan
 
@@ -11,9 +11,7 @@ import evoplan
 class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            EsmFoldTriangularSelfAttentionBlock(config) for _ in range(config.num_blocks)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
 
     def forward(self, s, z, mask):
         for block in self.blocks:
