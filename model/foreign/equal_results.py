@@ -73,7 +73,7 @@ def _shapes(
     turned = [knobs[name].value(text) for name, text in values.items()]
     most = max((value for value in turned if type(value) is int), default=0)
     tried = []
-    for least in (2 * most + 1, most + 1):  # more than one whole chunk, and some over
+    for least in (most + most // 2 + 1, most + 1):  # one whole chunk, and some over
         small = SMALL if least <= min(SMALL) else range(least, least + len(SMALL))
         for shapes in smaller(child, module, small):
             if shapes not in tried and shapes != shapes_of(child) and numbers_in(shapes) <= MOST_NUMBERS:

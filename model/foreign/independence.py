@@ -155,6 +155,9 @@ def smaller(child: Child, module: nn.Module, small: Sequence[int] = SMALL) -> It
         [False for _ in shapes],
         [shape in wanted for shape in shapes],
         [shape == first for shape in shapes],
+        # Of a mask over pairs, whose sizes may happen to be those of positions by widths, no last one is.
+        [wants and shape is not None for shape, wants in zip(shapes, child.wanted, strict=True)],
+        [at == next((at for at, shape in enumerate(shapes) if shape), None) for at in range(len(shapes))],
     ]
     tried = []
     for stay, last in [(own, ends[0]), *((set[int](), end) for end in ends[1:])]:
