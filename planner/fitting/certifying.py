@@ -16,6 +16,8 @@ from evoplan.planner.plans.certify import proven
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.solvers.cp_sat import most_bytes
 
+ROOM = "; in the room that the code around the blocks leaves them under this plan"
+
 
 def room_bytes(fitting: Fitting, plan: FitPlan) -> int | None:
     """What the budget leaves for the blocks, what is around them being as under the plan; None: no limit."""
@@ -45,6 +47,5 @@ def certificate_of_fit(fitting: Fitting, plan: FitPlan) -> dict[str, Any]:
         "times": plan.costs["time"],
         "plan": plan.identity["plan"],
     }
-    return certificate(
-        fitting.table, plan.schedule, most_bytes(fitting.table) if room is None else room, about
-    )
+    budget = most_bytes(fitting.table) if room is None else room
+    return certificate(fitting.table, plan.schedule, budget, about, ROOM)

@@ -93,13 +93,14 @@ def sealed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def certificate(
-    table: CostTable, schedule: Sequence, budget_bytes: int, about: dict[str, Any]
+    table: CostTable, schedule: Sequence, budget_bytes: int, about: dict[str, Any], room: str = ""
 ) -> dict[str, Any]:
     """What can be proven of a schedule, as a document.
 
     Args:
         budget_bytes: of the chain: what the whole budget leaves for it.
         about: what the certificate is for, in words and figures that nothing is proven of.
+        room: what the class is limited to besides, in words.
     """
     played = replay(schedule, table)
     found = best_proof(table, budget_bytes)
@@ -108,7 +109,7 @@ def certificate(
             "format": "evoplan-certificate",
             "schema_version": 1,
             "about": about,
-            "class": CLASS,
+            "class": CLASS + room,
             "budget_bytes": budget_bytes,
             "plan": {
                 "peak_bytes": played.peak_bytes,
