@@ -297,6 +297,7 @@ def test_a_file_that_builds_a_model_may_name_its_knobs(capsys: pytest.CaptureFix
     assert "knob chunk_size=4: equal results" in printed
 
 
+@pytest.mark.slow  # half a minute
 def test_chunks_of_openfold_3() -> None:
     """Its Pairformer's own chunks of triangle attention."""
     pytest.importorskip("openfold3")
