@@ -486,7 +486,7 @@ MUTANTS = [
     Mutant(
         "axes-of-zeros",
         "model/foreign/probing.py",
-        "torch.rand(parameter.shape, generator=self.random, dtype=torch.float64) - 0.5",
+        "torch.rand(parameter.shape, generator=self.random, dtype=self.dtype) - 0.5",
         "parameter.detach().double()",
         "parameters that are zero hide what is mixed",
         ("fit_axes.py::test_axes_are_found_and_no_false_ones",),
