@@ -196,7 +196,8 @@ def test_on_real_costs(stack_table: CostTable, folder: Path) -> None:
         assert verdict(weaker, folder) == 1
 
 
-def test_a_price_proves_more_where_many_parts_are_held(stack_table: CostTable) -> None:
+def test_a_price_proves_more_where_many_parts_are_held(stack_table: CostTable, folder: Path) -> None:
+    """The checker finds as much at that price, and no more."""
     budget = Frontier(stack_table).budgets(10)[-3]
     found = best_proof(stack_table, budget, units=64)
     without = Relaxed(stack_table, budget, found.unit_bytes).seconds(Fraction(0))
@@ -204,6 +205,11 @@ def test_a_price_proves_more_where_many_parts_are_held(stack_table: CostTable) -
     assert without is not None
     assert found.price > 0
     assert found.seconds > without
+    document = document_of(stack_table, budget)
+    for more, code in ((0, 0), (Fraction(1, 10**12), 1)):
+        about = {"price": decimal(found.price), "seconds": decimal(found.seconds + more)}
+        document["bound"] |= about | {"unit_bytes": found.unit_bytes}
+        assert verdict(resealed(document), folder) == code
 
 
 @given(st.integers(1, 10**6), st.integers(16, 4096), st.integers(1, 3))
@@ -227,6 +233,9 @@ def test_the_checker_stands_alone(folder: Path, stack_table: CostTable) -> None:
     budget = Frontier(stack_table).budgets(3)[1]
     path = folder / "alone.json"
     path.write_text(json.dumps(document_of(stack_table, budget)))
+    unchecked = subprocess.run([sys.executable, "-O", CHECKER, path], capture_output=True, text=True)
+    assert unchecked.returncode == 1
+    assert "without" in unchecked.stderr
     done = subprocess.run([sys.executable, "-I", "-S", CHECKER, path], capture_output=True, text=True)
     assert done.returncode == 0
     assert "valid" in done.stdout

@@ -123,8 +123,7 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
 def main(path):
     code, said = 2, "not a certificate that can be read"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        plain = json.loads(text)
+        plain = json.loads(text := Path(path).read_text(encoding="utf-8"))
         digest = {"evoplan-certificate": plain.pop("digest")}[plain["format"]]
         code, said = 1, "NOT VALID"
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
@@ -145,5 +144,6 @@ def main(path):
 
 
 if __name__ == "__main__":
+    __debug__ or sys.exit("python -O leaves out the checks: run it without")
     sys.setrecursionlimit(10**6)  # one level for each step
     sys.exit(main(*sys.argv[1:2]))
