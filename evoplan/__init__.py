@@ -4,8 +4,12 @@ The packages inside are the project's top-level folders. Names are imported on f
 `import evoplan` and the command line answer before torch is loaded.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Before torch is loaded: its profiler, which measures peaks, else writes two lines for each run.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 _LAZY = {
     "fit": "evoplan.planner.fitting.fitted",
