@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.as_written import AutogradsRun, Entered
+from evoplan.cost_model.call_times import needed, timed
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
@@ -18,8 +19,7 @@ from evoplan.cost_model.devices import Device
 from evoplan.cost_model.kept_fits import KeptFits, costs_from_text, costs_to_text
 from evoplan.cost_model.knobs import about_knobs
 from evoplan.cost_model.liveness import Liveness
-from evoplan.cost_model.menus import REDO, strategies_of
-from evoplan.cost_model.roofline import seconds
+from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import AsWritten, StepCost
 from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
@@ -31,9 +31,9 @@ from evoplan.model.foreign.leaves import Layout, Value
 from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import storage_key
-from evoplan.model.running.kinds import LEAN, WHOLE
+from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.parameters import Parameters
-from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.strategy import REDO, Strategy
 
 
 def calls_table(
@@ -44,14 +44,20 @@ def calls_table(
     casting: Casting = nullcontext,
     where: str = "cpu",
     kept: KeptFits | None = None,
+    also: Collection[Strategy] = (),
+    slack: float = 1.0,
 ) -> CostTable:
     """Costs of every call of a model under every strategy that it offers; equal calls are traced once.
+
+    Those that another one is better than are left out.
 
     Args:
         precision: what products are done in, by the name of a dtype: for times.
         casting: what forward runs under.
         where: what tensors without data claim to be on (see `cost_model.simulation`).
         kept: where costs that were traced before are found.
+        also: strategies that stay, whatever is better.
+        slack: of times that another one has to be better by.
     """
     calls = captured.calls
     liveness = liveness_of(captured)
@@ -66,7 +72,7 @@ def calls_table(
         if key not in known:
             trace = partial(_traced, call, module, live, device, casting, where)
             found = _recalled(call, module, repr(key), trace, kept)
-            known[key] = _needed([_timed(cost, device, precision) for cost in found])
+            known[key] = needed([timed(cost, device, precision) for cost in found], also, slack)
         options.append(known[key])
     state_bytes = {name: device.in_blocks(layout.nbytes) for name, layout in layouts.items()}
     return CostTable(
@@ -100,51 +106,6 @@ def liveness_of(captured: Captured) -> Liveness:
     return Liveness([call.reads for call in calls], captured.outputs, [call.makes for call in calls])
 
 
-# What Python takes beside the operators, which the roofline knows nothing of: for each operator of a lean
-# run, which it is asked about, and for each module that runs again, whose tensors go through hooks. Measured
-# on an Evoformer's block on a CPU; of large tensors it is little.
-LEAN_SECONDS = 75e-6, 30e-6  # forward and backward
-AGAIN_SECONDS = 1e-3, 2e-3
-
-
-def _timed(cost: StepCost, device: Device, precision: str) -> StepCost:
-    lean = sum(cost.forward_work.kernels.values()) if cost.strategy.kind == LEAN.kind else 0
-    again = len(cost.strategy.modules)
-    forward, backward = (
-        lean * of_operator + again * of_module
-        for of_operator, of_module in zip(LEAN_SECONDS, AGAIN_SECONDS, strict=True)
-    )
-    return replace(
-        cost,
-        discard_seconds=seconds(cost.discard_work, device, precision),
-        forward_seconds=seconds(cost.forward_work, device, precision) + forward,
-        backward_seconds=seconds(cost.backward_work, device, precision) + backward,
-    )
-
-
-def _needed(costs: list[StepCost]) -> tuple[StepCost, ...]:
-    """Without those that another one is better than in all; `whole` stays."""
-    first, *others = costs
-    kept = [first]
-    for at, cost in enumerate(others, 1):
-        before, after = costs[:at], costs[at + 1 :]
-        if not any(_as_good(other, cost) for other in before) and not any(
-            _as_good(other, cost) and not _as_good(cost, other) for other in after
-        ):
-            kept.append(cost)
-    return tuple(kept)
-
-
-def _as_good(one: StepCost, other: StepCost) -> bool:
-    return all(a <= b for a, b in zip(_figures(one), _figures(other), strict=True))
-
-
-def _figures(cost: StepCost) -> tuple[float, ...]:
-    memory = cost.forward_bytes, cost.preserved_bytes, cost.backward_bytes, cost.discard_bytes
-    held = max(cost.backward_bytes, cost.backward_held_bytes), len(cost.keeps_made)
-    return *memory, *held, cost.discard_seconds, cost.forward_seconds, cost.backward_seconds
-
-
 def _traced(
     call: Call,
     module: nn.Module,
@@ -153,7 +114,9 @@ def _traced(
     casting: Casting,
     where: str,
 ) -> list[StepCost]:
-    offered = strategies_of(call.children, call.turned)  # for which modules may be run on real tensors
+    offered = strategies_of(
+        call.children, call.turned, device.kind
+    )  # for which modules may be run on real tensors
     try:
         with simulated(device, where=where) as trace, real_tensors_too():
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)

@@ -16,14 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
-from evoplan.cost_model.kept_fits import KeptFits, axes_from_text, axes_to_text
+from evoplan.cost_model.kept_fits import (
+    KeptFits,
+    axes_from_text,
+    axes_to_text,
+    declared_from_text,
+    declared_to_text,
+)
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
+from evoplan.model.adapters import adapter_of
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured
-from evoplan.model.foreign.children import SELF, Axis, Child, layouts_of
+from evoplan.model.foreign.children import SELF, Axis, Child, Declared, layouts_of
+from evoplan.model.foreign.declared import declared
 from evoplan.model.foreign.independence import about_axes, independent_axes
 from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
@@ -85,10 +93,9 @@ def _children_of(
             raise
         found = _watched(call, module, device, precision, casting, "cpu")
     return {
-        path: replace(
-            child, prove=partial(_axes, module if path == SELF else module.get_submodule(path), kept)
-        )
+        path: replace(child, prove=partial(_axes, inner, kept), compare=partial(_declared, inner, kept))
         for path, child in found.items()
+        for inner in [module if path == SELF else module.get_submodule(path)]
     }
 
 
@@ -100,6 +107,17 @@ def _axes(module: nn.Module, kept: KeptFits | None, child: Child) -> tuple[Axis,
         partial(independent_axes, module, child),
         axes_to_text,
         axes_from_text,
+    )
+
+
+def _declared(module: nn.Module, kept: KeptFits | None, child: Child) -> Declared | None:
+    if kept is None or not child.plain or adapter_of(module) is None:
+        return declared(module, child)
+    return kept.recall(
+        ("declared", told(module), about_axes(module, child)),
+        partial(declared, module, child),
+        declared_to_text,
+        declared_from_text,
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from evoplan.cost_model.kept import Store, key_of, surroundings
 from evoplan.cost_model.kept_traces import cost_from_text, cost_to_text
 from evoplan.cost_model.steps import StepCost
-from evoplan.model.foreign.children import Axis
+from evoplan.model.foreign.children import Axis, Declared
 from evoplan.model.foreign.sources import sources_of
 
 T = TypeVar("T")
@@ -65,6 +65,17 @@ def axes_to_text(axes: Sequence[Axis]) -> str:
 def axes_from_text(text: str) -> tuple[Axis, ...]:
     """The inverse."""
     return tuple(Axis(dim, tuple(given), tuple(made), n) for dim, given, made, n in json.loads(text))
+
+
+def declared_to_text(declared: Declared | None) -> str:
+    """As JSON."""
+    return json.dumps(None if declared is None else [dict(declared.axes), declared.attends])
+
+
+def declared_from_text(text: str) -> Declared | None:
+    """The inverse."""
+    found = json.loads(text)
+    return None if found is None else Declared(*found)
 
 
 def costs_to_text(costs: Sequence[StepCost]) -> str:

@@ -3,7 +3,7 @@
     python -m evoplan.experiments.fits [--rounds 9] [--json PATH] [names ...]
 
 Models are the originals' own code, eight blocks each. By hand: torch.utils.checkpoint around every block.
-Peaks are above parameters, gradients and inputs.
+Peaks are above parameters, gradients and inputs. Plans are made with times measured on this machine.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def compare(given: Given, rounds: int) -> dict[str, Any]:
     with checkpointed(given.blocks):
         step()
         by_hand = measure.peak_bytes(step)
-    fitted = evoplan.fit(given.model, given.args, given.kwargs, loss=given.loss)
+    fitted = evoplan.fit(given.model, given.args, given.kwargs, loss=given.loss, times="measured")
     static = fitted.plan.predicted.static_bytes
     least = fitted.plan.least_feasible_bytes
     fitted.replan(least)

@@ -25,11 +25,11 @@ from tests.zoo import random
 Dims = set[int]
 
 
-def child_of(module: nn.Module, *args: Any, plain: bool = True) -> Child:
+def child_of(module: nn.Module, *args: Any, plain: bool = True, **kwargs: Any) -> Child:
     """What a call of a module is."""
-    leaves, structure = pytree.tree_flatten((args, {}))
+    leaves, structure = pytree.tree_flatten((args, kwargs))
     with WholeDraws() as draws:
-        returned, structure_returned = pytree.tree_flatten(module(*args))
+        returned, structure_returned = pytree.tree_flatten(module(*args, **kwargs))
     return Child(
         path=SELF, parent="", calls=1, work=str(id(module)),
         structure=structure, arguments=layouts_of(leaves),

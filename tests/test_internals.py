@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from evoplan.cost_model.trace import fake_tensors
@@ -20,6 +21,7 @@ from evoplan.model.running.internals import (
     has_saving_hooks,
     is_plain,
     members,
+    on_meta,
     other_forwards,
     parametrization_cache,
     put_buffer,
@@ -349,3 +351,21 @@ def test_members_are_what_a_modules_own_methods_find() -> None:
         for (name, tensor), (expected, same) in zip(ours.items(), theirs, strict=True):
             assert name == expected
             assert tensor is same
+
+
+def test_what_is_made_on_meta_is_nobodys_business() -> None:
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    before = torch.get_rng_state()
+    with Watching(), fake_tensors(), on_meta():
+        layer = nn.Linear(3, 5)
+    assert layer.weight.is_meta
+    assert type(layer.weight.data) is Tensor
+    assert not seen
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.zeros(1).is_meta

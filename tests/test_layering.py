@@ -12,8 +12,8 @@ ORDER = ["model", "cost_model", "planner", "experiments"]
 # The rooms of a package, and what lies at its top, from the bottom: each imports from those before it.
 ROOMS = {
     "model": [
-        "config", "families", "running", "foreign", "modules", "data", "programs", "build", "sharing",
-        "__init__",
+        "config", "families", "running", "modules", "adapters", "foreign", "data", "programs", "build",
+        "sharing", "__init__",
     ],
     "planner": [
         "sizes", "errors", "files", "schedules", "solvers", "problems", "plans", "pages", "processes",

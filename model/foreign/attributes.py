@@ -81,10 +81,10 @@ class Settings:
         )
 
 
-def settings_of(module: nn.Module) -> tuple[type, dict[str, Any]]:
-    """Of one module, without those that it has in it."""
+def settings_of(module: nn.Module) -> tuple[type, Any, dict[str, Any]]:
+    """Of one module, without those that it has in it; its class may have got another forward."""
     own = {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH}
-    return type(module), {name: _said(value) for name, value in own.items()}
+    return type(module), type(module).forward, {name: _said(value) for name, value in own.items()}
 
 
 _OF_TORCH = (nn.Module().__dict__.keys() - {"training"}) | {"forward"}

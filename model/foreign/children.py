@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,19 @@ class Axis:
     length: int
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What is declared of the submodule of ours that a module computes.
+
+    Attributes:
+        axes: those along which it is independent, by name, and how long they are.
+        attends: whether there are kernels for it.
+    """
+
+    axes: Mapping[str, int]
+    attends: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Child:
     """A module as its block has called it.
@@ -57,6 +70,7 @@ class Child:
         peak_bytes: the most that it adds to what is live when it is called.
         seconds: predicted time of a run.
         prove: finds its axes; asked when they are wanted first, as it runs the module.
+        compare: finds which submodule of ours it is; asked when that is wanted first.
     """
 
     path: str
@@ -77,11 +91,17 @@ class Child:
     peak_bytes: int
     seconds: float
     prove: Callable[[Child], tuple[Axis, ...]] = lambda child: ()
+    compare: Callable[[Child], Declared | None] = lambda child: None
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """Those along which it was shown to be independent."""
         return self.prove(self)
+
+    @cached_property
+    def declared(self) -> Declared | None:
+        """What it was shown to be."""
+        return self.compare(self)
 
     def axis(self, dim: int) -> Axis:
         """That of a name; ValueError if there is none."""

@@ -101,7 +101,7 @@ def _compared(probe: Probe, knobs: Mapping[str, Knob], values: Mapping[str, str]
     if _state(block) != before:
         return "its setter changes more than attributes of the block's modules, which are put back"
     with turned.in_force(), other_forwards({block: turned.forward(block.forward)}):
-        error = _apart(plain, ran())
+        error = apart(plain, ran())
     if error > min(probe.close, CLOSE_IN_SINGLE):
         return f"it changes results ({error:.1e} of the largest)"
     return None
@@ -112,7 +112,7 @@ def _state(block: nn.Module) -> list[Any]:
     return [(name, id(module), settings_of(module)) for name, module in block.named_modules()]
 
 
-def _apart(one: Ran, other: Ran) -> float:
+def apart(one: Ran, other: Ran) -> float:
     """The largest difference of two runs, of the largest number in each tensor."""
     if len(one.made) != len(other.made):
         return math.inf

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.attributes import Attributes, Settings
 from evoplan.model.foreign.children import SELF, Child
+from evoplan.model.foreign.declared import AsDeclared
 from evoplan.model.foreign.fingerprints import Fingerprint, alike, fingerprint
 from evoplan.model.foreign.knobs import Knob, Turned
 from evoplan.model.foreign.lean import as_written, remaking_operators
@@ -21,7 +22,7 @@ from evoplan.model.foreign.slices import InSlices
 from evoplan.model.running.internals import has_data, other_forwards
 from evoplan.model.running.kinds import LEAN
 from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
-from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.strategy import REDO, Strategy
 
 Forward = Callable[..., Any]
 _CHUNK = re.compile(r"chunk\((\d+), (\d+)\)")
@@ -83,14 +84,16 @@ class Inside:
 
     def _other(self, path: str, module: nn.Module, forward: Forward) -> Forward:
         recomputed = _Recomputed(self, path, forward)
-        match = _CHUNK.fullmatch(self.ways[path])
-        if match is None:
+        if self.ways[path] == REDO:
             return recomputed
         child = self.children.get(path)
         if child is None:
             raise ValueError(f"{path} is not called by {type(self.block).__name__}; fit the model again")
-        axis, n = child.axis(int(match[1])), int(match[2])
-        return InSlices(module, forward, child, axis, n, self.settings, recomputed)
+        if match := _CHUNK.fullmatch(self.ways[path]):
+            axis, n = child.axis(int(match[1])), int(match[2])
+            return InSlices(module, forward, child, axis, n, self.settings, recomputed)
+        strategy = Strategy.parse(self.ways[path])
+        return AsDeclared(module, forward, child, strategy, self.settings, recomputed)
 
 
 class _Recomputed:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Call, Made
-from evoplan.model.foreign.capture import Captured, captured_again
+from evoplan.model.foreign.capture import Captured, CaptureError, captured_again
 from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import other_forwards
@@ -33,13 +33,34 @@ def rehearsed(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> C
         model: with data.
         run: its forward, which stops at the last block.
     """
+    visits = _visits(model, captured, run)
+    # Where it has called fewer blocks, what differs will be said when it runs.
+    return captured if visits is None else captured_again(captured, visits)
+
+
+def given_to_blocks(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> list[list[Any]]:
+    """The leaves of what each call is given, those that another block makes without values.
+
+    Args:
+        model, run: as `rehearsed` has them.
+
+    Raises:
+        CaptureError: other blocks are called than when the chain was captured.
+    """
+    visits = _visits(model, captured, run)
+    if visits is None:
+        raise CaptureError("other blocks are called on these inputs than without data; fit without times")
+    return [visit.arguments for visit in visits]
+
+
+def _visits(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> list[Visit] | None:
     rehearsal = _Rehearsal(model, captured)
-    with _left_as_it_is(model), rehearsal.installed():
+    with left_as_it_is(model), rehearsal.installed():
         try:
             run()
         except _Enough:
-            return captured_again(captured, rehearsal.visits)
-    return captured  # it has called fewer blocks: what differs will be said when it runs
+            return rehearsal.visits
+    return None
 
 
 class _Rehearsal:
@@ -88,16 +109,16 @@ def _imagined(made: Made, leaves: list[Any]) -> Tensor:
 
 
 @contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Generators and buffers as they are now, afterwards."""
     random = RandomState()
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-    versions = {name: buffer._version for name, (buffer, _) in buffers.items()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with random:
             yield
     finally:
         with torch.no_grad():
-            for name, (buffer, value) in buffers.items():
-                if buffer._version != versions[name]:
+            for buffer, value in buffers:
+                # Not by their versions: a batch normalisation writes into its buffers and says nothing.
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -62,7 +62,7 @@ class InSlices:
         try:
             made = self._made(slices, given.tensors)
         except OtherDrawsError as error:  # by a kernel that draws by itself, as on some devices
-            self._warn(str(error))
+            warn_of(self.child.path, str(error))
             assert slices.random is not None  # else it had not asked
             slices.random.reset()
             return self.otherwise(*args, **kwargs)
@@ -79,22 +79,33 @@ class InSlices:
             return _InSlices.apply(slices, *given, *trained)  # type: ignore[no-untyped-call, no-any-return]
 
     def _possible(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> bool:
-        why = None
-        if not self.child.is_called_so(leaves, structure):
-            why = "it is called otherwise than when it was planned"
-        elif not self.settings.hold(self.child.path, self.module):
-            why = "its layers or their settings have changed since it was planned"
-        elif any(_sees(inner) for inner in self.module.modules() if inner is not self.module):
-            why = "hooks within it would see slices"
+        why = not_as_planned(self.module, self.child, self.settings, leaves, structure)
         if why is not None:
-            self._warn(why)
+            warn_of(self.child.path, why)
         return why is None
 
-    def _warn(self, why: str) -> None:
-        warnings.warn(
-            f"{self.child.path} is not run in slices, which takes more memory than planned: {why}",
-            stacklevel=4,
-        )
+
+def not_as_planned(
+    module: nn.Module, child: Child, settings: Settings, leaves: Sequence[Any], structure: pytree.TreeSpec
+) -> str | None:
+    """Why a module is not to be run in slices, though it was planned so; None: it may be.
+
+    Args:
+        settings: of its block's modules when it was planned.
+        leaves, structure: of what it is called with.
+    """
+    if not child.is_called_so(leaves, structure):
+        return "it is called otherwise than when it was planned"
+    if not settings.hold(child.path, module):
+        return "its layers or their settings have changed since it was planned"
+    if any(_sees(inner) for inner in module.modules() if inner is not module):
+        return "hooks within it would see slices"
+    return None
+
+
+def warn_of(path: str, why: str) -> None:
+    """Say why a module takes more memory than planned."""
+    warnings.warn(f"{path} is not run in slices, which takes more memory than planned: {why}", stacklevel=5)
 
 
 def _sees(module: nn.Module) -> bool:

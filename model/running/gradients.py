@@ -39,7 +39,9 @@ class Gradients:
         self.parameters, self._outside = parameters, Context()
         target, *others = submodule.reads
         self.of_state: OfState = {name: torch.zeros_like(tensors[name]) for name in others if name in wanted}
-        if target in wanted:
+        if target in wanted and not submodule.residual:
+            self.of_state[target] = torch.zeros_like(tensors[target])
+        elif target in wanted:
             # The residual passes the target's gradient on; where no stage reads the target, that is all.
             read = target in submodule.norms
             self.of_state[target] = grad.clone(memory_format=torch.contiguous_format) if read else grad

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
 from torch.utils import checkpoint as _checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
 
 _SELECTIVE = (_checkpoint._CachingTorchDispatchMode, _checkpoint._CachedTorchDispatchMode)
 
@@ -22,6 +23,13 @@ _SELECTIVE = (_checkpoint._CachingTorchDispatchMode, _checkpoint._CachedTorchDis
 def backward_pass() -> tuple[int, bool]:
     """Inside a node's backward: the number of the backward pass, and whether it is told to keep the graph."""
     return torch._C._current_graph_task_id(), torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """What is made inside has no data, and nobody who watches operators sees that it is made."""
+    with _disable_current_modes(), torch.device("meta"):
+        yield
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -32,6 +32,14 @@ def pick(tensors: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names if name in tensors}
 
 
+def put(new: Tensor, target: Tensor | None, update: Tensor) -> None:
+    """Write the new target of a slice: the target and the update, or where none is added to, the latter."""
+    if target is None:
+        new.copy_(update)
+    else:
+        torch.add(target, update, out=new)
+
+
 def buffer(target: Tensor, in_place: bool) -> Tensor:
     """Where pieces put the new target: over the old one, of which a piece reads its own slice only."""
     return target if in_place else torch.empty_like(target, memory_format=torch.contiguous_format)

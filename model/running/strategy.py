@@ -15,7 +15,11 @@ from torch import Tensor
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
 _PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
-_INNER = re.compile(r"([^=,\[\]]+)=(redo|chunk\(\d+, \d+\)|set\([^=,()\[\]]+\))(?:, |$)")
+REDO = "redo"  # of a module within: it runs again in backward
+_INNER = re.compile(
+    r"([^=,\[\]]+)=(redo|set\([^=,()\[\]]+\)|"
+    r"(?:whole|lean|chunk\(\w+, \d+\))(?:\+[\w-]+(?:\(\w+\))?)?)(?:, |$)"
+)
 
 Within = tuple[tuple[str, str], ...]
 
@@ -115,7 +119,8 @@ class Strategy:
         n: number of pieces.
         kernel: of `model.running.kernels`; printed after a plus unless it is eager.
         within: of a block that somebody else wrote: modules of it, by path, that are run otherwise (see
-            `model.foreign.inside`): `redo`, or `chunk(dim, n)`; the block itself is `.`. Its own knobs are
+            `model.foreign.inside`): `redo`, `chunk(dim, n)`, or, where one was shown to be a submodule of
+            ours, a strategy of that; the block itself is `.`. Its own knobs are
             named after it, such as `.chunk_size`, and are `set(16)`.
     """
 
@@ -183,7 +188,8 @@ def _within(text: str) -> Within:
         match = _INNER.match(text, at)
         if match is None or is_knob(match[1]) != match[2].startswith("set("):
             raise ValueError(
-                f"{text[at:]!r} is no way to run a module; expected path=redo or path=chunk(dim, n), or "
+                f"{text[at:]!r} is no way to run a module; expected path=redo, path=chunk(dim, n) or "
+                "path=lean+kernel, or "
                 ".knob=set(value)"
             )
         found.append((match[1], match[2]))

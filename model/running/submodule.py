@@ -126,6 +126,9 @@ class Submodule(nn.Module):
     # True for a step that only brings the state into the layout that the next one wants.
     leads_in: bool = False
 
+    # False where the new target is the update alone, which somebody else's block adds (`model.adapters`).
+    residual: bool = True
+
     # Set on a rank's copy of the submodule: how the work is shared, and what its own masks are called.
     sharding: Sharding | None = None
     names: Mapping[str, str] = {}
@@ -265,7 +268,8 @@ class Submodule(nn.Module):
 
     def new_target(self, tensors: Tensors) -> Tensor:
         """The submodule as the paper writes it: target plus update, nothing cut."""
-        return add_residual(tensors[self.target], self.update(tensors))
+        update = self.update(tensors)
+        return add_residual(tensors[self.target], update) if self.residual else update
 
     def new_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the new target where the target has `shape`."""
@@ -282,7 +286,7 @@ class Submodule(nn.Module):
             (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.named_parameters()
         )
         altered = tuple((name, type(layer)) for name, layer in altered_layers(self))
-        about = type(self).__name__, self.dropout_shared_dim, self.dropout > 0, repr(self.axes)
+        about = type(self).__name__, self.residual, self.dropout_shared_dim, self.dropout > 0, repr(self.axes)
         return *about, parameters, altered
 
 

@@ -108,10 +108,13 @@ def swept_from(source: str, flags: dict[str, Any], points: int) -> dict[str, Any
         return fit(model, args, kwargs, None, loss, **options).sweep(points)
 
 
+_TIMES = {"auto": "predicted", "roofline": "predicted", "measured": "measured"}
+
+
 def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
     """What a file builds, and the options of `evoplan.fit` that flags tell."""
     context = click.get_current_context()
-    for name in {*flags, "solver_name", "certify", "times", "cache"} - _TAKEN:
+    for name in {*flags, "solver_name", "certify", "cache"} - _TAKEN:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             (flag,) = (param.opts[0] for param in context.command.params if param.name == name)
             raise ValueError(f"--from has a model and shapes of its own; leave {flag} out")
@@ -127,7 +130,10 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
         "optimizer": flags["optimizer"],
         "device": flags["device"] if chosen else None,
         "autocast": getattr(torch, AUTOCAST[mixed]) if mixed else None,
+        "times": _TIMES.get(context.params.get("times", "auto")),
     }
+    if options["times"] is None:
+        raise ValueError("--from takes --times measured or roofline: nothing was profiled of the model")
     return *built[:4], options | {"knobs": built.knobs}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from evoplan.planner.fitting.certifying import certificate_of_fit, certified
 from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
 from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
-from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
+from evoplan.planner.fitting.problem import Fitting, Timing, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
 from evoplan.planner.fitting.sweeping import swept
@@ -129,6 +129,7 @@ def fit(
     autocast: torch.dtype | None = None,
     on_change: OnChange = "error",
     knobs: Knobs | None = None,
+    times: Timing = "predicted",
 ) -> Fitted:
     """Train a model within a memory budget, whoever wrote it.
 
@@ -153,6 +154,8 @@ def fit(
         knobs: of the blocks' own, and values to choose from, such as {"chunk_size": [None, 4, 16]}: the name
             of an argument of theirs or of an attribute of modules in them; or, for anything else, a pair of a
             function that sets it, `(block, value) -> None`, and values. What changes results is left out.
+        times: of blocks under each strategy: predicted, or measured on the model itself where it lies, which
+            takes some thirty runs of a block in each way that is offered, and their memory.
 
     Raises:
         NoPlanError: nothing fits; says the least that does.
@@ -164,9 +167,12 @@ def fit(
     size = _bytes(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
-    about = given_loss, optimizer, autocast, device, knobs
+    if times not in get_args(Timing):
+        raise ValueError(f"times is {times!r}; choose predicted or measured")
+    before = None if plan is None else plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
+    about = given_loss, optimizer, autocast, device, knobs, times, before.strategies if before else ()
     fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
-    made = _planned(fitting, size) if plan is None else _made_before(fitting, plan, size)
+    made = _planned(fitting, size) if before is None else _made_before(fitting, before, size)
     return Fitted(fitting, made, on_change)
 
 
@@ -187,13 +193,12 @@ def fitting_for(
     where = {parameter.device.type for parameter in model.parameters()}
     name = None if plan.device in where else plan.device
     about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name, knobs
-    fitting = fitting_of(model, args, kwargs, *about)
+    fitting = fitting_of(model, args, kwargs, *about, strategies=plan.strategies)
     return fitting, _made_before(fitting, plan, plan.budget_bytes)
 
 
-def _made_before(fitting: Fitting, plan: str | Path | FitPlan, size: int | None) -> FitPlan:
+def _made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
     """A plan, if it is for this model and what it is called with, and its figures are right for it."""
-    known = plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
     if known.chain_digest != fitting.captured.digest:
         raise CaptureError(
             f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction
@@ -73,6 +74,11 @@ class FitPlan(Sealed):
             *(f"note      {note}" for note in self.notes),
         ]
         return "\n".join(rows)
+
+    @property
+    def strategies(self) -> set[Strategy]:
+        """All that blocks run under."""
+        return set().union(*strategies_used(self.schedule).values())
 
     def _strategies(self) -> list[tuple[str, int]]:
         """Those that blocks run under, and how many do: one that is recomputed may run under two."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,15 @@ from evoplan.cost_model.kept_fits import KeptFits
 from evoplan.cost_model.knobs import about_knobs, with_knobs
 from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.machine import default_cache
+from evoplan.cost_model.measured_calls import with_measured_times
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.knobs import Knobs, declared
-from evoplan.model.foreign.rehearsal import rehearsed
+from evoplan.model.foreign.rehearsal import given_to_blocks, rehearsed
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
+from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator, captured
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
@@ -39,6 +41,9 @@ from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_to_json
 from evoplan.planner.solvers import Frontier
+
+Timing = Literal["predicted", "measured"]
+WIDE = 1.15  # by so much predicted times may be wrong, where measured ones are to decide
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ class Fitting:
 
     Attributes:
         precision: of products; a dtype by name, or how it is mixed.
-        times: where times come from: the roofline, or one calibrated on this machine.
+        times: where times come from: the roofline, one calibrated on this machine, or measured.
         where: what tensors without data are on, meta or (made fake) cpu.
         kept: what was found of the model before.
     """
@@ -131,12 +136,15 @@ def fitting_of(
     autocast: torch.dtype | None,
     name: str | None,
     knobs: Knobs | None = None,
+    timing: Timing = "predicted",
+    strategies: Collection[Strategy] = (),
 ) -> Fitting:
     """Capture a model and trace its blocks.
 
     Args:
         name: of the device to plan for; where the model lies if not given.
-        knobs: as `fit` has them.
+        knobs, timing: as `fit` has them.
+        strategies: that must be there, whatever is better.
 
     Raises:
         CaptureError: it cannot be planned; says why.
@@ -155,15 +163,26 @@ def fitting_of(
     given = Given.of(args, kwargs)
     chain, place = _captured(model, given, where, loss, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if all(map(has_data, (*leaves, *parameters))):
-        with nullcontext() if autocast is None else torch.autocast(kind, autocast):
+    has_numbers = all(map(has_data, (*leaves, *parameters)))
+    if timing == "measured" and (not has_numbers or name not in (None, kind)):
+        raise CaptureError(
+            "times are measured where the model and its inputs lie: have both, and leave the device out"
+        )
+    outside = partial(torch.autocast, kind, autocast) if autocast else nullcontext
+    if has_numbers:
+        with outside():
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
     kept = KeptFits(model, (loss, Simulator), (where, dtype, autocast, place, of_blocks))
     chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
     chain = with_knobs(model, chain, of_blocks_own, kept)
-    table = calls_table(model, chain, where, dtype, casting, of_blocks, kept)
+    slack = WIDE if timing == "measured" else 1.0
+    table = calls_table(model, chain, where, dtype, casting, of_blocks, kept, strategies, slack)
+    if timing == "measured":
+        with outside():
+            given_to = given_to_blocks(model, chain, lambda: model(*args, **kwargs))
+        table, times = with_measured_times(model, chain, table, given_to, outside), timing
     about = where, dtype, times, place, autocast, casting
     return Fitting(model, given, loss, optimizer, *about, chain, table, kept)
 

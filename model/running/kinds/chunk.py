@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from evoplan.model.running.gradients import Gradients
 from evoplan.model.running.kinds.pieces import InPieces
 from evoplan.model.running.pieces import spans
 from evoplan.model.running.runs import PiecewiseRun
-from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
+from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, put, view
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import Axis, IndependentAxis, Submodule, Tensors
 
@@ -53,10 +52,12 @@ def chunked(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_place
     target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
     new = buffer(tensors[target], in_place)
+    inputs = pick(tensors, (*_read(submodule), *([target] if submodule.residual else ())))
     for span in _clipped_spans(new.shape[cuts[target]], strategy.n):
-        piece = cut(tensors, cuts, span)
-        torch.add(piece[target], submodule.update(piece, context), out=view(new, cuts[target], span))
-        del piece
+        piece = cut(inputs, cuts, span)
+        update = submodule.update(piece, context)
+        put(view(new, cuts[target], span), piece[target] if submodule.residual else None, update)
+        del piece, update
     return new
 
 
@@ -67,7 +68,7 @@ def chunked_vjp(
     axis = submodule.axis_of(IndependentAxis, strategy.axis)
     target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
-    inputs = pick(tensors, (*submodule.piece_inputs, *submodule.finish_inputs, "dropout"))
+    inputs = pick(tensors, _read(submodule))
 
     def one_piece(span: slice) -> Tensor | None:
         piece = cut(inputs, cuts, span)
@@ -103,6 +104,11 @@ def chunked_vjp(
         )
         gradients.add_slices(grads, submodule.context_cuts, span)
         del piece, grads
+
+
+def _read(submodule: Submodule) -> tuple[str, ...]:
+    """What the stages read of a slice."""
+    return (*submodule.piece_inputs, *submodule.finish_inputs, "dropout")
 
 
 def _clipped_spans(size: int, n: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from evoplan.model.running.kinds.pieces import InPieces
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.pieces import spans
 from evoplan.model.running.runs import PiecewiseRun
-from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, view
+from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, put, view
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import (
     Axis,
@@ -84,7 +84,7 @@ def cosharded(submodule: Submodule, strategy: Strategy, tensors: Tensors, in_pla
     inputs = pick(tensors, (*submodule.finish_inputs, "dropout"))
     for span in _row_spans(target, dim, strategy.n):
         rows = _finished(submodule, view(update, dim, span).clone(), cut(inputs, cuts, span))
-        torch.add(view(target, dim, span), rows, out=view(new, dim, span))
+        put(view(new, dim, span), view(target, dim, span) if submodule.residual else None, rows)
         del rows
     return new
 
