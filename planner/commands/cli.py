@@ -22,10 +22,11 @@ from evoplan.planner.commands.flags import (
     times_option,
 )
 from evoplan.planner.commands.foreign import inspect, plan_from
+from evoplan.planner.commands.roofline import roofline
 from evoplan.planner.commands.show import show
 from evoplan.planner.commands.sweeps import sweep
 from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, loading, progress, run_command
-from evoplan.planner.commands.times import profile, roofline
+from evoplan.planner.commands.times import profile
 from evoplan.planner.files import check_writable, write_json
 
 if TYPE_CHECKING:

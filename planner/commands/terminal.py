@@ -49,7 +49,7 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def console_for_output(width: int = 110, json_path: str | None = None) -> Console:
-    """As wide as the terminal, or wide enough for every table; what it prints is taken as it is.
+    """As wide as the terminal, or as COLUMNS says, or wide enough for every table; prints text as it is.
 
     Args:
         json_path: where the result goes as JSON; is that standard output, words go to standard error.
@@ -58,7 +58,8 @@ def console_for_output(width: int = 110, json_path: str | None = None) -> Consol
 
     aside = json_path == STDOUT
     console = Console(stderr=aside, markup=False, emoji=False)
-    return console if console.is_terminal else Console(width=width, stderr=aside, markup=False, emoji=False)
+    narrow = console.is_terminal or "COLUMNS" in os.environ
+    return console if narrow else Console(width=width, stderr=aside, markup=False, emoji=False)
 
 
 class _Output:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import exact_size, format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def print_verification(found: Verification, console: Console) -> None:
         time(found.measured_step_seconds),
         time(found.unplanned_step_seconds),
     )
-    console.print(table)
+    print_table(table, console)
     for name, error in (("loss", found.max_loss_error), ("gradient", found.max_gradient_error)):
         if error is not None:
             console.print(
@@ -75,7 +75,7 @@ def print_rank_verifications(results: list[Verification], console: Console) -> N
             "-" if error is None else f"{error:.2g}",
             "ok" if found.ok else "FAILED",
         )
-    console.print(table)
+    print_table(table, console)
 
 
 def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Console) -> None:
@@ -107,4 +107,4 @@ def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Con
             f"{measured / predicted:.4f}",
             "-" if row["step_seconds"] is None else format_seconds(row["step_seconds"]),
         )
-    console.print(table)
+    print_table(table, console)
