@@ -12,7 +12,6 @@ With --cap a GPU's memory is limited to that many bytes, and a plan for it has t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from evoplan.model.families import EvoformerConfig
 from evoplan.planner.checking.profiling import profile_problem
 from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
 from evoplan.planner.commands.flags import REPEATS, Size
-from evoplan.planner.commands.terminal import console_for_output, progress, run_command
+from evoplan.planner.commands.terminal import Progress, console_for_output, progress, run_command
 from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
 from evoplan.planner.plans.plan import Plan, SolverReport
@@ -40,6 +39,7 @@ from evoplan.planner.problems.costing import Costed
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import cost_with_times
 from evoplan.planner.schedules.schedule import Sequence
+from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers.baselines import (
     every_block,
     every_submodule,
@@ -113,24 +113,32 @@ class Bench:
 
 
 def run_size(
-    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Callable[[str], None]
+    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Progress
 ) -> dict[str, Any]:
     """Everything about one size."""
     profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
+    size = f"s={problem.shape.n_seq}, r={problem.shape.n_res}"
+    say.done(f"{size}: steps measured")
     costed = cost_with_times(problem, "measured", cache)
     bench = Bench(costed, problem.device)
     hand = by_hand(costed)
     for name, schedule in hand.items():
         say(f"measuring {name}")
         bench.add(name, plan_of(costed, schedule, SolverReport(name=name, seconds=0.0)))
+        say.done(f"{size}: {name} takes {format_size(bench.peaks[name])}")
     for name in hand:
         say(f"planning for the peak of {name}")
         bench.add(f"plan at {name}", bench.plan_for(bench.peaks[name]))
+        say.done(f"{size}: planned for the peak of {name}")
     with suppress(NoPlanError):  # of small shapes parameters and gradients take more than that
         bench.add(HALF, bench.plan_for(bench.peaks["large"] // 2))
+
+    def told(number: int) -> None:
+        say.done(f"{size}: round {number} of {rounds}")
+
     say("running")
     runs = {name: trial.run for name, trial in bench.trials.items()}
-    times = interleaved(runs, rounds, problem.device)
+    times = interleaved(runs, rounds, problem.device, told)
     return {
         "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
         "dtype": problem.dtype, "compiled": compiled, "rounds": rounds,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 
@@ -28,7 +28,7 @@ def print_size(found: dict[str, Any], console: Console) -> None:
             f"{low:.3f}-{high:.3f} s",
             format_seconds(row["predicted_seconds"]),
         )
-    console.print(table)
+    print_table(table, console)
     table = new_table("plans against schedules by hand", "plan", "time", "quartiles", "peak")
     for row in found["comparisons"]:
         low, high = row["quartiles"]
@@ -38,7 +38,7 @@ def print_size(found: dict[str, Any], console: Console) -> None:
             f"{low:.3f}-{high:.3f}",
             f"{row['peak_ratio']:.3f}",
         )
-    console.print(table)
+    print_table(table, console)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

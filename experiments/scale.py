@@ -22,8 +22,6 @@ from typing import Annotated, Any
 
 import click
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from rich import box
-from rich.table import Table
 
 from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from evoplan.cost_model.roofline import reduction_seconds
@@ -34,6 +32,7 @@ from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.reports.plot import plt, save_figure
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size, parse_size
 from evoplan.planner.solvers import Frontier
 
@@ -239,23 +238,16 @@ def command(
     if not rows:
         raise ValueError(f"{model} fits no number of these devices; allow more --most-ranks or other devices")
     title = f"{model}, batch {batch}, {dtype}, {cluster.device} (simulated)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (
-        "devices",
-        "replicas x ranks",
-        "step",
-        "of it summing gradients",
-        "efficiency",
-        "peak of each",
-    ):
-        table.add_column(name, justify="right")
+    table = new_table(
+        title, "devices", "replicas x ranks", "step", "summing gradients", "efficiency", "peak of each"
+    )
     for found in rows:
         table.add_row(
             str(found["devices"]), f"{found['replicas']} x {found['ranks']}",
             format_seconds(found["step_seconds"]), format_seconds(found["reduction_seconds"]),
             f"{found['efficiency']:.0%}", format_size(found["peak_bytes"]),
         )  # fmt: skip
-    console.print(table)
+    print_table(table, console)
     write_json(
         json_path,
         {"title": title, "cluster": cluster.model_dump(), "shares": [vars(s) for s in shares], "rows": rows},

@@ -87,7 +87,7 @@ def profile_problem(
         compiled: also try torch.compile on each step, which takes a while.
 
     Returns:
-        What was measured; the calibration from all times of this dtype; the device with its constants.
+        What was measured; the calibration from all times of this dtype; the device as it is listed.
 
     Raises:
         ValueError: the problem is not for this machine, or for several ranks.
@@ -117,7 +117,7 @@ def profile_problem(
                 found.append(profiler.opaque(step, strategy))
     calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
     cache.put_calibration(problem.precision, calibration.to_json())
-    return found, calibration, calibration.applied(costed.device, problem.precision)
+    return found, calibration, costed.device
 
 
 @dataclass

@@ -147,7 +147,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
                 write_json(json_path, results[0].to_json() | ({"ranks": ranks} if len(ranks) > 1 else {}))
             console = console_for_output(json_path=json_path)
             console.print(describe_problem(found.problem), highlight=False)
-            print_verification(results[0], console)
+            print_verification(results[0], console, found.problem.ranks)
             print_rank_verifications(results, console)
     sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
 

@@ -25,7 +25,9 @@ from evoplan.planner.files import check_writable, write_json
 @click.option("--again", is_flag=True, help="Also measure what the cache has.")
 @click.option("--compile", "compiled", is_flag=True, help="Also try torch.compile on each submodule.")
 @cache_option
-@click.option("--save-device", type=click.Path(), help="Write the calibrated device as a device file.")
+@click.option(
+    "--save-device", type=click.Path(), help="Write this device with the fitted rates, as NAME-calibrated."
+)
 @json_option
 def profile(
     repeats: int,
@@ -44,13 +46,15 @@ def profile(
     from evoplan.planner.reports.times import print_profile, profile_to_json
 
     with progress("loading torch") as update:
-        measured, calibration, calibrated = profile_problem(
+        measured, calibration, device = profile_problem(
             problem, cache, repeats, max_pieces, again, compiled, update
         )
     if save_device:
         from evoplan.planner.problems.device_file import device_entry
 
-        write_json(save_device, device_entry(calibrated))
+        write_json(
+            save_device, device_entry(calibration.described(device, problem.autocast or problem.dtype))
+        )
     if json_path:
         write_json(json_path, profile_to_json(problem, measured, calibration))
     console = console_for_output(json_path=json_path)
