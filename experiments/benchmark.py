@@ -183,6 +183,7 @@ def _comparisons(
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")
 @click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
+@click.option("--redraw", is_flag=True, help="Only the picture, from the figures that are there.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
     "--json",
@@ -197,6 +198,7 @@ def benchmark(
     dtype: str,
     compiled: bool,
     cap: int | None,
+    redraw: bool,
     cache: str | None,
     json_path: str | None,
 ) -> None:
@@ -204,6 +206,9 @@ def benchmark(
     path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
     picture = None if json_path == STDOUT else path.with_suffix(".png")
     check_writable(picture, json_path=path, reads=(cache,))
+    if redraw:
+        _save(_kept(path), picture)
+        return
     console = console_for_output(json_path=json_path)
     document: dict[str, Any] = {"torch": torch.__version__, "device": local_name(device), "sizes": []}
     for s, r, blocks in sizes:
@@ -223,7 +228,26 @@ def benchmark(
         document["sizes"] = _with_earlier(path, document)
     write_json(path, document)
     if picture is not None and all("runs" in found for found in document["sizes"]):
-        draw(document, picture)
+        _save(document, picture)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The figures of an earlier run; ValueError where there are none."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not all("runs" in found for found in document["sizes"]):
+            raise LookupError
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: no figures of this benchmark to draw; leave --redraw out") from None
+    return document
+
+
+def _save(document: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        raise ValueError("--redraw draws beside a file; leave --json - out")
+    from evoplan.planner.reports.plot import save_figure
+
+    save_figure(draw(document), path)
 
 
 def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:

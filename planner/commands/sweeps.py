@@ -18,6 +18,8 @@ from evoplan.planner.commands.foreign import swept_from
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, picture_format, write_json
 
+POINTS = 60  # of a model that somebody wrote, each a simulation of the whole step
+
 if TYPE_CHECKING:
     from evoplan.planner.problems.timing import Times
 
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
 @times_option
 @cache_option
 @click.option("--from", "source", metavar="FILE.py:FUNCTION", help="Of a model that somebody wrote.")
-@click.option("--points", type=click.IntRange(2, 2000), default=60, show_default=True, help="Budgets.")
+@click.option(
+    "--points", type=click.IntRange(2, 2000), show_default="every step; of --from 60",
+    help="So many budgets, each with its plan's own peak.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(), help="Write the frontier as JSON here.")
 @click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf).")
 @json_option
 def sweep(
-    points: int,
+    points: int | None,
     times: Times,
     cache: str | None,
     source: str | None,
@@ -46,32 +51,38 @@ def sweep(
     if plot is not None:
         picture_format(plot)
     if source is not None:
-        document = swept_from(source, flags, points)
+        document = swept_from(source, flags, POINTS if points is None else points)
+        steps = document["points"]
     else:
-        document = _swept(points, times, cache, flags)
+        document, steps = _swept(points, times, cache, flags)
     from evoplan.planner.reports.plans import print_sweep
     from evoplan.planner.reports.plot import plot_sweep
 
     for path in filter(None, (out, json_path)):
         write_json(path, document)
     if plot:
-        plot_sweep(document, plot)
+        plot_sweep(document, plot, steps=steps)
     console = console_for_output(json_path=json_path)
     print_sweep(document, console)
     if plot:
         console.print(f"picture written to {plot}", highlight=False, soft_wrap=True)
 
 
-def _swept(points: int, times: Times, cache: str | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """Of a preset."""
+def _swept(
+    points: int | None, times: Times, cache: str | None, flags: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Of a preset: the document, and every step of the frontier."""
     problem = problem_of(**flags)
     if not problem.training:
         raise ValueError("sweep is for training; for inference ask plan for one budget after another")
     with progress("loading torch") as update:
+        from evoplan.planner.plans.sweeping import steps_of
         from evoplan.planner.plans.sweeping import sweep as sweep_frontier
         from evoplan.planner.problems.timing import cost_with_times
+        from evoplan.planner.solvers import Frontier
 
         problem = problem.model_copy(update={"budget_bytes": None})
         costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
         update("solving")
-        return sweep_frontier(costed, points, update)
+        frontier = Frontier(costed.table)
+        return sweep_frontier(costed, points, update, frontier), steps_of(costed, frontier)

@@ -20,20 +20,33 @@ from evoplan.planner.solvers.seed_dp import SeedProgram
 FLAT_POINTS = 12  # of seed-dp in a sweep
 
 
-def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
+def sweep(
+    costed: Costed,
+    count: int | None = None,
+    progress: Progress = lambda _: None,
+    found: Frontier | None = None,
+) -> dict[str, Any]:
+    """The frontier as `points`, baselines, and seed-dp's points.
 
     Args:
-        count: how many budgets, evenly spaced on a logarithmic scale.
+        count: how many budgets, evenly spaced on a logarithmic scale, each with its plan's own peak:
+            {budget_bytes, peak_bytes, step_seconds}. None: every step of the exact frontier,
+            {budget_bytes, step_seconds}, whose plans are not made.
         progress: called before each.
+        found: the frontier of these costs, if it is at hand.
     """
-    frontier = Frontier(costed.table)
-    points = frontier_points(costed, frontier, count, progress)
+    frontier = Frontier(costed.table) if found is None else found
+    points = (
+        steps_of(costed, frontier) if count is None else frontier_points(costed, frontier, count, progress)
+    )
     progress("seed-dp")
     flat = SeedProgram(costed.table)
     reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
-    found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
     large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
+    # seed-dp answers to a budget: its mark is for the peak of `large`, or failing that for the least it can.
+    marked = max(large, reach[0] + reach[0] // 50)
+    budgets = sorted({*map(int, np.geomspace(*reach, FLAT_POINTS)), marked})
+    schedules = [(budget, flat.schedule(budget)) for budget in budgets]
     return {
         "title": _title(costed.problem),
         "problem": costed.problem.model_dump(mode="json"),
@@ -41,14 +54,23 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         "static_bytes": sum(costed.static.values()),
         "points": points,
         "seed_dp_points": [
-            _point(costed, budget, schedule) for budget, schedule in found if schedule is not None
+            _point(costed, budget, schedule) for budget, schedule in schedules if schedule is not None
         ],
-        # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
         "baselines": {
-            name: baseline.model_dump()
-            for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
+            name: baseline.model_dump() for name, baseline in predict_baselines(costed, marked).items()
         },
     }
+
+
+def steps_of(costed: Costed, frontier: Frontier) -> list[dict[str, float]]:
+    """Every step of the exact frontier, from the least budget on: {budget_bytes, step_seconds}."""
+    return [
+        {
+            "budget_bytes": costed.fixed_bytes + budget,
+            "step_seconds": seconds + costed.reduction_seconds,
+        }
+        for budget, seconds in frontier.steps()
+    ]
 
 
 def frontier_points(

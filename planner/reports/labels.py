@@ -61,8 +61,7 @@ def place_labels(axes: Axes, labels: Iterable[Label], size: float = 8) -> list[A
         note.set_position((dx / scale, dy / scale))
         taken.append(bounds)
         written.append(note)
-        if math.hypot(dx, dy) / scale > FAR + box.height / scale:
-            _lead(axes, at, bounds)
+        _lead(axes, at, bounds, FAR * scale)
     return written
 
 
@@ -142,8 +141,10 @@ def _pixels(axes: Axes, line: Line2D) -> np.ndarray:
     return seen
 
 
-def _lead(axes: Axes, at: np.ndarray, box: Bbox) -> None:
-    """A thin line from a marker to the nearest point of its label's box."""
+def _lead(axes: Axes, at: np.ndarray, box: Bbox, near: float) -> None:
+    """A thin line from a marker to the nearest point of its label's box, if that is not near it."""
     to = min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1)
+    if math.dist(at, to) <= near:
+        return
     ends = axes.transData.inverted().transform(np.array([at, to]))
     axes.add_line(Line2D(*ends.T, color="0.6", linewidth=0.6, zorder=1))

@@ -102,11 +102,11 @@ def _comparison(plan: Plan) -> Table:
 
 def print_sweep(document: dict[str, Any], console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
-    table = new_table("frontier", "", "peak", "step time")
+    table = new_table("frontier (memory: the least budget)", "", "memory", "step time")
     points = document["points"]
     for index in sorted({round(i * (len(points) - 1) / 11) for i in range(12)}):
         point = points[index]
-        table.add_row("plan", format_size(point["peak_bytes"]), format_seconds(point["step_seconds"]))
+        table.add_row("plan", format_size(point["budget_bytes"]), format_seconds(point["step_seconds"]))
     for name, baseline in document["baselines"].items():
         table.add_row(name, format_size(baseline["peak_bytes"]), format_seconds(baseline["step_seconds"]))
     print_table(table, console)
