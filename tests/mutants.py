@@ -75,8 +75,8 @@ MUTANTS = [
     Mutant(
         "page-script",
         "planner/pages/page.py",
-        'data = data.replace("<", ',
-        'data = data.replace("<<", ',
+        'data=text.replace("<", ',
+        'data=text.replace("<<", ',
         "a name in a plan file ends the script that it stands in",
         ("reports.py",),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from evoplan.planner.problems.costing import (
     Costed,
     Progress,
 )
+from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
@@ -77,17 +79,27 @@ def frontier_points(
     costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
 ) -> list[dict[str, float]]:
     """The fastest plans for so many budgets, from the least on: {budget_bytes, peak_bytes, step_seconds}."""
-    points: list[dict[str, float]] = []
-    for budget in frontier.budgets(count):
-        progress(f"budget {len(points) + 1}")
-        points.append(_point(costed, budget, frontier.schedule(budget)))
-    return points
+    found = planned_points(costed, frontier, count, progress)
+    return [_row(budget, predicted) for budget, predicted, _ in found]
+
+
+def planned_points(
+    costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
+) -> Iterator[tuple[int, Prediction, Sequence]]:
+    """The same with their schedules: budget in bytes, static memory included, prediction, schedule."""
+    for number, budget in enumerate(frontier.budgets(count), start=1):
+        progress(f"budget {number}")
+        schedule = frontier.schedule(budget)
+        yield costed.fixed_bytes + budget, costed.predict(schedule), schedule
 
 
 def _point(costed: Costed, budget: int, schedule: Sequence) -> dict[str, float]:
-    predicted = costed.predict(schedule)
+    return _row(costed.fixed_bytes + budget, costed.predict(schedule))
+
+
+def _row(budget: int, predicted: Prediction) -> dict[str, float]:
     return {
-        "budget_bytes": costed.fixed_bytes + budget,
+        "budget_bytes": budget,
         "peak_bytes": predicted.peak_bytes,
         "step_seconds": predicted.step_seconds,
     }
