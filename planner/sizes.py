@@ -60,4 +60,6 @@ def in_thousands(value: float) -> tuple[float, str]:
 
 def format_seconds(seconds: float) -> str:
     """A duration for people."""
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evoplan.planner.commands import certificates
+from evoplan.planner.commands.capacity import fit_table
 from evoplan.planner.commands.flags import (
     AUTO,
     REPEATS,
@@ -45,6 +46,7 @@ cli.add_command(show)
 cli.add_command(inspect)
 cli.add_command(sweep)
 cli.add_command(certificates.certify)
+cli.add_command(fit_table)
 
 
 @cli.command()
