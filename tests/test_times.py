@@ -288,6 +288,7 @@ def test_profile_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     arguments = ["profile", *shape, "--cache", cache, "--repeats", "1", "--max-pieces", "1"]
     code, printed = run([*arguments, "--save-device", saved, "--json", result], capsys)
     assert code == 0, printed
+    assert printed.count(": times of ") == 9  # a line for each submodule
     assert "calibrated:" in printed
     rows = json.loads(Path(result).read_text())["times"]
     assert {"lean", "whole"} <= {row["strategy"] for row in rows}

@@ -47,7 +47,7 @@ def profile(
 
     with progress("loading torch") as update:
         measured, calibration, device = profile_problem(
-            problem, cache, repeats, max_pieces, again, compiled, update
+            problem, cache, repeats, max_pieces, again, compiled, update, update.done
         )
     if save_device:
         from evoplan.planner.problems.device_file import device_entry
