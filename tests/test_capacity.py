@@ -14,6 +14,7 @@ from evoplan.cost_model.devices import DEVICES
 from evoplan.model.families import PRESETS, preset
 from evoplan.planner.plans import capacity
 from evoplan.planner.plans.capacity import (
+    BEYOND,
     MOST,
     Asked,
     Capacity,
@@ -32,26 +33,29 @@ from tests.test_cli import call
 @examples(60)
 @given(
     st.sampled_from([1, 8, 32, 96]), st.integers(1, 4), st.integers(0, 10**6), st.integers(1, 10**13),
-    st.integers(1, 40),
+    st.integers(1, 40), st.integers(1, MOST),
 )  # fmt: skip
 def test_bisection_finds_the_last_that_fits(
-    unit: int, power: int, base: int, budget: int, start: int
+    unit: int, power: int, base: int, budget: int, start: int, beyond: int
 ) -> None:
-    """Whatever power of the residues the peak is, and whatever it begins with; no peak is asked for twice."""
+    """Whatever power of the residues the peak is, and from where on none is known; none is asked twice."""
     looks: list[int] = []
     known: dict[int, int] = {}
+
+    def peak(n: int) -> int:
+        return base + 7 * n**power if n < beyond else BEYOND
 
     def least(n: int) -> int:
         if n not in known:
             assert n % unit == 0 or n == MOST
             looks.append(n)
-            known[n] = base + 7 * n**power
+            known[n] = peak(n)
         return known[n]
 
     found = largest(least, budget, unit, start * unit, known)
     assert found == 0 or least(found) <= budget
     if found < MOST - unit:
-        assert base + 7 * (found + unit) ** power > budget
+        assert peak(found + unit) > budget
     assert len(looks) < 45
     before = len(looks)
     assert largest(least, budget, unit, start * unit, known) == found
@@ -89,9 +93,18 @@ def test_what_is_found_fits_and_a_little_more_does_not(
 def test_what_cannot_be_shared_says_why() -> None:
     (row,) = capacities(replace(narrow(8), rows=3), ["a100-40gb"])
     assert row.n_res is None
+    assert "\n" not in row.why
     assert "8 ranks cannot share" in row.why
     assert "8 ranks cannot share" in in_words(row)
     assert in_words(replace(row, why="")).endswith("nothing fits")
+
+
+def test_what_is_beyond_planning_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More residues than a problem may have end the search, they are no error."""
+    monkeypatch.setattr("evoplan.planner.problems.problem.MOST_LENGTH", 300)
+    (row,) = capacities(narrow(), ["h200-141gb"])
+    assert row.n_res == 256
+    assert not row.why
 
 
 def test_presets_that_only_their_residues_tell_apart_are_one() -> None:

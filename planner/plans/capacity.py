@@ -14,9 +14,11 @@ from evoplan.model.config import override
 from evoplan.model.families import PRESETS, preset
 from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import Costed, cost_problem
+from evoplan.planner.problems.device_file import one_line
 from evoplan.planner.problems.problem import Mode, Problem
 
 MOST = 2**16  # residues: beyond that nothing is searched
+BEYOND = 2**62  # bytes of what no machine has
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Asked:
         chosen = preset(self.model)
         rows = None if chosen.shape.n_seq is None else self.rows
         shape = override(chosen.shape, n_res=n_res, n_seq=rows)
-        return Problem(
+        with one_line():
+            return Problem(
             model=self.model, config=chosen.config, shape=shape, mode=self.mode, ranks=self.ranks, device=on,
             budget_bytes=device(on).memory_bytes, **self.how,
         )  # fmt: skip
@@ -83,7 +86,13 @@ def capacities(asked: Asked, devices: Sequence[str]) -> Iterator[Capacity]:
     def least(n_res: int) -> int:
         if n_res not in leasts:
             on = devices[0]
-            leasts[n_res] = _least(cost_problem(asked.problem(n_res, on))) - device(on).workspace_bytes
+            try:
+                found = _least(cost_problem(asked.problem(n_res, on))) - device(on).workspace_bytes
+            except ValueError:
+                if not leasts:
+                    raise
+                found = BEYOND  # more than can be planned for
+            leasts[n_res] = found
         return leasts[n_res]
 
     for name in sorted(devices, key=lambda name: device(name).memory_bytes or 0):

@@ -222,7 +222,7 @@ class Frontier:
             falls = np.flatnonzero(times < np.concatenate(([np.inf], times[:-1])))
             # A grid is asked for what the one before does not span.
             first = self.spans[index - 1] + 1 if index else 0
-            budgets |= {self.output_bytes + max(first, int(units) * unit) for units in falls}
+            budgets |= {self.output_bytes + int(units) * unit for units in falls}
             budgets.add(self.output_bytes + first)
         found: list[tuple[int, float]] = []
         for budget in sorted(budgets):
