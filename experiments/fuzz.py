@@ -151,16 +151,13 @@ class Check:
         if case.budget == "least":
             try:
                 plan = costs.plan(costs.least - 1)
-                self._fault(
-                    "over budget", f"a plan for {exact_size(costs.least - 1)}, said to be below the least"
-                )
+                self._fault("over budget", f"a plan below the least, {exact_size(costs.least)}")
             except NoPlanError:
                 self.found.refused += 1
         try:
             plan = costs.plan(budget)
         except NoPlanError as error:
-            size = "nothing" if budget is None else exact_size(budget)
-            self._fault("over budget", f"no plan for {size} ({case.budget}): {error}")
+            self._fault("over budget", f"no plan for a budget {case.budget}: {error}")  # which has sizes
             return None
         if case.family.offer is None and case.index % FAMILY == 0:
             self._compare_with_users(plan)
@@ -195,9 +192,8 @@ class Check:
         budget = plan.problem.budget_bytes
         for name, limit in (("budget", budget), ("predicted peak", predicted)):
             if limit is not None and peak > limit:
-                self._fault(
-                    "over budget", f"peak {exact_size(peak)}, {name} {exact_size(limit)}: {peak / limit:.4f}"
-                )
+                ratio = f"{peak / limit:.4f}"
+                self._fault("over budget", f"peak {exact_size(peak)}, {name} {exact_size(limit)}: {ratio}")
                 break
 
     def _compare_numbers(self, plain: FuzzStep, planned: FuzzStep) -> None:

@@ -50,6 +50,17 @@ def test_a_table_that_fits_is_printed_in_one() -> None:
     assert console.export_text().count("a title") == 1
 
 
+def test_cells_of_several_words_are_whole_too() -> None:
+    cells = ["outer_product_mean", "coshard(channel, 2)", "-0.0902 ms", "+66.04 MiB", "does not fit"]
+    table = new_table("what else", "submodule", "strategy", "step time", "peak", "")
+    table.add_row(*cells)
+    for width in (80, 60, 45):
+        console = Console(width=width, record=True)
+        print_table(table, console)
+        printed = console.export_text()
+        assert all(cell in printed for cell in cells), width
+
+
 def test_blocks_with_other_work_are_named_and_those_with_the_same_are_printed_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

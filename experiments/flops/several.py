@@ -75,10 +75,8 @@ def profile_several(
         update(f"devices {', '.join(names)} at once")
         folders = [folder / f"gpu_{name}" for name in names]
         running = [start(name, where) for name, where in zip(names, folders, strict=True)]
-        together = []
-        for each in zip(running, names, folders, strict=True):
-            together.append(finish(*each))
-            update.done(f"device {each[1]} beside the others: done")
+        together = [finish(*each) for each in zip(running, names, folders, strict=True)]
+        update.done(f"devices {', '.join(names)} at once: done")
     document = several_document(recipe_of(**sizes), names, alone, together)
     write_json(folder / SEVERAL, document)
     print_several(document)

@@ -102,7 +102,7 @@ def _comparison(plan: Plan) -> Table:
 
 def print_sweep(document: dict[str, Any], console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
-    table = new_table("frontier (memory: the least budget)", "", "memory", "step time")
+    table = new_table("frontier", "", "memory", "step time")
     points = document["points"]
     for index in sorted({round(i * (len(points) - 1) / 11) for i in range(12)}):
         point = points[index]

@@ -44,7 +44,9 @@ def print_table(table: Table, console: Console, keys: int = 1) -> None:
     """
     for column in table.columns:
         cells = [str(cell) for cell in column.cells]
-        column.no_wrap = max(map(len, cells), default=0) <= SHORT and not _many_words(cells)
+        longest = max(map(len, cells), default=0)
+        if longest <= SHORT and not _many_words(cells):
+            column.no_wrap, column.min_width = True, max(longest, len(str(column.header)))
     for part in _parts(table, console, keys):
         console.print(part)
 
@@ -71,7 +73,7 @@ def _part(table: Table, columns: list[int]) -> Table:
     taken = [table.columns[number] for number in columns]
     part = new_table(str(table.title), *(str(column.header) for column in taken))
     for column, old in zip(part.columns, taken, strict=True):
-        column.no_wrap = old.no_wrap
+        column.no_wrap, column.min_width = old.no_wrap, old.min_width
     for row, cells in zip(table.rows, zip(*(column.cells for column in taken), strict=True), strict=True):
         part.add_row(*cells, style=row.style)
     return part
