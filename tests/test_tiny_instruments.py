@@ -74,6 +74,19 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(
     assert (tmp_path / "summary.csv").read_text().count("\n") == 2
 
 
+@pytest.mark.parametrize(("gpus", "counts"), [(0, "1 2 4 8"), (1, "1"), (3, "1 2"), (8, "1 2 4 8")])
+def test_a_study_takes_as_many_devices_as_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, counts: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(
+        "evoplan.experiments.scaling._run", lambda _, count, batch, run, *rest: Result(count, batch, run, 1.0)
+    )
+    done = CliRunner().invoke(command, ["--steps", "2", "--output-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert f"gpus: {counts}\n" in (tmp_path / "config.txt").read_text()
+
+
 def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
     sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1")
     study = (*STUDY, "--gpus", "1", "--steps", "1000000", *sizes, "--output-dir", str(tmp_path))
