@@ -131,6 +131,7 @@ def test_the_command_says_240_for_a_tpu(capsys: pytest.CaptureFixture[str], tmp_
     assert document["bound"] == "memory"
     assert 240 <= document["least_batch"] <= 243
     assert document["split"]["devices"] == 2
+    assert document["split"]["least_d"] == 8756  # 2 x 1.97e14 / 4.5e10, rounded up
     assert picture.stat().st_size > 0
 
 
