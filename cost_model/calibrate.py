@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evoplan.cost_model.devices import Device
+from evoplan.cost_model.devices import DTYPES, Device
 from evoplan.cost_model.trace import Work
 
 LEAST_ROWS = 12
@@ -45,6 +45,23 @@ class Calibration:
             peak_flops={**device.peak_flops, dtype: self.flops},
             bandwidth=self.bandwidth,
             launch_seconds=self.launch_seconds,
+        )
+
+    def described(self, device: Device, dtype: str) -> Device:
+        """The same under a name of its own; its source says which figures are fitted and which are not.
+
+        Args:
+            dtype: of the products, whatever else mixed precision has.
+        """
+        listed = {name: rate for name, rate in device.peak_flops.items() if name in DTYPES}
+        source = (
+            f"{dtype} FLOP/s, bandwidth and launch_seconds fitted to {self.rows} times measured on it, "
+            f"half within {self.error:.0%}; other figures: {device.source}"
+        )
+        return replace(
+            self.applied(replace(device, peak_flops=listed), dtype),
+            name=f"{device.name}-calibrated",
+            source=source,
         )
 
     def to_json(self) -> dict[str, Any]:

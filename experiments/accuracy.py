@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.planner.checking.verify import verify_plan
+from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import write_json
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import AUTOCAST, Problem
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.schedules.schedule import depth
 from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers import Frontier
@@ -91,24 +91,38 @@ def rows(case: Case) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Print the table, write it as JSON; 0 if every ratio lies in 0.98 to 1."""
-    console = Console(width=110)
-    table = Table(
-        "blocks", "c_m", "s", "r", "dtype", "dropout", "depth", "predicted", "measured", "ratio", "gradients"
+    console = console_for_output()
+    table = new_table(
+        "activations, predicted and measured",
+        "blocks",
+        "c_m",
+        "s",
+        "r",
+        "dtype",
+        "dropout",
+        "depth",
+        "predicted",
+        "measured",
+        "ratio",
+        "gradients",
     )
     everything = []
     only = sys.argv[1:]
-    for case in [case for case in GRID if not only or case[3] in only]:
-        print(f"{case[1]} blocks, {case[2]}, {case[3]} ...", file=sys.stderr, flush=True)
-        for row in rows(case):
-            everything.append(row)
-            sizes = (format_size(row[f"{which}_bytes"]) for which in ("predicted", "measured"))
-            print(f"  {' -> '.join(sizes)}", file=sys.stderr, flush=True)
-            table.add_row(
-                *(str(row[key]) for key in ("blocks", "c_m", "s", "r", "dtype", "dropout", "depth")),
-                f"{row['predicted_bytes'] / 1e6:.2f} MB", f"{row['measured_bytes'] / 1e6:.2f} MB",
-                f"{row['ratio']:.4f}", f"{row['max_gradient_error']:.1e}",
-            )  # fmt: skip
-    console.print(table)
+    with progress("measuring") as say:
+        for case in [case for case in GRID if not only or case[3] in only]:
+            about = f"{case[1]} blocks, {case[2]}, {case[3]}"
+            say(about)
+            for row in rows(case):
+                everything.append(row)
+                predicted, measured = (
+                    format_size(row[f"{which}_bytes"]) for which in ("predicted", "measured")
+                )
+                say.done(f"{about}: predicted {predicted}, measured {measured}")
+                table.add_row(
+                    *(str(row[key]) for key in ("blocks", "c_m", "s", "r", "dtype", "dropout", "depth")),
+                    predicted, measured, f"{row['ratio']:.4f}", f"{row['max_gradient_error']:.1e}",
+                )  # fmt: skip
+    print_table(table, console, keys=7)
     ratios = [row["ratio"] for row in everything]
     nested = sum(row["depth"] >= 2 for row in everything)
     console.print(

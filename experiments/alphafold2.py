@@ -12,25 +12,24 @@ a device. With --measure a reduced size is run here for real.
 from __future__ import annotations
 
 import sys
+from itertools import product
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from evoplan.cost_model.devices import DEVICES
 from evoplan.experiments.policies import POLICIES, SCHEDULES, figures, original, plan_under
 from evoplan.planner.checking.verify import Verification, verify_on, verify_plan
 from evoplan.planner.commands.flags import Size, json_option
-from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, run_command
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
 from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.processes.world import World, joined
 from evoplan.planner.reports.checks import print_rank_verifications, print_verification
-from evoplan.planner.reports.tables import describe_problem
+from evoplan.planner.reports.tables import describe_problem, new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 MB = 2**20  # the original tables' unit
@@ -84,15 +83,14 @@ def simulated(policy: str, schedule: str, asked: dict[str, Any], console: Consol
     """Print and return the figures of a policy's full sizes."""
     chosen, device = POLICIES[policy], asked["device"]
     shapes = dict.fromkeys((asked["n_seq"] or s, asked["n_res"] or r) for s, r in chosen.shapes)
-    table = Table(
-        title=f"{policy}, {schedule}: simulated, times from the roofline of {device}; original: measured",
-        title_justify="left", box=box.SIMPLE_HEAD,
+    table = new_table(
+        f"{policy}, {schedule}: simulated, times from the roofline of {device}; original: measured",
+        "s, r", "devices", "peak of each", "after forward", "step", "original",
     )  # fmt: skip
-    for name in ("s, r", "devices", "peak of each", "after forward", "step", "original"):
-        table.add_column(name, justify="right")
     rows = []
-    for shape in shapes:
-        for ranks in [asked["ranks"]] if asked["ranks"] else chosen.ranks:
+    counts = [asked["ranks"]] if asked["ranks"] else chosen.ranks
+    with progress("simulating") as say:
+        for shape, ranks in product(shapes, counts):
             costed = cost_problem(chosen.problem(shape, ranks, device, asked["blocks"]))
             plan = plan_under(costed, schedule, asked["memory"] or DEVICES[device].memory_bytes)
             row = figures(costed, plan)
@@ -104,7 +102,8 @@ def simulated(policy: str, schedule: str, asked: dict[str, Any], console: Consol
                 "-" if held is None else format_size(held), format_seconds(row["step_seconds"]),
                 described(beside),
             )  # fmt: skip
-    console.print(table)
+            say.done(f"s={shape[0]}, r={shape[1]} on {ranks}: {format_size(row['peak_bytes'])}")
+    print_table(table, console, keys=2)
     return rows
 
 
@@ -144,7 +143,7 @@ def measured(policy: str, schedule: str, world: World, asked: dict[str, Any]) ->
     if world.first:
         console = console_for_output(json_path=asked["json_path"])
         console.print(f"{policy}, {schedule}: {describe_problem(plan.problem)}", highlight=False)
-        print_verification(results[0], console)
+        print_verification(results[0], console, world.size)
         print_rank_verifications(results, console)
     return results
 

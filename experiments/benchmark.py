@@ -12,7 +12,6 @@ With --cap a GPU's memory is limited to that many bytes, and a plan for it has t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from evoplan.model.families import EvoformerConfig
 from evoplan.planner.checking.profiling import profile_problem
 from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
 from evoplan.planner.commands.flags import REPEATS, Size
-from evoplan.planner.commands.terminal import console_for_output, progress, run_command
+from evoplan.planner.commands.terminal import Progress, console_for_output, progress, run_command
 from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
 from evoplan.planner.plans.plan import Plan, SolverReport
@@ -40,6 +39,7 @@ from evoplan.planner.problems.costing import Costed
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import cost_with_times
 from evoplan.planner.schedules.schedule import Sequence
+from evoplan.planner.sizes import format_size
 from evoplan.planner.solvers.baselines import (
     every_block,
     every_submodule,
@@ -113,24 +113,32 @@ class Bench:
 
 
 def run_size(
-    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Callable[[str], None]
+    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Progress
 ) -> dict[str, Any]:
     """Everything about one size."""
     profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
+    size = f"s={problem.shape.n_seq}, r={problem.shape.n_res}"
+    say.done(f"{size}: steps measured")
     costed = cost_with_times(problem, "measured", cache)
     bench = Bench(costed, problem.device)
     hand = by_hand(costed)
     for name, schedule in hand.items():
         say(f"measuring {name}")
         bench.add(name, plan_of(costed, schedule, SolverReport(name=name, seconds=0.0)))
+        say.done(f"{size}: {name} takes {format_size(bench.peaks[name])}")
     for name in hand:
         say(f"planning for the peak of {name}")
         bench.add(f"plan at {name}", bench.plan_for(bench.peaks[name]))
+        say.done(f"{size}: planned for the peak of {name}")
     with suppress(NoPlanError):  # of small shapes parameters and gradients take more than that
         bench.add(HALF, bench.plan_for(bench.peaks["large"] // 2))
+
+    def told(number: int) -> None:
+        say.done(f"{size}: round {number} of {rounds}")
+
     say("running")
     runs = {name: trial.run for name, trial in bench.trials.items()}
-    times = interleaved(runs, rounds, problem.device)
+    times = interleaved(runs, rounds, problem.device, told)
     return {
         "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
         "dtype": problem.dtype, "compiled": compiled, "rounds": rounds,
@@ -175,6 +183,7 @@ def _comparisons(
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")
 @click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
+@click.option("--redraw", is_flag=True, help="Only the picture, from the figures that are there.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
     "--json",
@@ -189,6 +198,7 @@ def benchmark(
     dtype: str,
     compiled: bool,
     cap: int | None,
+    redraw: bool,
     cache: str | None,
     json_path: str | None,
 ) -> None:
@@ -196,6 +206,9 @@ def benchmark(
     path = Path(json_path) if json_path else RESULTS / f"benchmark-{device}.json"
     picture = None if json_path == STDOUT else path.with_suffix(".png")
     check_writable(picture, json_path=path, reads=(cache,))
+    if redraw:
+        _save(_kept(path), picture)
+        return
     console = console_for_output(json_path=json_path)
     document: dict[str, Any] = {"torch": torch.__version__, "device": local_name(device), "sizes": []}
     for s, r, blocks in sizes:
@@ -215,7 +228,26 @@ def benchmark(
         document["sizes"] = _with_earlier(path, document)
     write_json(path, document)
     if picture is not None and all("runs" in found for found in document["sizes"]):
-        draw(document, picture)
+        _save(document, picture)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The figures of an earlier run; ValueError where there are none."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not all("runs" in found for found in document["sizes"]):
+            raise LookupError
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: no figures of this benchmark to draw; leave --redraw out") from None
+    return document
+
+
+def _save(document: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        raise ValueError("--redraw draws beside a file; leave --json - out")
+    from evoplan.planner.reports.plot import save_figure
+
+    save_figure(draw(document), path)
 
 
 def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,14 +18,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.experiments.planning import DEVICE, DTYPE, GIB, stacked, traced
+from evoplan.experiments.planning import DEVICE, DTYPE, stacked, traced
+from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.certificate import certificate
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.schedules.replay import replay
+from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.bounds import LowerBound
 
@@ -70,6 +72,25 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _in_words(row: dict[str, Any], number: int, budgets: int) -> str:
+    gap = "no bound" if row["gap"] is None else f"gap {row['gap']:.3%}"
+    said = "holds" if row["valid"] else "DOES NOT HOLD"
+    return (
+        f"{number} of {budgets}, {format_size(row['budget_bytes'])}: {said}, {gap}, checked in "
+        f"{format_seconds(row['checked_seconds'])}"
+    )
+
+
+def _table(found: dict[str, Any]) -> Table:
+    shown = new_table("certificates", "", "median", "largest")
+    shown.add_row("gap of the certificate", *(f"{x:.3%}" for x in found["gap"].values()))
+    shown.add_row("gap of the frontier's own bound", *(f"{x:.3%}" for x in found["own_gap"].values()))
+    shown.add_row("made in", *map(format_seconds, found["made_seconds"].values()))
+    shown.add_row("checked in", *map(format_seconds, found["checked_seconds"].values()))
+    shown.add_row("file", *map(format_size, found["file_bytes"].values()))
+    return shown
+
+
 def main() -> int:
     """Print the table; 0 if every certificate holds."""
     parser = argparse.ArgumentParser(
@@ -84,24 +105,21 @@ def main() -> int:
     frontier = Frontier(table)
     bound = LowerBound(table, spans=frontier.spans)
     rows = []
-    with TemporaryDirectory() as folder:
-        for budget in frontier.budgets(chosen.budgets):
+    budgets = frontier.budgets(chosen.budgets)
+    with TemporaryDirectory() as folder, progress("certifying") as say:
+        for budget in budgets:
             rows.append(certified(table, frontier, bound, budget, Path(folder)))
-            print(f"  {len(rows)}: {rows[-1]}", file=sys.stderr, flush=True)
+            say.done(_in_words(rows[-1], len(rows), len(budgets)))
     found = summary(rows)
     if chosen.json_path:
         about = {"device": DEVICE, "dtype": DTYPE, "blocks": chosen.blocks}
         write_json(chosen.json_path, {**about, "summary": found, "budgets": rows})
-    shown = Table("", "median", "largest")
-    shown.add_row("gap of the certificate", *(f"{x:.3%}" for x in found["gap"].values()))
-    shown.add_row("gap of the frontier's own bound", *(f"{x:.3%}" for x in found["own_gap"].values()))
-    shown.add_row("made in", *(f"{x:.2f} s" for x in found["made_seconds"].values()))
-    shown.add_row("checked in", *(f"{x:.2f} s" for x in found["checked_seconds"].values()))
-    shown.add_row("file", *(f"{x / 1000:.0f} kB" for x in found["file_bytes"].values()))
-    console = Console(width=110)
-    console.print(shown)
-    over = ", ".join(f"{budget / GIB:.2f} GiB" for budget in found["over_1_percent"])
-    console.print(f"{found['valid']} of {found['budgets']} hold; gap over 1 %: {over or 'nowhere'}")
+    console = console_for_output(json_path=chosen.json_path)
+    print_table(_table(found), console)
+    over = ", ".join(map(format_size, found["over_1_percent"]))
+    console.print(
+        f"{found['valid']} of {found['budgets']} hold; gap over 1 %: {over or 'nowhere'}", highlight=False
+    )
     return 0 if found["valid"] == found["budgets"] else 1
 
 

@@ -56,7 +56,7 @@ def main(folder: Path = Path("demo")) -> int:
 
     console.print("\nthe frontier", style="bold")
     with console.status("solving"):
-        frontier = sweep(costed, 60)
+        frontier = sweep(costed)
     write_json(folder / "frontier.json", frontier)
     plot_sweep(frontier, folder / "frontier.png", plan.predicted.model_dump())
     console.print(f"picture: {folder / 'frontier.png'}", highlight=False)

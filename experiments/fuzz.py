@@ -42,6 +42,7 @@ from evoplan.planner.plans.plan import Plan
 from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import Costed
 from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.sizes import exact_size
 
 COMMAND = "python -m evoplan.experiments.fuzz"
 EVERY = 50  # cases for each line of progress
@@ -150,13 +151,13 @@ class Check:
         if case.budget == "least":
             try:
                 plan = costs.plan(costs.least - 1)
-                self._fault("over budget", f"a plan for {costs.least - 1} bytes, said to be below the least")
+                self._fault("over budget", f"a plan below the least, {exact_size(costs.least)}")
             except NoPlanError:
                 self.found.refused += 1
         try:
             plan = costs.plan(budget)
         except NoPlanError as error:
-            self._fault("over budget", f"no plan for {budget} bytes ({case.budget}): {error}")
+            self._fault("over budget", f"no plan for a budget {case.budget}: {error}")  # which has sizes
             return None
         if case.family.offer is None and case.index % FAMILY == 0:
             self._compare_with_users(plan)
@@ -191,7 +192,8 @@ class Check:
         budget = plan.problem.budget_bytes
         for name, limit in (("budget", budget), ("predicted peak", predicted)):
             if limit is not None and peak > limit:
-                self._fault("over budget", f"peak {peak} bytes, {name} {limit} bytes ({peak / limit:.4f})")
+                ratio = f"{peak / limit:.4f}"
+                self._fault("over budget", f"peak {exact_size(peak)}, {name} {exact_size(limit)}: {ratio}")
                 break
 
     def _compare_numbers(self, plain: FuzzStep, planned: FuzzStep) -> None:

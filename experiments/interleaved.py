@@ -13,12 +13,16 @@ from evoplan.cost_model import measure
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    told: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of each run in every round; the order turns round by round.
 
     Args:
         runs: by name.
+        told: of each round that is through, by its number from 1.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -28,4 +32,5 @@ def interleaved(
             gc.collect()
             runs[name]()
             times[name].append(measure.seconds(runs[name], device))
+        told(number + 1)
     return times

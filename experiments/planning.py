@@ -17,16 +17,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.config import override
 from evoplan.model.families import preset
+from evoplan.planner.commands.terminal import Progress, console_for_output, progress
 from evoplan.planner.files import write_json
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.schedules.replay import replay
+from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import BASELINES, Frontier, cp_sat
 from evoplan.planner.solvers.bounds import LowerBound
 
@@ -101,7 +103,7 @@ def frontier_time(table: CostTable, blocks: int, bound_units: int) -> dict[str, 
     }  # fmt: skip
 
 
-def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict[str, Any]]:
+def gap_rows(table: CostTable, blocks: int, say: Progress, count: int = 10) -> list[dict[str, Any]]:
     """Proven gaps at ten budgets: any depth by rounding down, one level of checkpoints by CP-SAT."""
     table = stacked(table, blocks)
     frontier, flat = Frontier(table), Frontier(table, max_depth=1)
@@ -120,8 +122,54 @@ def gap_rows(table: CostTable, blocks: int, count: int = 10) -> list[dict[str, A
                 "cp_sat_seconds": time.perf_counter() - start,
             }
         )  # fmt: skip
-        print(f"  {blocks} blocks: {rows[-1]}", file=sys.stderr, flush=True)
+        say.done(
+            f"{blocks} blocks, {format_size(budget)}: gap at most {rows[-1]['gap']:.2%}, of one level of "
+            f"checkpoints {rows[-1]['cp_sat_gap']:.2%}"
+        )
     return rows
+
+
+def _beside_large(rows: list[dict[str, Any]]) -> Table:
+    shown = new_table(
+        "activations with which large's time is reached; time over large's within a budget",
+        "s, r", "large", "planned", "share", "asked", "1.5 GiB", "2.5 GiB", "4 GiB",
+    )  # fmt: skip
+    for row in rows:
+        shown.add_row(
+            f"{row['s']}, {row['r']}", format_size(row["large_activation_bytes"]),
+            format_size(row["planned_activation_bytes"]), f"{row['share']:.1%}", f"{row['asked']:.0%}",
+            *(f"{over:.2f} x" for over in row["time_over_large"].values()),
+        )  # fmt: skip
+    return shown
+
+
+def _frontiers(rows: list[dict[str, Any]]) -> Table:
+    shown = new_table(
+        "least times at many budgets, and how far from a bound they are",
+        "blocks", "budgets", "frontier", "its bound", "largest gap", "at", "median gap", "memory",
+    )  # fmt: skip
+    for row in rows:
+        shown.add_row(
+            str(row["blocks"]), str(row["budgets"]),
+            format_seconds(row["seconds"]), format_seconds(row["bound_seconds"]),
+            f"{row['largest_gap']:.2%}", format_size(row["at_bytes"]), f"{row['median_gap']:.2%}",
+            format_size(row["peak_rss_bytes"]),
+        )  # fmt: skip
+    return shown
+
+
+def _gaps(rows: list[dict[str, Any]]) -> Table:
+    shown = new_table(
+        "gaps to a bound: any depth by rounding down, one level of checkpoints by CP-SAT",
+        "blocks", "budget", "any depth", "gap", "one level", "gap by CP-SAT", "CP-SAT took",
+    )  # fmt: skip
+    for row in rows:
+        shown.add_row(
+            str(row["blocks"]), format_size(row["budget_bytes"]), format_seconds(row["seconds"]),
+            f"{row['gap']:.2%}", format_seconds(row["depth_1_seconds"]), f"{row['cp_sat_gap']:.2%}",
+            format_seconds(row["cp_sat_seconds"]),
+        )  # fmt: skip
+    return shown
 
 
 def main() -> int:
@@ -129,42 +177,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.planning", description=main.__doc__)
     parser.add_argument("--skip-long", action="store_true", help="neither 1,000 blocks nor CP-SAT on 48")
     long = not parser.parse_args().skip_long
-    console, tables = Console(width=110), {}
-    for s, r, _ in SHAPES:
-        print(f"tracing s={s}, r={r} ...", file=sys.stderr, flush=True)
-        tables[s, r] = traced(s, r)
-    table = tables[512, 384]
-
-    beside = [against_large(s, r, tables[s, r], share) for s, r, share in SHAPES]
-    shown = Table("s, r", "large", "planned, as fast", "share", "asked", "1.5 GiB", "2.5 GiB", "4 GiB")
-    for row in beside:
-        shown.add_row(
-            f"{row['s']}, {row['r']}", f"{row['large_activation_bytes'] / GIB:.2f} GiB",
-            f"{row['planned_activation_bytes'] / GIB:.2f} GiB", f"{row['share']:.1%}", f"{row['asked']:.0%}",
-            *(f"{over:.2f} x" for over in row["time_over_large"].values()),
-        )  # fmt: skip
-    console.print(shown)
-
-    depths = [frontier_time(table, blocks, units) for blocks, _, units in DEPTHS if long or blocks < 1000]
-    shown = Table("blocks", "budgets", "frontier", "its bound", "largest gap", "median gap", "memory")
-    for row in depths:
-        shown.add_row(
-            str(row["blocks"]), str(row["budgets"]),
-            f"{row['seconds']:.2f} s", f"{row['bound_seconds']:.2f} s",
-            f"{row['largest_gap']:.2%} at {row['at_bytes'] / GIB:.1f} GiB", f"{row['median_gap']:.2%}",
-            f"{row['peak_rss_bytes'] / 2**20:.0f} MiB",
-        )  # fmt: skip
-    console.print(shown)
-
-    gaps = [row for blocks in GAPS if long or blocks < 48 for row in gap_rows(table, blocks)]
-    shown = Table("blocks", "budget", "planned", "gap, any depth", "depth 1", "gap by CP-SAT", "CP-SAT took")
-    for row in gaps:
-        shown.add_row(
-            str(row["blocks"]), f"{row['budget_bytes'] / GIB:.2f} GiB", f"{row['seconds']:.4f} s",
-            f"{row['gap']:.2%}", f"{row['depth_1_seconds']:.4f} s", f"{row['cp_sat_gap']:.2%}",
-            f"{row['cp_sat_seconds']:.1f} s",
-        )  # fmt: skip
-    console.print(shown)
+    console, beside, depths, gaps = console_for_output(), [], [], []
+    with progress("tracing") as say:
+        tables = {}
+        for s, r, share in SHAPES:
+            say(f"tracing s={s}, r={r}")
+            tables[s, r] = traced(s, r)
+            beside.append(against_large(s, r, tables[s, r], share))
+            say.done(f"s={s}, r={r}: beside large")
+        table = tables[512, 384]
+        for blocks, _, units in DEPTHS:
+            if long or blocks < 1000:
+                say(f"the frontier of {blocks} blocks")
+                depths.append(frontier_time(table, blocks, units))
+                say.done(f"{blocks} blocks: frontier in {format_seconds(depths[-1]['seconds'])}")
+        for blocks in GAPS:
+            if long or blocks < 48:
+                gaps += gap_rows(table, blocks, say)
+    for shown in (_beside_large(beside), _frontiers(depths), _gaps(gaps)):
+        print_table(shown, console)
 
     write_json(
         RESULTS,

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from matplotlib.figure import Figure
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from rich import box
-from rich.table import Table
 
 from evoplan.cost_model.devices import DEVICES, NETWORK, PER_NODE, Link
 from evoplan.cost_model.roofline import reduction_seconds
@@ -33,12 +32,15 @@ from evoplan.planner.files import check_writable, picture_format, write_json
 from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.reports.plot import plt, save_figure
+from evoplan.planner.reports.labels import Label, place_labels
+from evoplan.planner.reports.plot import BY_HAND, PLANNED, plt, save_figure
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size, parse_size
 from evoplan.planner.solvers import Frontier
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scale.png"
+LEAST = "tab:green"
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 
@@ -140,27 +142,34 @@ def study(cluster: Cluster, shares: list[Share], batch: int, most: int) -> list[
     return best
 
 
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Step time and memory of a device over the number of devices."""
+def draw(rows: list[dict[str, Any]], title: str) -> Figure:
+    """Step time and memory of a device over the number of devices; a colour is one thing in both panels."""
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     devices = [found["devices"] for found in rows]
     seconds = [found["step_seconds"] for found in rows]
-    upper.loglog(devices, seconds, "o-", label="planned")
-    upper.loglog(devices, [seconds[0] * devices[0] / n for n in devices], ":", label="linear")
-    for found in rows:
-        text = f"{found['replicas']} x {found['ranks']}"
-        upper.annotate(text, (found["devices"], found["step_seconds"]), xytext=(4, 5), fontsize=7,
-                       textcoords="offset points")  # fmt: skip
+    upper.loglog(devices, seconds, "o-", color=PLANNED, label="planned")
+    linear = [seconds[0] * devices[0] / n for n in devices]
+    upper.loglog(devices, linear, ":", color="0.5", label="linear")
     upper.set(title=title, ylabel="seconds per batch")
+    upper.margins(y=0.15)
     upper.legend(title="replicas x ranks")
-    for name, marker in (("large", "^--"), ("peak", "s-"), ("least", "v--")):
-        sizes = [found[f"{name}_bytes"] / 2**30 for found in rows]
-        lower.semilogx(devices, sizes, marker, label="planned" if name == "peak" else name)
+    for name, style, color in (
+        ("large", "^--", BY_HAND),
+        ("planned", "o-", PLANNED),
+        ("least", "v--", LEAST),
+    ):
+        key = "peak_bytes" if name == "planned" else f"{name}_bytes"
+        lower.semilogx(devices, [found[key] / 2**30 for found in rows], style, color=color, label=name)
     lower.set(xlabel="devices", ylabel="GiB per device", ylim=(0, None))
     lower.set_xticks(devices, [str(n) for n in devices])
     lower.minorticks_off()
     lower.legend()
-    save_figure(figure, path)
+    labels = [
+        Label(f"{found['replicas']} x {found['ranks']}", found["devices"], found["step_seconds"])
+        for found in rows
+    ]
+    place_labels(upper, labels, size=7)
+    return figure
 
 
 def read_cluster(path: str | None) -> Cluster:
@@ -239,28 +248,21 @@ def command(
     if not rows:
         raise ValueError(f"{model} fits no number of these devices; allow more --most-ranks or other devices")
     title = f"{model}, batch {batch}, {dtype}, {cluster.device} (simulated)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (
-        "devices",
-        "replicas x ranks",
-        "step",
-        "of it summing gradients",
-        "efficiency",
-        "peak of each",
-    ):
-        table.add_column(name, justify="right")
+    table = new_table(
+        title, "devices", "replicas x ranks", "step", "summing gradients", "efficiency", "peak of each"
+    )
     for found in rows:
         table.add_row(
             str(found["devices"]), f"{found['replicas']} x {found['ranks']}",
             format_seconds(found["step_seconds"]), format_seconds(found["reduction_seconds"]),
             f"{found['efficiency']:.0%}", format_size(found["peak_bytes"]),
         )  # fmt: skip
-    console.print(table)
+    print_table(table, console)
     write_json(
         json_path,
         {"title": title, "cluster": cluster.model_dump(), "shares": [vars(s) for s in shares], "rows": rows},
     )
-    draw(rows, title, Path(plot))
+    save_figure(draw(rows, title), plot)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from evoplan.planner.files import make_folder, write_text
 
 SUMMARY, TABLE, CONFIG, PICTURE = "summary.txt", "summary.csv", "config.txt", "scaling.png"
 SECONDS_TO_END = 15
+COUNTS = (1, 2, 4, 8)
 MOST_GPUS, MOST_BATCH = 512, 4096
 COLUMNS = ("num_gpus", "batch_size", "run", "throughput_samples_per_sec")
 
@@ -58,7 +59,9 @@ class _Counts(click.ParamType[list[int]]):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--gpus", type=_Counts(), default="1 2 4 8", show_default=True, help="Devices, or processes.")
+@click.option(
+    "--gpus", type=_Counts(), show_default="1 2 4 8, as far as there are GPUs", help="Devices, or processes."
+)  # fmt: skip
 @click.option("--batch-per-gpu", type=click.IntRange(1, MOST_BATCH), default=8, show_default=True)
 @click.option("--steps", type=STEPS, default=50, show_default=True)
 @click.option(
@@ -78,7 +81,7 @@ class _Counts(click.ParamType[list[int]]):
     "--timeout", type=Number(1, 86400), default=3600, show_default=True, help="Seconds for one run."
 )
 def command(
-    gpus: list[int],
+    gpus: list[int] | None,
     batch_per_gpu: int,
     steps: int,
     runs: int,
@@ -92,6 +95,7 @@ def command(
 
     Exit code 1 where a run failed; the others are reported all the same.
     """
+    gpus = _counts_here() if gpus is None else gpus
     needed = ProfilerConfig(enable_pytorch_profiler=profile).steps_needed
     if steps < needed:
         raise ValueError(f"--profile needs {needed} steps; give --steps {needed} or more")
@@ -123,6 +127,14 @@ def command(
         _plot(results, folder / PICTURE)
     click.echo(f"\nResults in {folder}")
     sys.exit(CHECK_FAILED if any(result.throughput is None for result in results) else 0)
+
+
+def _counts_here() -> list[int]:
+    """Those of COUNTS that there are GPUs for; all without a GPU, where processes share the cores."""
+    import torch
+
+    have = torch.cuda.device_count()
+    return [count for count in COUNTS if not have or count <= have]
 
 
 def _flag(name: str) -> str:

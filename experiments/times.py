@@ -31,7 +31,13 @@ from evoplan.model.running.chain import Step
 from evoplan.planner.checking.profiling import Measurement, profile_problem
 from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
 from evoplan.planner.commands.flags import REPEATS
-from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
+from evoplan.planner.commands.terminal import (
+    CHECK_FAILED,
+    Progress,
+    console_for_output,
+    progress,
+    run_command,
+)
 from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.plan import Plan
@@ -39,7 +45,7 @@ from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import time_source
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 from evoplan.planner.solvers import Frontier
 
@@ -75,7 +81,7 @@ def plans_along(costed: Costed) -> list[Plan]:
     return found
 
 
-def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dict[str, Any]]:
+def run_case(costed: Costed, others: dict[str, Costed], rounds: int, say: Progress) -> list[dict[str, Any]]:
     """One size: its plans, predicted from every source, and measured."""
     plans, problem = plans_along(costed), costed.problem
     stack = random_stack(problem, "cpu")
@@ -83,7 +89,12 @@ def run_case(costed: Costed, others: dict[str, Costed], rounds: int) -> list[dic
     trials = {
         str(number): Trial(apply_plan(stack, plan), problem, inputs) for number, plan in enumerate(plans)
     }
-    times = interleaved({name: trial.run for name, trial in trials.items()}, rounds)
+    say(f"{problem.shape}: running {len(trials)} plans")
+    times = interleaved(
+        {name: trial.run for name, trial in trials.items()},
+        rounds,
+        told=lambda number: say.done(f"{problem.shape}: round {number} of {rounds}"),
+    )
     rows = []
     for plan, runs in zip(plans, times.values(), strict=True):
         measured = float(np.median(runs))
@@ -119,16 +130,17 @@ def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -
     console = console_for_output(json_path=json_path)
     problems = [problem_of(*case) for case in CASES]
     with progress("measuring") as say:
-        steps = [
-            profile_problem(problem, cache, repeats, MAX_PIECES, progress=say)[0] for problem in problems
-        ]
-    everything = []
-    for number, problem in enumerate(problems):
-        source = time_source(problem, "measured", cache)
-        assert isinstance(source, Measured)  # which a profile has just been made for
-        costed = cost_problem(problem, times=TracedOnly(source.cache, source.beside))
-        elsewhere = [row for other, rows in enumerate(steps) if other != number for row in rows]
-        everything += run_case(costed, _other_sources(costed, elsewhere), rounds)
+        steps = []
+        for problem in problems:
+            steps.append(profile_problem(problem, cache, repeats, MAX_PIECES, progress=say)[0])
+            say.done(f"{problem.shape}: steps measured")
+        everything = []
+        for number, problem in enumerate(problems):
+            source = time_source(problem, "measured", cache)
+            assert isinstance(source, Measured)  # which a profile has just been made for
+            costed = cost_problem(problem, times=TracedOnly(source.cache, source.beside))
+            elsewhere = [row for other, rows in enumerate(steps) if other != number for row in rows]
+            everything += run_case(costed, _other_sources(costed, elsewhere), rounds, say)
     table = new_table(
         "step times", "blocks", "s", "r", "peak", "measured", "quartiles",
         "by measured times", "calibrated elsewhere", "roofline",
@@ -142,7 +154,7 @@ def times(rounds: int, repeats: int, cache: str | None, json_path: str | None) -
             f"{low:.2f}-{high:.2f} s",
             *(f"{ratio:.3f}" for ratio in row["ratios"].values()),
         )
-    console.print(table)
+    print_table(table, console, keys=4)
     summary = {name: _summary(everything, name) for name in everything[0]["ratios"]}
     for name, found in summary.items():
         console.print(

@@ -44,6 +44,22 @@ def exact_size(size: int) -> str:
     return figure if abs(size) < 1024 else f"{format_size(size)} ({figure})"
 
 
+def format_rate(per_second: float, unit: str = "FLOP/s") -> str:
+    """A rate for people, in decimal units: 12.3 GFLOP/s."""
+    return f"{in_thousands(per_second)[0]:.4g} {in_thousands(per_second)[1]}{unit}"
+
+
+def in_thousands(value: float) -> tuple[float, str]:
+    """A figure between 1 and 1,000 and the prefix of its unit: (12.3, "G") of 12.3e9."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000 or prefix == "T":
+            return value, prefix
+        value /= 1000
+    raise AssertionError
+
+
 def format_seconds(seconds: float) -> str:
     """A duration for people."""
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

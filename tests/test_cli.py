@@ -121,6 +121,9 @@ def test_plan_show_verify_run(capsys: pytest.CaptureFixture, plan_file: str, tmp
     path = tmp_path / "run.json"
     assert call(capsys, "run", plan_file, "--steps", "2", "--json", str(path))[0] == 0
     assert len(json.loads(path.read_text())["losses"]) == 2
+    code, printed, _ = call(capsys, "run", plan_file, "--steps", "1")
+    assert code == 0
+    assert "not measured: the one step was for its memory" in printed
 
 
 def test_run_refuses_another_alignment(capsys: pytest.CaptureFixture, plan_file: str) -> None:

@@ -57,8 +57,12 @@ def test_a_model_of_a_file_is_planned_shown_and_swept(
     code, shown, _ = call(capsys, "show", str(plan))
     assert code == 0
     assert shown.strip() in printed
+    page = tmp_path / "page.html"
     swept = ["sweep", "--from", source, "--points", "8", "--json", str(frontier), "--plot", str(picture)]
-    assert call(capsys, *swept)[0] == 0
+    code, _, said = call(capsys, *swept, "--html", str(page))
+    assert code == 0
+    assert "point 8 of 8" in said  # where there is no terminal
+    assert "<th>forward runs</th>" in page.read_text()
     document = json.loads(frontier.read_text())
     peaks = [point["peak_bytes"] for point in document["points"]]
     seconds = [point["step_seconds"] for point in document["points"]]

@@ -31,6 +31,7 @@ from evoplan.planner.pages.svg import GLYPH, Box
 from evoplan.planner.plans.plan import Plan, load_plan
 from evoplan.planner.plans.recosting import cost_of_plan
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.sizes import exact_size
 from tests.conftest import TINY, examples
 from tests.test_cli import SMALL, call
 from tests.zoo import case
@@ -201,6 +202,40 @@ def test_labels_of_a_frontier_are_apart(
 ) -> None:
     names = ["plan", "none", "small", "large", "sqrt", "seed-dp", "another", "one more"]
     assert_apart(draw_frontier(Frontier(tuple(points), dict(zip(names, marks, strict=False)), budget)))
+
+
+def test_a_page_about_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Each of its points is a plan's, and says what the plan does with every submodule."""
+    path, rows = tmp_path / "page.html", tmp_path / "sweep.json"
+    asked = ["--points", "9", "--memory", "8MiB", "--html", str(path), "--json", str(rows)]
+    code, printed, _ = call(capsys, "sweep", *SMALL, *asked)
+    assert code == 0
+    assert f"page written to {path}" in printed
+    text = path.read_text()
+    assert not re.search(r"https?:|//\w+\.\w|url\(|@import|<link|<img|<iframe|\bsrc=|fetch\(", text)
+    found, points = Page(text), json.loads(rows.read_text())["points"]
+    shown = json.loads(found.data)["points"]
+    targets = [attributes for tag, attributes in found.tags if "target" in (attributes.get("class") or "")]
+    assert len(shown) == len(points) == len(targets)
+    for point, one, target in zip(points, shown, targets, strict=True):
+        assert f"({point['budget_bytes']:,} bytes)" in one["title"]
+        assert f"peak {exact_size(int(point['peak_bytes']))}" in one["words"]
+        assert (float(target["cx"]), float(target["cy"])) == (one["x"], one["y"])
+        assert one["rows"][0][0] == "row_attention"
+        for _, strategies, _ in one["rows"]:  # of every block one
+            assert sum(map(int, re.findall(r"\((\d+)\)(?:,|$)", strategies))) == 2
+    assert shown == sorted(shown, key=lambda one: one["x"])
+    assert "budget 8 MiB" in text
+    assert_apart(text)
+
+
+def test_a_page_marks_what_devices_have() -> None:
+    line = tuple((2**34 + step * 2**30, 10.0 - step / 8) for step in range(64))
+    memories = (16 * 2**30, 24 * 2**30, 40 * 2**30)
+    drawn = draw_frontier(Frontier(line, {"none": (2**36, 2.0)}, 2**35, memories), [line[3]])
+    assert drawn.count('class="memory"') == 3
+    assert "24 GiB" in drawn
+    assert_apart(drawn)
 
 
 @pytest.mark.parametrize("budget", [None, 4_700_000, 10**9])

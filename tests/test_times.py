@@ -288,10 +288,16 @@ def test_profile_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     arguments = ["profile", *shape, "--cache", cache, "--repeats", "1", "--max-pieces", "1"]
     code, printed = run([*arguments, "--save-device", saved, "--json", result], capsys)
     assert code == 0, printed
+    assert printed.count(": times of ") == 9  # a line for each submodule
     assert "calibrated:" in printed
     rows = json.loads(Path(result).read_text())["times"]
     assert {"lean", "whole"} <= {row["strategy"] for row in rows}
-    assert load_device(saved).kind == "cpu"
+    here = load_device(saved)
+    fitted = json.loads(Path(result).read_text())["calibration"]
+    assert (here.kind, here.name) == ("cpu", "cpu-calibrated")
+    assert here.peak_flops == {**DEVICES["cpu"].peak_flops, "float32": fitted["flops"]}
+    assert f"float32 FLOP/s, bandwidth and launch_seconds fitted to {fitted['rows']} times" in here.source
+    assert DEVICES["cpu"].source in here.source  # of what is not fitted
     code, printed = run(["plan", *shape, "--cache", cache, "--times", "measured"], capsys)
     assert code == 0
     assert "time measured" in printed

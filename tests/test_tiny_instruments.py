@@ -16,7 +16,9 @@ from click.testing import CliRunner
 
 from evoplan.experiments.flops import several
 from evoplan.experiments.flops.__main__ import command as flops
+from evoplan.experiments.flops.output import print_several
 from evoplan.experiments.scaling import Result, _descendants, command, summarise
+from evoplan.experiments.tiny_openfold.__main__ import command as tiny_openfold
 from tests.torchrun import alone, environment, forked
 from tests.warm import Child
 
@@ -72,6 +74,19 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(
     assert (tmp_path / "summary.csv").read_text().count("\n") == 2
 
 
+@pytest.mark.parametrize(("gpus", "counts"), [(0, "1 2 4 8"), (1, "1"), (3, "1 2"), (8, "1 2 4 8")])
+def test_a_study_takes_as_many_devices_as_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, counts: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(
+        "evoplan.experiments.scaling._run", lambda _, count, batch, run, *rest: Result(count, batch, run, 1.0)
+    )
+    done = CliRunner().invoke(command, ["--steps", "2", "--output-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert f"gpus: {counts}\n" in (tmp_path / "config.txt").read_text()
+
+
 def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
     sizes = ("--seq-len", "8", "--num-seqs", "2", "--num-blocks", "1")
     study = (*STUDY, "--gpus", "1", "--steps", "1000000", *sizes, "--output-dir", str(tmp_path))
@@ -87,6 +102,59 @@ def test_a_study_that_is_ended_leaves_no_run_behind(tmp_path: Path) -> None:
         while [pid for pid in family if Path(f"/proc/{pid}").exists()]:
             assert time.time() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "started"),
+    [
+        ([], None, True),
+        (["--device", "cpu"], None, False),
+        (["--no-data-parallel"], None, False),
+        ([], "0", False),  # torchrun has started this one
+    ],
+)
+def test_several_gpus_have_a_process_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], rank: str | None, started: bool
+) -> None:
+    """With GPUs that are not there: what is started is recorded, and nothing else happens."""
+    commands: list[list[str]] = []
+
+    class Ended(Exception):
+        pass
+
+    def instead(program: str, command: list[str]) -> None:
+        commands.append(command)
+        raise Ended
+
+    def alone(*_: Any) -> None:
+        raise Ended
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.execv", instead)
+    monkeypatch.setattr("evoplan.planner.processes.world.joined", alone)
+    monkeypatch.setattr(sys, "argv", ["tiny", "--batch-size", "6", *flags])
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    asked = ["--batch-size", "6", *flags, "--profile-dir", str(tmp_path)]
+    done = CliRunner().invoke(tiny_openfold, asked)
+    assert isinstance(done.exception, Ended)
+    assert bool(commands) == started
+    if started:
+        assert commands[0][2:5] == ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        assert commands[0][-2:] == ["--batch-size", "6"]
+        odd = CliRunner().invoke(tiny_openfold, ["--batch-size", "5", "--profile-dir", str(tmp_path)])
+        assert "does not divide among 2 GPUs" in str(odd.exception)
+
+
+def test_rates_on_a_cpu_are_not_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        "num_gpus": 2, "total_system_tflops": 3.1e-4, "avg_mfu_percent": 1.0, "mfu_std_dev": 0.0,
+        "total_throughput": 5.0, "multi_gpu_efficiency_percent": 50.0,
+    }  # fmt: skip
+    print_several({"aggregate_metrics": found, "comparison": {"speedup": 1.0}})
+    assert "Total System MFLOPS: 310\n" in capsys.readouterr().out
 
 
 def test_summary_of_runs() -> None:

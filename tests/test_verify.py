@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from evoplan.model import EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.running.dropout import dropout_mask
@@ -19,6 +20,7 @@ from evoplan.planner.plans.plan import Plan
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import Costed, cost_problem
 from evoplan.planner.problems.problem import Problem
+from evoplan.planner.reports.checks import print_verification
 from evoplan.planner.solvers import Frontier
 
 CONFIG = EvoformerConfig(2, 24, 20, 4, 2, 8, 8, 16, 2, c_head_msa=8)
@@ -64,6 +66,32 @@ def changed(plan: Plan, peak: int, budget: int | None = None) -> Plan:
 
 def measured(plan: Plan) -> Verification:
     return verify_plan(None, plan, repeats=1, unplanned=False)
+
+
+def test_what_ranks_are_compared_with_is_said() -> None:
+    found = Verification(
+        "cpu-allocator",
+        None,
+        100,
+        100,
+        10,
+        1.0,
+        1.0,
+        300,
+        1.0,
+        0.0,
+        0.0,
+        None,
+        {"loss": 1, "gradient": 1},
+        True,
+    )
+    texts = []
+    for ranks in (1, 2):
+        console = Console(width=80, record=True)
+        print_verification(found, console, ranks)
+        texts.append(" ".join(console.export_text().split()))
+    assert "whole" not in texts[0]
+    assert "compared with the whole model, run without a plan on one process" in texts[1]
 
 
 @pytest.mark.parametrize("judge", [simulate_plan, measured])

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from evoplan.planner.sizes import format_rate, in_thousands
+
 
 def print_profile(profile: dict[str, Any], detailed: bool) -> None:
     """What flops_profile.json says, and where it is wanted every component counted both ways."""
@@ -22,7 +24,8 @@ def print_profile(profile: dict[str, Any], detailed: bool) -> None:
     throughput = profile["performance_metrics"]["throughput_samples_per_sec"]
     click.echo(f"   Throughput: {throughput:.1f} samples/sec")
     click.echo(f"   Model FLOPS Utilization: {efficiency['mfu_percent']:.1f}%")
-    click.echo(f"   (of {efficiency['peak_tflops']:g} TFLOP/s: {efficiency['device_peak_source']})")
+    peak = format_rate(efficiency["device_peak_flops"])
+    click.echo(f"   (of {peak}: {efficiency['device_peak_source']})")
     click.echo("\nEvoformer FLOPS Breakdown:")
     for name, flops in analysis["evoformer_breakdown"].items():
         click.echo(f"   {name}: {flops:.3e} ({100 * flops / total:.1f}%)")
@@ -54,7 +57,8 @@ def print_several(document: dict[str, Any]) -> None:
     found = document["aggregate_metrics"]
     click.echo("Aggregate Multi-GPU Summary:")
     click.echo(f"   Number of GPUs: {found['num_gpus']}")
-    click.echo(f"   Total System TFLOPS: {found['total_system_tflops']:.3f}")
+    rate, prefix = in_thousands(found["total_system_tflops"] * 1e12)
+    click.echo(f"   Total System {prefix}FLOPS: {rate:.4g}")
     click.echo(f"   Average MFU: {found['avg_mfu_percent']:.1f}%")
     click.echo(f"   MFU Std Dev: {found['mfu_std_dev']:.1f}%")
     click.echo(f"   Total Throughput: {found['total_throughput']:.1f} samples/sec")

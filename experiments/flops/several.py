@@ -42,6 +42,8 @@ def profile_several(
     wrong = [name for name in names if gpus and int(name) >= gpus]
     if wrong:
         raise ValueError(f"--devices {','.join(wrong)}: this machine has {gpus} GPUs, numbered from 0")
+    if not gpus:
+        click.echo(f"No GPU here: {len(names)} processes share the cores.")
     threads = max(1, (os.cpu_count() or 1) // len(names))
     flags = {**sizes, "num_steps": num_steps}
     arguments = [part for name, n in flags.items() for part in (f"--{name.replace('_', '-')}", str(n))]
@@ -69,10 +71,12 @@ def profile_several(
     with progress(f"device {names[0]} alone") as update:
         where = folder / "alone"
         alone = finish(start(names[0], where), names[0], where)
+        update.done(f"device {names[0]} alone: done")
         update(f"devices {', '.join(names)} at once")
         folders = [folder / f"gpu_{name}" for name in names]
         running = [start(name, where) for name, where in zip(names, folders, strict=True)]
         together = [finish(*each) for each in zip(running, names, folders, strict=True)]
+        update.done(f"devices {', '.join(names)} at once: done")
     document = several_document(recipe_of(**sizes), names, alone, together)
     write_json(folder / SEVERAL, document)
     print_several(document)

@@ -12,7 +12,6 @@ more than the budget by the replay is refused.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +19,9 @@ import click
 
 from evoplan.experiments.instances.catalogue import FOLDER, INSTANCES, make, read, write
 from evoplan.experiments.instances.scoring import Score, found_solver, score
-from evoplan.planner.commands.terminal import console_for_output, run_command
+from evoplan.planner.commands.terminal import console_for_output, progress, run_command
 from evoplan.planner.files import check_writable, write_json
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 only_option = click.option("--only", help="Names of instances with commas between; else all of them.")
@@ -79,12 +78,14 @@ def scoring(solver: str, only: str | None, json_path: str | None, folder: Path) 
     console = console_for_output(json_path=json_path)
     table = new_table(solver, "instance", "budget", "step time", "over best", "over bound", "took")
     found: list[Score] = []
-    for name in names:
-        for each in score(find, name, folder):
-            found.append(each)
-            table.add_row(*_cells(each))
-        print(f"{name}: done", file=sys.stderr, flush=True)
-    console.print(table)
+    with progress("scoring") as say:
+        for name in names:
+            say(name)
+            for each in score(find, name, folder):
+                found.append(each)
+                table.add_row(*_cells(each))
+            say.done(f"{name}: done")
+    print_table(table, console, keys=2)
     ratios = [each.over_best for each in found if each.over_best is not None]
     console.print(f"fits {len(ratios)} of {len(found)} budgets" + _worst(ratios))
     if json_path:

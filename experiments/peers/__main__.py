@@ -9,7 +9,6 @@ cannot be run is listed with its reason. Rows are written as they come, so that 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -84,17 +83,12 @@ def peers(
     )  # fmt: skip
     document = resumed(path, fresh) if resume else fresh
 
-    def keep(row: Row) -> None:
-        document.write(path)
-        if not sys.stderr.isatty():
-            print(line(row), file=sys.stderr, flush=True)
-
     with progress("measuring the steps") as say:
         comparison = Comparison(problem_of((s, r, blocks), widths, precision, device), cache, rounds, say)
 
         def shown(row: Row) -> None:
-            say(line(row))
-            keep(row)
+            document.write(path)
+            say.done(line(row))
 
         compare(document, comparison, wanted, shown)
     document.write(path)

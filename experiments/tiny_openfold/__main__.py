@@ -1,7 +1,8 @@
-"""Train TinyOpenFold: python -m evoplan.experiments.tiny_openfold, or under torchrun on several devices."""
+"""Train TinyOpenFold: python -m evoplan.experiments.tiny_openfold; on several GPUs, a process for each."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from typing import Any
 
@@ -41,8 +42,8 @@ VALIDATION_STEPS, VALIDATION_BATCH = 3, 2
 )  # fmt: skip
 @click.option("--use-amp", is_flag=True, help="Mixed precision: bfloat16, or float16 on GPUs without it.")
 @click.option("--amp-dtype", type=click.Choice(["bfloat16", "float16"]), help="The dtype of --use-amp.")
-@click.option("--device", help="Number of a GPU, cpu or cuda; else the first GPU, or the CPU without one.")
-@click.option("--no-data-parallel", is_flag=True, help="Refuse to run on several devices.")
+@click.option("--device", help="Number of a GPU, cpu or cuda; else all GPUs, or the CPU without one.")
+@click.option("--no-data-parallel", is_flag=True, help="One device, even where there are several.")
 @click.option("--enable-torch-compile", is_flag=True, help="Compile the model.")
 @click.option("--plan", "plan_path", type=click.Path(), help="Train under this plan of the stack.")
 @click.option("--memory", type=Size(), help="Plan for a step within this many bytes on each device.")
@@ -96,7 +97,9 @@ def command(
     enable_all_profiling: bool,
     **flags: Any,
 ) -> None:
-    """Train TinyOpenFold on one device, or on several under torchrun, planned or not.
+    """Train TinyOpenFold on all GPUs that there are, on --device, or on the CPU, planned or not.
+
+    Several GPUs share each batch, a process for each; CUDA_VISIBLE_DEVICES says which. So does torchrun.
 
     Prints the loss, the speed and the peak memory, and writes performance_summary.json to --profile-dir.
     """
@@ -115,6 +118,17 @@ def command(
     shape = InputShape(num_seqs, seq_len, batch_size)
     _check(profiler, options)
     with progress("loading torch"):
+        from evoplan.planner.processes.launch import gpus_to_share, start_on_gpus
+
+        gpus = 1 if options.no_data_parallel or options.device or options.validate_setup else gpus_to_share()
+    if gpus > 1:
+        if batch_size % gpus:
+            raise ValueError(
+                f"--batch-size {batch_size} does not divide among {gpus} GPUs; give a multiple, "
+                "or --device 0 to use one"
+            )
+        start_on_gpus("evoplan.experiments.tiny_openfold", sys.argv[1:], gpus)
+    with progress("loading the model"):
         from evoplan.experiments.tiny_openfold.output import BANNER
         from evoplan.experiments.tiny_openfold.run import Run
         from evoplan.experiments.tiny_openfold.setup import set_up

@@ -17,7 +17,7 @@ from evoplan.experiments.tiny_openfold.profiling import system_info
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.processes.world import World
-from evoplan.planner.sizes import format_size
+from evoplan.planner.sizes import exact_size
 
 MIB = 2**20
 RULE = "=" * 70
@@ -85,7 +85,7 @@ def print_setup(
     say(f"   Model size: {count * 4 / 1e6:.1f} MB (FP32)")
     if plan is not None:
         budget = plan.problem.budget_bytes
-        within = "no budget" if budget is None else f"a budget of {format_size(budget)}"
+        within = "no budget" if budget is None else f"a budget of {exact_size(budget)}"
         say(f"   Plan: {plan.solver.name}, {within}")
     say("\nTraining Configuration:")
     say(f"   Training steps: {steps}")

@@ -22,7 +22,7 @@ from evoplan.model.running.kernels import KERNELS
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.planner.checking.trial import available_bytes, random_inputs
-from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.costing import cost_problem, kind_of
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import times_cache
 
@@ -74,6 +74,7 @@ def profile_problem(
     again: bool = False,
     compiled: bool = False,
     progress: Progress = lambda _: None,
+    done: Progress = lambda _: None,
 ) -> tuple[list[Measurement], Calibration, Device]:
     """Time every distinct step of a problem under every strategy that fits here; the cache keeps the times.
 
@@ -85,9 +86,10 @@ def profile_problem(
         max_pieces: leave out strategies of more pieces.
         again: measure what the cache has as well.
         compiled: also try torch.compile on each step, which takes a while.
+        done: told of each step that is through.
 
     Returns:
-        What was measured; the calibration from all times of this dtype; the device with its constants.
+        What was measured; the calibration from all times of this dtype; the device as it is listed.
 
     Raises:
         ValueError: the problem is not for this machine, or for several ranks.
@@ -111,13 +113,16 @@ def profile_problem(
             continue
         seen.add(key)
         few = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
+        before = len(found)
         found += profiler.traced(step, few)
         for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):
             if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED):
                 found.append(profiler.opaque(step, strategy))
+        timed = sum(row.timing is not None for row in found[before:])
+        done(f"{kind_of(step.name)}: times of {timed} strategies")
     calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
     cache.put_calibration(problem.precision, calibration.to_json())
-    return found, calibration, calibration.applied(costed.device, problem.precision)
+    return found, calibration, costed.device
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evoplan.planner.commands import certificates
+from evoplan.planner.commands.capacity import fit_table
 from evoplan.planner.commands.flags import (
     AUTO,
     REPEATS,
@@ -22,10 +23,11 @@ from evoplan.planner.commands.flags import (
     times_option,
 )
 from evoplan.planner.commands.foreign import inspect, plan_from
+from evoplan.planner.commands.roofline import roofline
 from evoplan.planner.commands.show import show
 from evoplan.planner.commands.sweeps import sweep
 from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, loading, progress, run_command
-from evoplan.planner.commands.times import profile, roofline
+from evoplan.planner.commands.times import profile
 from evoplan.planner.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ cli.add_command(show)
 cli.add_command(inspect)
 cli.add_command(sweep)
 cli.add_command(certificates.certify)
+cli.add_command(fit_table)
 
 
 @cli.command()
@@ -146,7 +149,7 @@ def verify(plan_file: str, simulate: bool, blocks: int | None, repeats: int, jso
                 write_json(json_path, results[0].to_json() | ({"ranks": ranks} if len(ranks) > 1 else {}))
             console = console_for_output(json_path=json_path)
             console.print(describe_problem(found.problem), highlight=False)
-            print_verification(results[0], console)
+            print_verification(results[0], console, found.problem.ranks)
             print_rank_verifications(results, console)
     sys.exit(0 if all(result.ok for result in results) else CHECK_FAILED)
 

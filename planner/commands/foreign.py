@@ -92,20 +92,21 @@ def plan_from(
         console.print(f"plan written to {out}", highlight=False, soft_wrap=True)
 
 
-def swept_from(source: str, flags: dict[str, Any], points: int) -> dict[str, Any]:
+def swept_from(source: str, flags: dict[str, Any], points: int, html: str | None = None) -> dict[str, Any]:
     """The frontier of the model that a file builds, as `planner.plans.sweeping.sweep` has that of our own.
 
     Args:
         flags: of `evoplan sweep`.
         points: how many budgets are tried.
+        html: where to write a page about it.
     """
     if flags["memory"] is not None:
         raise ValueError("a sweep has all budgets; leave --memory out")
     model, args, kwargs, loss, options = _asked_for(source, flags)
     from evoplan.planner.fitting.fitted import fit
 
-    with progress("sweeping"):
-        return fit(model, args, kwargs, None, loss, **options).sweep(points)
+    with progress("sweeping") as update:
+        return fit(model, args, kwargs, None, loss, **options).sweep(points, html, update.done)
 
 
 _TIMES = {"auto": "predicted", "roofline": "predicted", "measured": "measured"}

@@ -17,6 +17,7 @@ from evoplan.planner.files import STDOUT
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
 BAD_INPUT, INFEASIBLE, CHECK_FAILED = 2, 3, 1
 NO_MEMORY = "this machine's memory is not enough; use smaller sizes, fewer blocks or a smaller --memory"
@@ -39,17 +40,35 @@ def loading() -> Iterator[None]:
         gc.enable()
 
 
+class Progress:
+    """What a command is at, on standard error: called with it, and told of each part that is done.
+
+    What it is at is a spinner on a terminal, and nothing elsewhere; a part that is done is a line on both.
+    """
+
+    def __init__(self, console: Console, status: Status) -> None:
+        self._console, self._status = console, status
+
+    def __call__(self, text: str) -> None:
+        self._status.update(text)
+
+    def done(self, text: str) -> None:
+        """One of several parts that take a while is through."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on a terminal; nothing where output goes to a file."""
+def progress(what: str) -> Iterator[Progress]:
+    """A spinner on a terminal; where output goes to a file, the lines of `Progress.done` alone."""
     from rich.console import Console
 
-    with Console(stderr=True).status(what) as status:
-        yield lambda text: status.update(text)
+    console = Console(stderr=True)
+    with console.status(what) as status:
+        yield Progress(console, status)
 
 
 def console_for_output(width: int = 110, json_path: str | None = None) -> Console:
-    """As wide as the terminal, or wide enough for every table; what it prints is taken as it is.
+    """As wide as the terminal, or as COLUMNS says, or wide enough for every table; prints text as it is.
 
     Args:
         json_path: where the result goes as JSON; is that standard output, words go to standard error.
@@ -58,7 +77,8 @@ def console_for_output(width: int = 110, json_path: str | None = None) -> Consol
 
     aside = json_path == STDOUT
     console = Console(stderr=aside, markup=False, emoji=False)
-    return console if console.is_terminal else Console(width=width, stderr=aside, markup=False, emoji=False)
+    narrow = console.is_terminal or "COLUMNS" in os.environ
+    return console if narrow else Console(width=width, stderr=aside, markup=False, emoji=False)
 
 
 class _Output:

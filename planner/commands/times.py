@@ -1,4 +1,4 @@
-"""The commands about times: what bounds each submodule, and what each takes here."""
+"""`evoplan profile`: what each step takes here."""
 
 from __future__ import annotations
 
@@ -17,31 +17,6 @@ from evoplan.planner.commands.flags import (
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
-ROOFLINE_WIDTH = 150
-
-
-@click.command()
-@problem_options
-@click.option("--every", is_flag=True, help="Print every strategy, not only whole.")
-@json_option
-def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
-    """What bounds each submodule on a device: FLOPs, bytes, kernels, intensity, lower and upper times."""
-    check_writable(json_path=json_path, reads=files_read(**flags))
-    problem = problem_of(**flags)
-    from evoplan.planner.plans.roofline import roofline
-    from evoplan.planner.problems.costing import cost_problem
-    from evoplan.planner.reports.roofline import print_roofline, roofline_to_json
-
-    with progress("tracing") as update:
-        costed = cost_problem(problem, progress=lambda name: update(f"tracing {name}"))
-    rows = roofline(costed)
-    # A discarding run of whole does what its forward does, where it has one.
-    left_out = "discard" if problem.training else None
-    shown = [row for row in rows if every or (str(row.strategy) == "whole" and row.phase != left_out)]
-    if json_path:
-        write_json(json_path, roofline_to_json(rows, costed))
-    print_roofline(shown, costed, console_for_output(ROOFLINE_WIDTH, json_path))
-
 
 @click.command()
 @problem_options
@@ -50,7 +25,9 @@ def roofline(every: bool, json_path: str | None, **flags: Any) -> None:
 @click.option("--again", is_flag=True, help="Also measure what the cache has.")
 @click.option("--compile", "compiled", is_flag=True, help="Also try torch.compile on each submodule.")
 @cache_option
-@click.option("--save-device", type=click.Path(), help="Write the calibrated device as a device file.")
+@click.option(
+    "--save-device", type=click.Path(), help="Write this device with the fitted rates, as NAME-calibrated."
+)
 @json_option
 def profile(
     repeats: int,
@@ -69,13 +46,15 @@ def profile(
     from evoplan.planner.reports.times import print_profile, profile_to_json
 
     with progress("loading torch") as update:
-        measured, calibration, calibrated = profile_problem(
-            problem, cache, repeats, max_pieces, again, compiled, update
+        measured, calibration, device = profile_problem(
+            problem, cache, repeats, max_pieces, again, compiled, update, update.done
         )
     if save_device:
         from evoplan.planner.problems.device_file import device_entry
 
-        write_json(save_device, device_entry(calibrated))
+        write_json(
+            save_device, device_entry(calibration.described(device, problem.autocast or problem.dtype))
+        )
     if json_path:
         write_json(json_path, profile_to_json(problem, measured, calibration))
     console = console_for_output(json_path=json_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from evoplan.model.foreign.capture import CaptureError
 from evoplan.model.foreign.knobs import Knobs
-from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.files import check_writable, write_json, write_text
 from evoplan.planner.fitting.certifying import certificate_of_fit, certified
 from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
@@ -20,7 +20,7 @@ from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
 from evoplan.planner.fitting.problem import Fitting, Timing, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
-from evoplan.planner.fitting.sweeping import swept
+from evoplan.planner.fitting.sweeping import sweep_of_fit, swept
 from evoplan.planner.fitting.verifying import FitVerification, verify_fit
 from evoplan.planner.pages.verified import verified_of
 from evoplan.planner.pages.writing import write_pages
@@ -74,9 +74,23 @@ class Fitted:
         """What can be had: peak and time of the fastest plans, from the least memory on."""
         return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
 
-    def sweep(self, points: int = 60) -> dict[str, Any]:
-        """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds."""
-        return swept(self._fitting, points)
+    def sweep(
+        self,
+        points: int = 60,
+        html: str | Path | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds.
+
+        Args:
+            html: where to write a page about it, if anywhere.
+            progress: told of each point that is through; each is a simulation of the whole step.
+        """
+        check_writable(html)
+        document, plans = swept(self._fitting, points, progress)
+        if html is not None:
+            write_text(html, sweep_of_fit(self._fitting, document, plans))
+        return document
 
     def report_html(self, path: str | Path, verification: FitVerification | None = None) -> None:
         """Write one page about the plan: what is done with each block, memory over time, the frontier.

@@ -7,7 +7,7 @@ the whole step finds, until nothing more fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from evoplan.planner.fitting.problem import Fitting
@@ -15,7 +15,7 @@ from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
-from evoplan.planner.sizes import exact_size
+from evoplan.planner.sizes import exact_size, format_size
 from evoplan.planner.solvers import BASELINES
 
 TRIES = 12
@@ -56,9 +56,19 @@ def least_fit(fitting: Fitting) -> Fit:
     return min((_fit(fitting, schedule) for schedule in few), key=lambda fit: fit.predicted.peak_bytes)
 
 
-def sampled_frontier(fitting: Fitting, points: int) -> list[Fit]:
-    """Fits from the least memory to the fastest, each faster than those that need less."""
-    found = [_fit(fitting, fitting.frontier.schedule(b)) for b in fitting.frontier.budgets(points)]
+def sampled_frontier(
+    fitting: Fitting, points: int, progress: Callable[[str], None] = lambda _: None
+) -> list[Fit]:
+    """Fits from the least memory to the fastest, each faster than those that need less.
+
+    Args:
+        progress: told of each that is through.
+    """
+    budgets, found = fitting.frontier.budgets(points), []
+    for number, budget in enumerate(budgets, start=1):
+        fit = _fit(fitting, fitting.frontier.schedule(budget))
+        found.append(fit)
+        progress(f"point {number} of {len(budgets)}: {format_size(fit.predicted.peak_bytes)}")
     kept: list[Fit] = []
     for fit in sorted([least_fit(fitting), *found], key=lambda fit: fit.predicted.peak_bytes):
         if not kept or fit.predicted.step_seconds < kept[-1].predicted.step_seconds:

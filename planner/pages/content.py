@@ -27,11 +27,13 @@ class Frontier:
         points: the fastest plans, from the least memory on; none where nothing but the file is at hand.
         marks: the plan and the baselines, by name.
         budget: in bytes, or None.
+        memories: of devices, in bytes, marked thinly.
     """
 
     points: tuple[tuple[int, float], ...]
     marks: dict[str, tuple[int, float]]
     budget: int | None
+    memories: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

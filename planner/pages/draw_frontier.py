@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from evoplan.planner.pages.content import Frontier
@@ -14,20 +15,33 @@ FRAME = Box(86, 30, 896, 262)
 SIZE = 12
 
 
-def draw_frontier(found: Frontier) -> str:
-    """An SVG: step time against peak memory on a logarithmic scale, the budget a line across."""
-    sizes = [size for size, _ in found.points] + [size for size, _ in found.marks.values()]
-    if found.budget is not None:
-        sizes.append(found.budget)
-    low, high = math.log(min(sizes) / 1.08), math.log(max(sizes) * 1.15)
-    most = _slowest(found)
+class Places:
+    """Where sizes and times are in the picture: memory on a logarithmic scale, time from 0 on."""
 
-    def x(size: float) -> float:
-        return FRAME.x + FRAME.width * (math.log(size) - low) / (high - low)
+    def __init__(self, found: Frontier) -> None:
+        sizes = [size for size, _ in found.points] + [size for size, _ in found.marks.values()]
+        if found.budget is not None:
+            sizes.append(found.budget)
+        self.low, self.high = math.log(min(sizes) / 1.08), math.log(max(sizes) * 1.15)
+        self.most = _slowest(found)
 
-    def y(seconds: float) -> float:
-        return FRAME.bottom - FRAME.height * min(seconds, most) / most
+    def x(self, size: float) -> float:
+        """Of so many bytes."""
+        return FRAME.x + FRAME.width * (math.log(size) - self.low) / (self.high - self.low)
 
+    def y(self, seconds: float) -> float:
+        """Of so many seconds; what is slower than the frame is high lies on its upper edge."""
+        return FRAME.bottom - FRAME.height * min(seconds, self.most) / self.most
+
+
+def draw_frontier(found: Frontier, targets: Sequence[tuple[float, float]] = ()) -> str:
+    """An SVG: step time against peak memory on a logarithmic scale, the budget a line across.
+
+    Args:
+        targets: (bytes, seconds) of points that a script shows when they are pointed at.
+    """
+    places = Places(found)
+    x, y, most, low, high = places.x, places.y, places.most, places.low, places.high
     parts = [y_axis(FRAME, most, ticks(most), lambda t: format_seconds(t) if t else "0")]
     parts.append(x_axis(FRAME, [(x(size), format_size(size)) for size in _sizes(low, high)]))
     if found.points:
@@ -39,11 +53,15 @@ def draw_frontier(found: Frontier) -> str:
             for at, (size, seconds) in enumerate(line)
         )  # fmt: skip
         parts.append(el("path", d=path, class_="frontier"))
+    parts += [el("circle", cx=x(size), cy=y(seconds), r=5, class_="target") for size, seconds in targets]
     points = [(x(size), y(seconds), name) for name, (size, seconds) in found.marks.items()]
     taken = []
     if found.budget is not None:
         parts.append(_budget(x(found.budget), found.budget))
         taken.append(Box(x(found.budget) - 2, FRAME.y, 4, FRAME.height))
+    drawn, names = _memories([(x(size), size) for size in found.memories])
+    parts += drawn
+    taken += names
     parts += [
         el("circle", el("title", f"{name}"), cx=at_x, cy=at_y, r=6 if name == "plan" else 4.5,
            class_="this" if name == "plan" else "baseline")
@@ -77,6 +95,21 @@ def _budget(x: float, budget: int) -> str:
     return el("line", x1=x, x2=x, y1=20, y2=FRAME.bottom, class_="budget") + label(
         centre, 15, words, "middle"
     )
+
+
+def _memories(memories: list[tuple[float, int]]) -> tuple[list[str], list[Box]]:
+    """Thin lines across, named at their feet where there is room, and what the names cover."""
+    parts, taken = [], []
+    end = FRAME.x
+    for x, size in memories:
+        words = format_size(size)
+        parts.append(el("line", x1=x, x2=x, y1=FRAME.y, y2=FRAME.bottom, class_="memory"))
+        width = 0.6 * 11 * len(words)
+        if x + 3 >= end and x + 3 + width <= FRAME.right:
+            parts.append(label(x + 3, FRAME.bottom - 5, words, class_="tick"))
+            taken.append(Box(x + 3, FRAME.bottom - 16, width, 14))
+            end = x + 9 + width
+    return parts, taken
 
 
 def _along(points: list[tuple[float, float]]) -> list[Box]:

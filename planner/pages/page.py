@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from evoplan.planner.pages.content import Content
 from evoplan.planner.pages.data import data_of
@@ -33,14 +34,25 @@ def page(content: Content) -> str:
     """The page as a text."""
     sections = [_header(content), _stack(content), _memory(content), _frontier(content)]
     sections += [_verified(content.verified) if content.verified else "", _proofs(content)]
-    data = json.dumps(data_of(content.account) if content.account else {}, separators=(",", ":"))
-    data = data.replace("<", "\\u003c")  # no name ends the script that it stands in
+    data = data_of(content.account) if content.account else {}
+    return html_page(content.title, "\n".join(filter(None, sections)), data, "page.js")
+
+
+def html_page(title: str, body: str, data: dict[str, Any], script: str) -> str:
+    """A page that loads nothing: its style, its body, what its script reads, and the script.
+
+    Args:
+        body: markup.
+        data: plain types.
+        script: the file of it, beside this one.
+    """
+    text = json.dumps(data, separators=(",", ":"))
     return _PAGE.format(
-        title=escape(content.title),
+        title=escape(title),
         style=_beside("page.css"),
-        body="\n".join(filter(None, sections)),
-        data=data,
-        script=_beside("page.js"),
+        body=body,
+        data=text.replace("<", "\\u003c"),  # no name ends the script that it stands in
+        script=_beside(script),
     )
 
 

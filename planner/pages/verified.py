@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evoplan.planner.sizes import exact_size
+
 MOST_CHARACTERS = 2**24
 _NUMBERS = {"predicted_peak_bytes": int, "measured_peak_bytes": int, "static_bytes": int}
 _MAYBE = (
@@ -59,7 +61,8 @@ def load_verified(path: str | Path, predicted_peak_bytes: int) -> Verified:
     if found.predicted_peak_bytes != predicted_peak_bytes:
         raise ValueError(
             f"{path}: verifies another plan, or part of one (its predicted peak is "
-            f"{found.predicted_peak_bytes:,} bytes, this one's {predicted_peak_bytes:,}); {make}"
+            f"{exact_size(found.predicted_peak_bytes)}, this one's {exact_size(predicted_peak_bytes)}); "
+            f"{make}"
         )
     return found
 

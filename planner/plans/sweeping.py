@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from evoplan.planner.problems.costing import (
     Costed,
     Progress,
 )
+from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
@@ -20,20 +22,33 @@ from evoplan.planner.solvers.seed_dp import SeedProgram
 FLAT_POINTS = 12  # of seed-dp in a sweep
 
 
-def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """The frontier: `points` of {budget_bytes, peak_bytes, step_seconds}; baselines; seed-dp's points.
+def sweep(
+    costed: Costed,
+    count: int | None = None,
+    progress: Progress = lambda _: None,
+    found: Frontier | None = None,
+) -> dict[str, Any]:
+    """The frontier as `points`, baselines, and seed-dp's points.
 
     Args:
-        count: how many budgets, evenly spaced on a logarithmic scale.
+        count: how many budgets, evenly spaced on a logarithmic scale, each with its plan's own peak:
+            {budget_bytes, peak_bytes, step_seconds}. None: every step of the exact frontier,
+            {budget_bytes, step_seconds}, whose plans are not made.
         progress: called before each.
+        found: the frontier of these costs, if it is at hand.
     """
-    frontier = Frontier(costed.table)
-    points = frontier_points(costed, frontier, count, progress)
+    frontier = Frontier(costed.table) if found is None else found
+    points = (
+        steps_of(costed, frontier) if count is None else frontier_points(costed, frontier, count, progress)
+    )
     progress("seed-dp")
     flat = SeedProgram(costed.table)
     reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
-    found = [(int(budget), flat.schedule(int(budget))) for budget in np.geomspace(*reach, FLAT_POINTS)]
     large = replay(BASELINES["large"](costed.table), costed.table).peak_bytes
+    # seed-dp answers to a budget: its mark is for the peak of `large`, or failing that for the least it can.
+    marked = max(large, reach[0] + reach[0] // 50)
+    budgets = sorted({*map(int, np.geomspace(*reach, FLAT_POINTS)), marked})
+    schedules = [(budget, flat.schedule(budget)) for budget in budgets]
     return {
         "title": _title(costed.problem),
         "problem": costed.problem.model_dump(mode="json"),
@@ -41,31 +56,50 @@ def sweep(costed: Costed, count: int, progress: Progress = lambda _: None) -> di
         "static_bytes": sum(costed.static.values()),
         "points": points,
         "seed_dp_points": [
-            _point(costed, budget, schedule) for budget, schedule in found if schedule is not None
+            _point(costed, budget, schedule) for budget, schedule in schedules if schedule is not None
         ],
-        # seed-dp answers to a budget: here to the peak of `large`, or failing that to the least it can.
         "baselines": {
-            name: baseline.model_dump()
-            for name, baseline in predict_baselines(costed, max(large, reach[0] + reach[0] // 50)).items()
+            name: baseline.model_dump() for name, baseline in predict_baselines(costed, marked).items()
         },
     }
+
+
+def steps_of(costed: Costed, frontier: Frontier) -> list[dict[str, float]]:
+    """Every step of the exact frontier, from the least budget on: {budget_bytes, step_seconds}."""
+    return [
+        {
+            "budget_bytes": costed.fixed_bytes + budget,
+            "step_seconds": seconds + costed.reduction_seconds,
+        }
+        for budget, seconds in frontier.steps()
+    ]
 
 
 def frontier_points(
     costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
 ) -> list[dict[str, float]]:
     """The fastest plans for so many budgets, from the least on: {budget_bytes, peak_bytes, step_seconds}."""
-    points: list[dict[str, float]] = []
-    for budget in frontier.budgets(count):
-        progress(f"budget {len(points) + 1}")
-        points.append(_point(costed, budget, frontier.schedule(budget)))
-    return points
+    found = planned_points(costed, frontier, count, progress)
+    return [_row(budget, predicted) for budget, predicted, _ in found]
+
+
+def planned_points(
+    costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
+) -> Iterator[tuple[int, Prediction, Sequence]]:
+    """The same with their schedules: budget in bytes, static memory included, prediction, schedule."""
+    for number, budget in enumerate(frontier.budgets(count), start=1):
+        progress(f"budget {number}")
+        schedule = frontier.schedule(budget)
+        yield costed.fixed_bytes + budget, costed.predict(schedule), schedule
 
 
 def _point(costed: Costed, budget: int, schedule: Sequence) -> dict[str, float]:
-    predicted = costed.predict(schedule)
+    return _row(costed.fixed_bytes + budget, costed.predict(schedule))
+
+
+def _row(budget: int, predicted: Prediction) -> dict[str, float]:
     return {
-        "budget_bytes": costed.fixed_bytes + budget,
+        "budget_bytes": budget,
         "peak_bytes": predicted.peak_bytes,
         "step_seconds": predicted.step_seconds,
     }

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from evoplan.planner.plans.alternatives import Alternative
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 SHOWN = 4  # of each submodule: the fastest that fit, and the fastest that do not
@@ -33,7 +33,7 @@ def print_alternatives(found: list[Alternative], console: Console) -> None:
                 "" if row.fits else "does not fit",
             )
             kind = ""
-    console.print(table)
+    print_table(table, console, keys=2)
 
 
 def _signed(text: str, value: float) -> str:

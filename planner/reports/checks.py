@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.reports.tables import new_table
+from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.sizes import exact_size, format_seconds, format_size
 
 if TYPE_CHECKING:
     from evoplan.planner.checking.verify import Verification
 
+UNTIMED = "not measured: the one step was for its memory, which slows it; for a time give more --steps"
 
-def print_verification(found: Verification, console: Console) -> None:
-    """Predicted beside measured."""
-    table = new_table(f"verification ({found.backend})", "", "predicted", "measured", "without plan")
+
+def print_verification(found: Verification, console: Console, ranks: int = 1) -> None:
+    """Predicted beside measured.
+
+    Args:
+        ranks: that share the model; without a plan it is run whole on each.
+    """
+    plain = "whole, without plan" if ranks > 1 else "without plan"
+    table = new_table(f"verification ({found.backend})", "", "predicted", "measured", plain)
 
     def size(value: int | None) -> str:
         return "-" if value is None else format_size(value)
@@ -43,7 +50,13 @@ def print_verification(found: Verification, console: Console) -> None:
         time(found.measured_step_seconds),
         time(found.unplanned_step_seconds),
     )
-    console.print(table)
+    print_table(table, console)
+    if ranks > 1 and found.unplanned_peak_bytes is not None:
+        console.print(
+            f"one rank of {ranks}, which has its share of the model; compared with the whole model, run "
+            "without a plan on one process: its memory, its time, its loss and gradients",
+            highlight=False,
+        )
     for name, error in (("loss", found.max_loss_error), ("gradient", found.max_gradient_error)):
         if error is not None:
             console.print(
@@ -75,7 +88,7 @@ def print_rank_verifications(results: list[Verification], console: Console) -> N
             "-" if error is None else f"{error:.2g}",
             "ok" if found.ok else "FAILED",
         )
-    console.print(table)
+    print_table(table, console)
 
 
 def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Console) -> None:
@@ -90,14 +103,13 @@ def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Con
             + (f", budget {exact_size(budget)}" if budget else ""),
             highlight=False,
         )
-        if row["step_seconds"] is not None:
-            console.print(
-                f"step time: predicted {seconds}, measured {format_seconds(row['step_seconds'])}",
-                highlight=False,
-            )
+        measured = row["step_seconds"]
+        said = UNTIMED if measured is None else f"measured {format_seconds(measured)}"
+        console.print(f"step time: predicted {seconds}, {said}", highlight=False)
         return
     console.print(f"step time: predicted {seconds}; peaks by the {kind} allocator", highlight=False)
     table = new_table("each rank", "rank", "peak predicted", "measured", "measured / predicted", "step time")
+    untimed = any(row["step_seconds"] is None for row in ranks)
     for row in ranks:
         predicted, measured = row["predicted_peak_bytes"], row["measured_peak_bytes"]
         table.add_row(
@@ -107,4 +119,6 @@ def print_ranks(ranks: list[dict[str, Any]], plan: Plan, kind: str, console: Con
             f"{measured / predicted:.4f}",
             "-" if row["step_seconds"] is None else format_seconds(row["step_seconds"]),
         )
-    console.print(table)
+    print_table(table, console)
+    if untimed:
+        console.print(f"step time {UNTIMED}", highlight=False)

@@ -12,7 +12,7 @@ from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.reports.tables import describe_problem, new_table, step_names
+from evoplan.planner.reports.tables import describe_problem, new_table, print_table, step_names
 from evoplan.planner.schedules.schedule import (
     Sequence,
     all_runs,
@@ -30,8 +30,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """The decision per submodule, the prediction, and the saving against the baselines."""
     console.print(describe_problem(plan.problem), highlight=False)
     schedule = plan.schedule
-    console.print(_decisions(schedule, plan.problem))
-    console.print(_comparison(plan))
+    print_table(_decisions(schedule, plan.problem), console)
+    print_table(_comparison(plan), console)
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.static.items() if size)
     console.print(f"static: {parts}", highlight=False)
     console.print(
@@ -102,11 +102,11 @@ def _comparison(plan: Plan) -> Table:
 
 def print_sweep(document: dict[str, Any], console: Console) -> None:
     """A dozen points of the frontier, and the baselines."""
-    table = new_table("frontier", "", "peak", "step time")
+    table = new_table("frontier", "", "memory", "step time")
     points = document["points"]
     for index in sorted({round(i * (len(points) - 1) / 11) for i in range(12)}):
         point = points[index]
-        table.add_row("plan", format_size(point["peak_bytes"]), format_seconds(point["step_seconds"]))
+        table.add_row("plan", format_size(point["budget_bytes"]), format_seconds(point["step_seconds"]))
     for name, baseline in document["baselines"].items():
         table.add_row(name, format_size(baseline["peak_bytes"]), format_seconds(baseline["step_seconds"]))
-    console.print(table)
+    print_table(table, console)

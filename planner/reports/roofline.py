@@ -10,7 +10,8 @@ from rich.console import Console
 from evoplan.cost_model.roofline import balance
 from evoplan.planner.plans.roofline import Row
 from evoplan.planner.problems.costing import Costed
-from evoplan.planner.reports.tables import describe_problem, new_table
+from evoplan.planner.reports.tables import describe_problem, new_table, print_table
+from evoplan.planner.sizes import format_rate
 
 
 def print_roofline(rows: list[Row], costed: Costed, console: Console) -> None:
@@ -18,16 +19,18 @@ def print_roofline(rows: list[Row], costed: Costed, console: Console) -> None:
     device, dtype = costed.device, costed.problem.precision
     console.print(describe_problem(costed.problem), highlight=False)
     strategies = any(str(row.strategy) != "whole" for row in rows)
+    sends = any(row.bounds.sent_bytes for row in rows)
     table = new_table(
         "roofline (times in ms)", "submodule", *(["strategy"] if strategies else []), "phase", "GFLOP", "GB",
-        "kernels", "FLOP/B", "math", "memory", "comms", "lower", "predicted", "upper", "bound",
+        "kernels", "FLOP/B", "bound", "math", "memory", *(["comms"] if sends else []), "lower", "predicted",
+        "upper",
     )  # fmt: skip
     last: tuple[str, str] | None = None
     for row in rows:
-        found, name = row.bounds, (row.submodule, str(row.strategy))
+        found, name = row.bounds, (row.label, str(row.strategy))
         times = (
-            found.math_seconds, found.memory_seconds, found.comms_seconds, found.lower_seconds,
-            found.predicted_seconds, found.upper_seconds,
+            found.math_seconds, found.memory_seconds, *([found.comms_seconds] if sends else []),
+            found.lower_seconds, found.predicted_seconds, found.upper_seconds,
         )  # fmt: skip
         table.add_row(
             "" if last and last[0] == name[0] else name[0],
@@ -37,13 +40,13 @@ def print_roofline(rows: list[Row], costed: Costed, console: Console) -> None:
             _short(found.bytes / 1e9),
             str(found.launches),
             _short(found.intensity),
-            *(_short(time * 1e3) for time in times),
             found.bound,
+            *(_short(time * 1e3) for time in times),
         )
         last = name
-    console.print(table)
+    print_table(table, console, keys=3 if strategies else 2)
     console.print(
-        f"{device.name}: {device.peak_flops[dtype] / 1e12:g} TFLOP/s in {dtype}, "
+        f"{device.name}: {format_rate(device.peak_flops[dtype])} in {dtype}, "
         f"{device.bandwidth / 1e9:g} GB/s, so bound by arithmetic above {balance(device, dtype):.0f} FLOP/B; "
         f"{device.launch_seconds * 1e6:g} us a kernel ({device.source})",
         highlight=False,
@@ -72,6 +75,7 @@ def roofline_to_json(rows: list[Row], costed: Costed) -> dict[str, Any]:
         "rows": [
             {
                 "submodule": row.submodule,
+                "blocks": row.blocks,
                 "strategy": str(row.strategy),
                 "phase": row.phase,
                 **asdict(row.bounds),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.reports.tables import fold, new_table, step_names
+from evoplan.planner.reports.tables import fold, new_table, print_table, step_names
 from evoplan.planner.schedules.replay import Moment, Replay
 from evoplan.planner.schedules.schedule import (
     Checkpoint,
@@ -57,7 +57,7 @@ def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: 
             moment.phase, where, format_size(fixed_bytes + moment.held_bytes),
             format_size(fixed_bytes + moment.peak_bytes), style="bold" if moment is peak else None,
         )  # fmt: skip
-    console.print(table)
+    print_table(table, console)
     copies = [moment.seconds for moment in moments if moment.phase.endswith("host")]
     if copies:
         console.print(

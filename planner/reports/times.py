@@ -11,7 +11,7 @@ from evoplan.cost_model.times_cache import Timing
 from evoplan.planner.checking.profiling import Measurement
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.reports.tables import describe_problem, new_table
+from evoplan.planner.reports.tables import describe_problem, new_table, print_table
 from evoplan.planner.sizes import format_seconds, format_size
 
 
@@ -48,7 +48,7 @@ def print_profile(measured: list[Measurement], calibration: Calibration, console
                 "-" if predicted is None else f"{predicted / _total(timing):.2f} x",
             )
             name = ""
-    console.print(table)
+    print_table(table, console, keys=2)
     left_out: dict[tuple[str, str], set[str]] = {}
     for row in measured:
         if row.reason:

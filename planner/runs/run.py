@@ -137,7 +137,11 @@ def _train(
             times.append(measure.seconds(step, kind))
         losses.append(_checked_loss(parts[0], training, index, settings.replicas, world))
         training.update()
-        clock = f"  {format_seconds(times[-1])}" if index != measured_at else ""
+        clock = (
+            f"  {format_seconds(times[-1])}"
+            if index != measured_at
+            else "  (its memory is measured, not its time)"
+        )
         console.print(f"step {index + 1}: {training.loss_name} {losses[-1]:.4f}{clock}", highlight=False)
         every = settings.save_every
         if snapshots and every and ((index + 1) % every == 0 or index + 1 == settings.steps):

@@ -211,6 +211,26 @@ class Frontier:
             {int(budget) for budget in np.geomspace(first, max(first, last), count)} | {first, last}
         )
 
+    def steps(self) -> list[tuple[int, float]]:
+        """The whole frontier: each budget at which the least time falls, and that time; bytes and seconds.
+
+        From one step's budget on up to the next the least time is the one's: `seconds`, of any budget.
+        """
+        budgets = {self.least_replay.peak_bytes, self._most.peak_bytes}
+        for index, unit in enumerate(self._units):
+            times = self._grid_times(index)
+            falls = np.flatnonzero(times < np.concatenate(([np.inf], times[:-1])))
+            # A grid is asked for what the one before does not span.
+            first = self.spans[index - 1] + 1 if index else 0
+            budgets |= {self.output_bytes + int(units) * unit for units in falls}
+            budgets.add(self.output_bytes + first)
+        found: list[tuple[int, float]] = []
+        for budget in sorted(budgets):
+            seconds = self.seconds(budget)
+            if seconds < (found[-1][1] if found else np.inf):
+                found.append((budget, seconds))
+        return found
+
 
 def _fastest(options: tuple[StepCost, ...]) -> Strategy:
     """The strategy of a recorded step where memory is no matter; of equally fast ones, the leanest."""
