@@ -53,6 +53,16 @@ class Fitted:
         """Run a training step with and without the plan on real inputs, and compare: peak, loss, gradients.
 
         The model's gradients and buffers are left as they were.
+
+        Args:
+            args, kwargs: what the model is called with; as many tensors, and of the shapes, that it was
+                planned for.
+
+        Returns:
+            Peaks in bytes, errors, and `ok`: whether all is within tolerance and budget.
+
+        Raises:
+            ChangedCallError: a block is called otherwise than it was planned for.
         """
         return verify_fit(self._fitting, self.plan, self._patched, args, kwargs or {})
 
@@ -61,27 +71,47 @@ class Fitted:
         return self.plan.report()
 
     def certify(self) -> FitPlan:
-        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`."""
+        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`.
+
+        Returns:
+            The plan with its certificates, which is the model's from now on; its schedule is the same.
+        """
         self.plan = certified(self._fitting, self.plan)
         return self.plan
 
     def certificate(self, path: str | Path) -> None:
-        """Write a certificate of the plan that anybody can check: docs/certificates.md."""
+        """Write a certificate of the plan that anybody can check: docs/certificates.md.
+
+        Args:
+            path: of the file, JSON.
+        """
         check_writable(path)
         write_json(path, certificate_of_fit(self._fitting, self.plan))
 
     def frontier(self, points: int = 12) -> list[Prediction]:
-        """What can be had: peak and time of the fastest plans, from the least memory on."""
+        """What can be had: peak and time of the fastest plans, from the least memory on.
+
+        Args:
+            points: budgets that are tried, at most; each is a simulation of the whole step.
+
+        Returns:
+            Bytes and seconds of a step, least memory first.
+        """
         return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
 
     def sweep(self, points: int = 60) -> dict[str, Any]:
-        """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds."""
+        """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds.
+
+        Args:
+            points: budgets that are tried, at most.
+        """
         return swept(self._fitting, points)
 
     def report_html(self, path: str | Path, verification: FitVerification | None = None) -> None:
         """Write one page about the plan: what is done with each block, memory over time, the frontier.
 
         Args:
+            path: of the page, HTML.
             verification: what `verify` has returned, shown beside the prediction.
         """
         check_writable(path)
@@ -89,17 +119,28 @@ class Fitted:
         write_pages(content_of_fit(self.plan, self._fitting, verified), html=path)
 
     def memory_viz(self, path: str | Path) -> None:
-        """Write a predicted snapshot of the blocks' memory for PyTorch's memory viewer, a pickle."""
+        """Write a predicted snapshot of the blocks' memory for PyTorch's memory viewer.
+
+        Args:
+            path: of the file, a pickle.
+        """
         check_writable(path)
         write_pages(content_of_fit(self.plan, self._fitting, points=None), snapshot=path)
 
     def perfetto(self, path: str | Path) -> None:
-        """Write a predicted trace of the blocks for Perfetto or chrome://tracing, JSON."""
+        """Write a predicted trace of the blocks for Perfetto or chrome://tracing.
+
+        Args:
+            path: of the file, JSON.
+        """
         check_writable(path)
         write_pages(content_of_fit(self.plan, self._fitting, points=None), trace=path)
 
     def replan(self, budget: str | int | None) -> None:
         """Run under another budget from now on, on the costs that are known.
+
+        Args:
+            budget: as `fit` takes it.
 
         Raises:
             NoPlanError: nothing fits; the model runs on as it did.
