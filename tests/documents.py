@@ -6,6 +6,7 @@ A comment before a block says what the block does not show:
     <!-- slow -->            it runs with the slow tests, and all that follows on the page with it
     <!-- run -->             the commands of the block are not only parsed
     <!-- run slow -->        the same, with the slow tests
+    <!-- printed -->         what the page's Python prints, times apart; held against it with the slow tests
     <!-- file: NAME -->      the block is a file of that name; commands of the page find it
     <!-- before ... -->      Python, from the next line on, that runs before the block and is not shown;
                              `before slow`: with the slow tests
@@ -103,6 +104,17 @@ def files(text: str) -> dict[str, str]:
     """Those that a page has the reader write."""
     named = ((block.said.partition("file:")[2].strip(), block.code) for block in blocks(text))
     return {name: code for name, code in named if name}
+
+
+def printed(text: str) -> list[str]:
+    """Lines that a page says its Python prints, without times."""
+    shown = (line for block in blocks(text) if block.said == "printed" for line in block.code.splitlines())
+    return [without_times(line) for line in shown]
+
+
+def without_times(line: str) -> str:
+    """A line of a report as it is on any machine."""
+    return re.sub(r"[\d.]+(?:e-\d+)? (?:s|ms|us)\b", "-", line).rstrip()
 
 
 def to_run(text: str, slow: bool) -> list[list[str]]:

@@ -7,6 +7,7 @@ import configparser
 import importlib
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,7 +19,18 @@ import pytest
 
 import evoplan
 from evoplan.planner.commands.cli import cli
-from tests.documents import PAGES, ROOT, blocks, commands, files, script, spans, to_run
+from tests.documents import (
+    PAGES,
+    ROOT,
+    blocks,
+    commands,
+    files,
+    printed,
+    script,
+    spans,
+    to_run,
+    without_times,
+)  # fmt: skip
 from tests.torchrun import alone
 
 # Flags that documents name of programs of others: torchrun, pip, pytest.
@@ -59,6 +71,9 @@ def check_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, slow: 
         (folder / path.name).write_text(code)
         done = alone(path.name)
         assert done.code == 0, done.err
+        if slow:
+            lines = {without_times(line) for line in done.out.splitlines()}
+            assert not [line for line in printed(text) if line not in lines], done.out
     for words in asked:
         module = ["-m", "evoplan", *words[1:]] if words[0] == "evoplan" else words[1:]
         tool = module[:1] == ["tools/check_certificate.py"]
@@ -80,15 +95,11 @@ def test_commands_parse(path: Path) -> None:
 def test_the_first_screen_is_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text()
     shown = next(block.code for block in blocks(text) if "$ evoplan plan" in block.code)
-    (command,), (_, _, printed) = commands(shown)[0], shown.replace("\\\n", " ").partition("\n")
+    line, _, lines = shown.replace("\\\n", " ").partition("\n")
     monkeypatch.chdir(tmp_path)
-    done = alone("-m", "evoplan", *command[1:])
+    done = alone("-m", *shlex.split(line.removeprefix("$ ")))
     assert done.code == 0, done.err
-
-    def without_times(text: str) -> list[str]:
-        return [re.sub(r"solved by dp in .*", "", line).rstrip() for line in text.splitlines()]
-
-    assert without_times(done.out) == without_times(printed)
+    assert [*map(without_times, done.out.splitlines())] == [*map(without_times, lines.splitlines())]
 
 
 def parse(words: list[str]) -> None:
