@@ -26,7 +26,7 @@ lint: .venv/.installed-test
 
 # Into site/, to be read from the disk: site/index.html.
 docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 venv: .venv/.installed-test
 
