@@ -44,7 +44,7 @@ def make_plan(
         optimizer: whose states count: none, sgd (with momentum) or adamw.
         ranks: devices that share each input; the plan is for one of them.
         solver: by name: dp, cp-sat, none, small, large, sqrt or seed-dp.
-        times: where step times come from; auto is the best there is (see `cost_with_times`).
+        times: where step times come from: measured, calibrated or roofline; auto is the best there is.
         autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
         loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
             Without it the peak holds for `model.programs.loss.mean_square`: it makes its gradient alone.

@@ -15,7 +15,7 @@ class Prediction(BaseModel):
 
     Attributes:
         peak_bytes: the most that is on the device at any moment.
-        static_bytes: parameters, gradients, optimizer and inputs, live throughout.
+        static_bytes: parameters, gradients, optimizer, inputs; of evoplan's own stacks also outputs and workspace.
         activation_bytes: what the step makes, at its peak.
         step_seconds: forward, loss and backward.
     """
