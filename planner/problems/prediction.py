@@ -15,7 +15,8 @@ class Prediction(BaseModel):
 
     Attributes:
         peak_bytes: the most that is on the device at any moment.
-        static_bytes: parameters, gradients, optimizer, inputs; of evoplan's own stacks also outputs and workspace.
+        static_bytes: parameters, gradients, optimizer, inputs; of evoplan's own stacks outputs and workspace
+            as well.
         activation_bytes: what the step makes, at its peak.
         step_seconds: forward, loss and backward.
     """
