@@ -102,6 +102,23 @@ def test_the_first_screen_is_what_the_command_prints(tmp_path: Path, monkeypatch
     assert [*map(without_times, done.out.splitlines())] == [*map(without_times, lines.splitlines())]
 
 
+@pytest.mark.slow
+def test_the_table_of_strategies_is_what_its_script_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "evoformer-memory.md").read_text()
+    (tmp_path / "script.py").write_text(script(text, slow=True))
+    monkeypatch.chdir(tmp_path)
+    done = alone("script.py")
+    assert done.code == 0, done.err
+    columns, name, checked = r"\| (?:`(\w+)` )?\| (\w+|\w+\(\w+, 8\)) " + 3 * r"\| ([\d,]+) " + r"\|", "", 0
+    for row in re.findall(f"^{columns}$", text.partition("## The extra MSA stack")[0], re.M):
+        name = row[0] or name
+        assert " ".join((name, *row[1:])) in done.out.splitlines()
+        checked += 1
+    assert checked > 12
+
+
 def parse(words: list[str]) -> None:
     """Error where the program does not take these arguments; nothing is run."""
     program, *arguments = words
