@@ -2,7 +2,6 @@
 
 A comment before a block says what the block does not show:
 
-    <!-- fragment -->        the block's syntax is checked, and no more
     <!-- slow -->            it runs with the slow tests, and all that follows on the page with it
     <!-- run -->             the commands of the block are not only parsed
     <!-- run slow -->        the same, with the slow tests
@@ -87,8 +86,7 @@ def script(text: str, slow: bool) -> str:
     for block in blocks(text):
         if block.language != "python":
             continue
-        compile(block.code, f"line {block.line}", "exec")
-        if block.said == "fragment" or block.said.startswith("file:"):
+        if block.said.startswith("file:"):
             continue
         if block.slow and not slow:
             break
