@@ -5,7 +5,7 @@ PYTHON = python3
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 REQUIREMENTS = setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test slow mutants lint venv clean
+.PHONY: demo test slow mutants lint docs venv clean
 
 demo: .venv/.installed
 	.venv/bin/python -m evoplan.experiments.demo
@@ -23,6 +23,10 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# Into site/, to be read from the disk: site/index.html.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 venv: .venv/.installed-test
 
@@ -44,7 +48,12 @@ venv: .venv/.installed-test
 	@$(PIP) --no-deps openfold3 boltz
 	@touch $@
 
+.venv/.installed-docs: .venv/.installed
+	@echo "Installing mkdocs into .venv"
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 # Keeps .venv.
 clean:
-	rm -rf build demo pytorch_profiles flops_analysis scaling_study_* *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf build site demo pytorch_profiles flops_analysis scaling_study_* *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -172,8 +172,8 @@ def command(names: tuple[str, ...], rounds: int, json_path: str | None) -> None:
         low, high = row["time_spread"]
         print(
             f"{name:11} by hand {row['by_hand_bytes'] / 2**20:7.1f} MiB; least "
-            f"{row['least_over_by_hand']:.2f} of it ({row['least_over_by_hand_no_output_held']:.2f} where the "
-            f"output is not held); at its peak {row['time_over_by_hand']:.3f} of its time "
+            f"{row['least_over_by_hand']:.2f} of it ({row['least_over_by_hand_no_output_held']:.2f} where no "
+            f"output is held); at its peak {row['time_over_by_hand']:.3f} of its time "
             f"({low:.3f} to {high:.3f}; predicted {row['predicted_time_over_large']:.3f}), peak measured "
             f"over predicted {row['measured_over_predicted']:.4f}",
             flush=True,

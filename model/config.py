@@ -43,8 +43,14 @@ def require_positive(**sizes: int) -> None:
 class InputShape:
     """Shape of one step's input: `batch` alignments of `n_seq` rows and `n_res` columns.
 
-    `n_seq` is left out where the model reads no alignment, `n_extra`, the number of rows of the extra
-    alignment, where it has no stack for one.
+    Attributes:
+        n_seq: rows s of the alignment; left out where the model reads none.
+        n_res: residues or tokens, r.
+        batch: inputs of a step.
+        n_extra: rows of the extra alignment; left out where the model has no stack for one.
+
+    Raises:
+        ValueError: one of them is no whole number of at least 1.
     """
 
     n_seq: int | None = None

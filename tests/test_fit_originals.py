@@ -18,6 +18,7 @@ from evoplan.planner.commands.foreign import built_by
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.fitting.simulating import Given, captured
 from tests.test_fit import assert_same, check_at_five_budgets, step
+from tests.torchrun import alone
 from tests.zoo import Case
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -26,10 +27,15 @@ NEEDS = {"boltz": ["boltz", "einops"], "openfold3": ["openfold3"]}
 NEEDS |= {name: ["transformers"] for name in ("llama", "bert", "vit", "esmfold")}
 
 
-def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
-    """A model with no weight zero: the originals start some at zero, which would hide errors."""
+def needed(path: Path) -> None:
+    """Skip where an original is not installed."""
     for name in NEEDS.get(path.stem.partition("_")[0], ()):
         pytest.importorskip(name)
+
+
+def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
+    """A model with no weight zero: the originals start some at zero, which would hide errors."""
+    needed(path)
     given = Case(*built_by(f"{path}:build")[:4])
     with torch.no_grad():
         for parameter in given.model.parameters():
@@ -70,3 +76,16 @@ def in_double_precision(given: Case) -> Captured:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "sequential" else pytest.mark.slow) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
+def test_examples_run_as_scripts(path: Path) -> None:
+    """As a reader starts them: plan, train, verify; the promise is kept within the budget that they name."""
+    needed(path)
+    done = alone(str(path))
+    assert done.code == 0, done.err
+    assert "ok=True" in done.out

@@ -19,7 +19,7 @@ def evoplan(*arguments: str) -> tuple[float, int]:
     """Run the command line in a process of its own: wall seconds and peak resident bytes."""
     # Not ru_maxrss: a child starts with its parent's, from before it ran anything of its own.
     code = (
-        "import sys; from planner.cli import main\n"
+        "import sys; from evoplan.planner.commands.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print('PEAK', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

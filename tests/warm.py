@@ -231,6 +231,7 @@ def become(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         case script, *_:
             sys.argv = arguments
+            sys.path.insert(0, str(Path(script).resolve().parent))
             runpy.run_path(script, run_name="__main__")
 
 

@@ -18,6 +18,19 @@ class EvoformerConfig(ModelConfig):
 
     Its columns attend gated (Alg. 8); those of the extra MSA stack attend globally (Alg. 19).
 
+    Attributes:
+        n_block: blocks.
+        c_m, c_z: channels of m [*, s, r, c_m] and z [*, r, r, c_z].
+        n_head_msa, n_head_pair: heads of attention on m and on z.
+        c_head_msa, c_head: width of one head on m and on z.
+        c_opm, c_tri: hidden channels of the outer product mean and of triangle multiplications.
+        transition_factor: how many times a transition widens.
+        dropout_msa, dropout_pair: rates, from 0 to below 1.
+        column_attention: gated or global.
+
+    Raises:
+        ValueError: a width is no whole number of at least 1, or a rate is out of range.
+
     Source: Jumper et al. (2021), Suppl. Alg. 6-15, 18, 19 and 1.6.
     """
 

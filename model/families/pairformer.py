@@ -13,6 +13,18 @@ from evoplan.model.families.evoformer import MSA, PAIR
 class PairformerConfig(ModelConfig):
     """Widths of a Pairformer stack; the defaults are AlphaFold 3's.
 
+    Attributes:
+        n_block: blocks.
+        c_s, c_z: channels of s [*, r, c_s] and z [*, r, r, c_z].
+        n_head_single, n_head_pair: heads of attention on s and on z.
+        c_head_single, c_head: width of one head on s and on z.
+        c_tri: hidden channels of triangle multiplications.
+        transition_factor: how many times a transition widens.
+        dropout_pair: rate, from 0 to below 1.
+
+    Raises:
+        ValueError: a width is no whole number of at least 1, or a rate is out of range.
+
     Source: Abramson et al. (2024), Suppl. Alg. 11-17, 24.
     """
 
@@ -42,6 +54,19 @@ class MSAModuleConfig(ModelConfig):
     """Widths of an MSA module; the defaults are AlphaFold 3's.
 
     Nobody reads the last block's m, so that it is not made, unless `last_m` wants it.
+
+    Attributes:
+        n_block: blocks.
+        c_m, c_z: channels of m [*, s, r, c_m] and z [*, r, r, c_z].
+        n_head_msa, n_head_pair: heads of the weighted averaging of m and of attention on z.
+        c_head_msa, c_head: width of one head of each.
+        c_opm, c_tri: hidden channels of the outer product mean and of triangle multiplications.
+        transition_factor: how many times a transition widens.
+        dropout_msa, dropout_pair: rates, from 0 to below 1.
+        last_m: whether the last block makes m.
+
+    Raises:
+        ValueError: a width is no whole number of at least 1, or a rate is out of range.
 
     Source: Abramson et al. (2024), Suppl. Alg. 8-15; the width of a head as in AlphaFold 3's code.
     """

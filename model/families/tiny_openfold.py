@@ -19,6 +19,18 @@ class TinyOpenFoldConfig(ModelConfig):
 
     Its heads share the width of their stream, and it drops nothing.
 
+    Attributes:
+        n_block: blocks.
+        c_m, c_z: channels of m [*, s, r, c_m] and z [*, r, r, c_z].
+        n_head_msa, n_head_pair: heads of attention on m and on z.
+        c_opm: hidden channels of the outer product mean.
+        transition_factor: how many times a transition widens.
+        n_token: tokens of the alignment.
+        c_pair_features: features of a pair.
+
+    Raises:
+        ValueError: a width is no whole number of at least 1, or no multiple of its heads.
+
     Source: AMD's HPCTrainingExamples, TinyOpenFold, version 1.
     """
 

@@ -13,6 +13,12 @@ from evoplan.model.families.evoformer import EXTRA, MSA, PAIR, EvoformerConfig
 class TrunkConfig(ModelConfig):
     """An extra MSA stack on (e, z), then the main stack on (m, z).
 
+    Attributes:
+        extra, main: widths of each; they share z.
+
+    Raises:
+        ValueError: their c_z differ.
+
     Source: Jumper et al. (2021), Suppl. Alg. 2, lines 15-17.
     """
 

@@ -43,8 +43,10 @@ class EvoformerBlock(Block):
 class EvoformerStack(Plannable):
     """Blocks in sequence over the state (m, z).
 
-    Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks [*, s, r] and [*, r, r]
+    Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks, msa_mask [*, s, r] and pair_mask [*, r, r]
     (1 where there is data; all ones when not given). Returns the new (m, z).
+
+    Source: Jumper et al. (2021), Suppl. Alg. 6 and 18.
     """
 
     config: EvoformerConfig

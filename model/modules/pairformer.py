@@ -182,8 +182,8 @@ class MSAModuleBlock(_PairBlock):
 class PairformerStack(Plannable):
     """Blocks in sequence over the state (s, z).
 
-    Inputs: s [*, r, c_s], z [*, r, r, c_z], and their masks [*, r] and [*, r, r] (1 where there is data; all
-    ones when not given). Returns the new (s, z).
+    Inputs: s [*, r, c_s], z [*, r, r, c_z], and their masks, single_mask [*, r] and pair_mask [*, r, r]
+    (1 where there is data; all ones when not given). Returns the new (s, z).
 
     Source: Abramson et al. (2024), Suppl. Alg. 17.
     """
@@ -208,8 +208,9 @@ class PairformerStack(Plannable):
 class MSAModuleStack(Plannable):
     """Blocks in sequence over the state (m, z); sampling and embedding of the alignment lie before it.
 
-    Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks [*, s, r] and [*, r, r] (1 where there is
-    data; all ones when not given). Returns the new z, and before it m where the configuration wants it.
+    Inputs: m [*, s, r, c_m], z [*, r, r, c_z], and their masks, msa_mask [*, s, r] and pair_mask [*, r, r]
+    (1 where there is data; all ones when not given). Returns the new z, and before it m where the
+    configuration wants it.
 
     Source: Abramson et al. (2024), Suppl. Alg. 8, lines 5-15.
     """

@@ -17,8 +17,9 @@ EXTRA_NAMES = {"m": "e", "msa_mask": "extra_mask", "pair_count": "extra_count"}
 class EvoformerTrunk(Plannable):
     """The extra stack rewrites (e, z), then the main stack (m, z).
 
-    Inputs: e [*, s_e, r, c_e], m [*, s, r, c_m], z [*, r, r, c_z], and masks without channels (1 where there
-    is data; all ones when not given). Returns the new (m, z): nobody reads e after the extra stack.
+    Inputs: e [*, s_e, r, c_e], m [*, s, r, c_m], z [*, r, r, c_z], and masks without channels, extra_mask,
+    msa_mask and pair_mask (1 where there is data; all ones when not given). Returns the new (m, z): nobody
+    reads e after the extra stack.
 
     Source: Jumper et al. (2021), Suppl. Alg. 2, lines 15-17.
     """

@@ -46,9 +46,16 @@ PEAK_FLOOR = 4096  # bytes; models of a few kilobytes are mostly odds and ends
 
 @dataclass(frozen=True)
 class Verification:
-    """What was promised and what was found. None: could not be had.
+    """What was promised and what was found, of one step. None: could not be had.
 
     Attributes:
+        backend: what measured the peak: an allocator by its device, or the simulation.
+        static_bytes: of both peaks: parameters, gradients, optimizer, inputs, outputs, workspace.
+        unplanned_peak_bytes, unplanned_step_seconds: of the model without a plan.
+        max_loss_error: relative.
+        max_gradient_error: of any parameter or input, over the largest entry of any gradient.
+        tolerances: what errors are held against; the peak's is a share of the predicted one.
+        ok: whether all is within tolerance, and the peak within the budget.
         gradient_error_beyond_rounding: where half precision makes the plan's gradients differ from the plain
             model's by more than the tolerance: how much further from single precision's they are than those.
     """
@@ -75,6 +82,10 @@ class Verification:
 
 def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     """Run the applied plan, or one rank's share of it, on fake tensors: its memory, without using any.
+
+    Args:
+        plan: for any device; this machine need not have one.
+        rank: whose share of a plan for several.
 
     Raises:
         ValueError: the plan runs kernels that cannot be traced, is for a loss of the user's own, or for
@@ -136,8 +147,10 @@ def verify_plan(
 
     Args:
         stack: the model; a random one is made when None.
+        plan: for this machine's kind of device.
         repeats: timed runs of each, interleaved; medians are reported.
         unplanned: also run the model without the plan, where it fits.
+        progress: called with what is being done.
         ranks: that the plan's several ranks are; each gets what it has found itself.
         loss: that the plan was made with, if it was made with one.
 

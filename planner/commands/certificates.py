@@ -59,7 +59,7 @@ def _of_own(plan_file: str, cache: str | None) -> dict[str, Any]:
 def _of_fit(plan_file: str, source: str | None) -> dict[str, Any]:
     from evoplan.planner.commands.foreign import built_by
     from evoplan.planner.fitting.certifying import certificate_of_fit
-    from evoplan.planner.fitting.fitted import fitting_for
+    from evoplan.planner.fitting.making import fitting_for
     from evoplan.planner.fitting.plan import load_fit_plan
 
     plan = load_fit_plan(plan_file)

@@ -28,6 +28,8 @@ def apply_plan(
     """The stack under a plan, or under several for inputs of different shapes: same parameters, same outputs.
 
     Args:
+        stack: the model that the plan is for, with any weights; it is not changed.
+        plan: as `make_plan` or `load_plan` returns it.
         ranks: that the plan's several ranks are, or their process group; each is then given its shards of
             the state and whole masks, and returns its shards of the results (see `ParallelEvoformer`).
         other_shapes: what to do with inputs of a shape that no plan is for. "refuse" says so; "clip" runs

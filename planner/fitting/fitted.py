@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -10,26 +9,22 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from evoplan.model.foreign.capture import CaptureError
 from evoplan.model.foreign.knobs import Knobs
 from evoplan.planner.files import check_writable, write_json, write_text
 from evoplan.planner.fitting.certifying import certificate_of_fit, certified
+from evoplan.planner.fitting.making import bytes_of, made_before, planned
 from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
 from evoplan.planner.fitting.plan import FitPlan, load_fit_plan
 from evoplan.planner.fitting.problem import Fitting, Timing, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
-from evoplan.planner.fitting.solving import baselines, fastest, least_fit, sampled_frontier
+from evoplan.planner.fitting.solving import sampled_frontier
 from evoplan.planner.fitting.sweeping import sweep_of_fit, swept
 from evoplan.planner.fitting.verifying import FitVerification, verify_fit
 from evoplan.planner.pages.verified import verified_of
 from evoplan.planner.pages.writing import write_pages
-from evoplan.planner.plans.plan import SolverReport
-from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
-from evoplan.planner.schedules.schedule import strategies_used
-from evoplan.planner.sizes import exact_size, parse_size
 
 
 class Fitted:
@@ -53,6 +48,16 @@ class Fitted:
         """Run a training step with and without the plan on real inputs, and compare: peak, loss, gradients.
 
         The model's gradients and buffers are left as they were.
+
+        Args:
+            args, kwargs: what the model is called with; as many tensors, and of the shapes, that it was
+                planned for.
+
+        Returns:
+            Peaks in bytes, errors, and `ok`: whether all is within tolerance and budget.
+
+        Raises:
+            ChangedCallError: a block is called otherwise than it was planned for.
         """
         return verify_fit(self._fitting, self.plan, self._patched, args, kwargs or {})
 
@@ -61,17 +66,32 @@ class Fitted:
         return self.plan.report()
 
     def certify(self) -> FitPlan:
-        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`."""
+        """Prove what can be proven of the plan: `plan.solver.gap`, `plan.solver.certificates`.
+
+        Returns:
+            The plan with its certificates, which is the model's from now on; its schedule is the same.
+        """
         self.plan = certified(self._fitting, self.plan)
         return self.plan
 
     def certificate(self, path: str | Path) -> None:
-        """Write a certificate of the plan that anybody can check: docs/certificates.md."""
+        """Write a certificate of the plan that anybody can check: docs/certificates.md.
+
+        Args:
+            path: of the file, JSON.
+        """
         check_writable(path)
         write_json(path, certificate_of_fit(self._fitting, self.plan))
 
     def frontier(self, points: int = 12) -> list[Prediction]:
-        """What can be had: peak and time of the fastest plans, from the least memory on."""
+        """What can be had: peak and time of the fastest plans, from the least memory on.
+
+        Args:
+            points: budgets that are tried, at most; each is a simulation of the whole step.
+
+        Returns:
+            Bytes and seconds of a step, least memory first.
+        """
         return [fit.predicted for fit in sampled_frontier(self._fitting, points)]
 
     def sweep(
@@ -83,6 +103,7 @@ class Fitted:
         """The same as `evoplan sweep` writes it: `points`, and `baselines` beside them; bytes and seconds.
 
         Args:
+            points: budgets that are tried, at most.
             html: where to write a page about it, if anywhere.
             progress: told of each point that is through; each is a simulation of the whole step.
         """
@@ -96,6 +117,7 @@ class Fitted:
         """Write one page about the plan: what is done with each block, memory over time, the frontier.
 
         Args:
+            path: of the page, HTML.
             verification: what `verify` has returned, shown beside the prediction.
         """
         check_writable(path)
@@ -103,22 +125,33 @@ class Fitted:
         write_pages(content_of_fit(self.plan, self._fitting, verified), html=path)
 
     def memory_viz(self, path: str | Path) -> None:
-        """Write a predicted snapshot of the blocks' memory for PyTorch's memory viewer, a pickle."""
+        """Write a predicted snapshot of the blocks' memory for PyTorch's memory viewer.
+
+        Args:
+            path: of the file, a pickle.
+        """
         check_writable(path)
         write_pages(content_of_fit(self.plan, self._fitting, points=None), snapshot=path)
 
     def perfetto(self, path: str | Path) -> None:
-        """Write a predicted trace of the blocks for Perfetto or chrome://tracing, JSON."""
+        """Write a predicted trace of the blocks for Perfetto or chrome://tracing.
+
+        Args:
+            path: of the file, JSON.
+        """
         check_writable(path)
         write_pages(content_of_fit(self.plan, self._fitting, points=None), trace=path)
 
     def replan(self, budget: str | int | None) -> None:
         """Run under another budget from now on, on the costs that are known.
 
+        Args:
+            budget: as `fit` takes it.
+
         Raises:
             NoPlanError: nothing fits; the model runs on as it did.
         """
-        self.plan = _planned(self._fitting, _bytes(budget))
+        self.plan = planned(self._fitting, bytes_of(budget))
         self._patched.remove()
         self._patched = Patched(
             self.model, self._fitting.captured, self.plan.schedule, self._patched.on_change
@@ -178,7 +211,7 @@ def fit(
     """
     if on_change not in ("error", "unplanned"):
         raise ValueError(f"on_change is {on_change!r}; choose error or unplanned")
-    size = _bytes(budget)
+    size = bytes_of(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
     if times not in get_args(Timing):
@@ -186,82 +219,5 @@ def fit(
     before = None if plan is None else plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
     about = given_loss, optimizer, autocast, device, knobs, times, before.strategies if before else ()
     fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
-    made = _planned(fitting, size) if before is None else _made_before(fitting, before, size)
+    made = planned(fitting, size) if before is None else made_before(fitting, before, size)
     return Fitted(fitting, made, on_change)
-
-
-def fitting_for(
-    plan: FitPlan,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    loss: Loss | None,
-    knobs: Knobs | None = None,
-) -> tuple[Fitting, FitPlan]:
-    """The costs of a plan that was made before, of the model that it is for.
-
-    Raises:
-        CaptureError: it is for another model, or other inputs; says which.
-    """
-    dtype, _, mixed = plan.precision.partition(" ")
-    where = {parameter.device.type for parameter in model.parameters()}
-    name = None if plan.device in where else plan.device
-    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name, knobs
-    fitting = fitting_of(model, args, kwargs, *about, strategies=plan.strategies)
-    return fitting, _made_before(fitting, plan, plan.budget_bytes)
-
-
-def _made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
-    """A plan, if it is for this model and what it is called with, and its figures are right for it."""
-    if known.chain_digest != fitting.captured.digest:
-        raise CaptureError(
-            f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
-            "fit this model and these inputs anew"
-        )
-    for step, used in strategies_used(known.schedule).items():
-        offered = {cost.strategy for cost in fitting.table.options[step]}
-        for strategy in used - offered:
-            knobs = ", ".join(f"{name}={value}" for name, value in strategy.knobs)
-            instead = f"give `knobs` that have {knobs}, or fit anew" if knobs else "fit anew"
-            raise CaptureError(f"{known.blocks[step]} cannot be run {strategy} here; {instead}")
-    predicted = fitting.predict(known.schedule)
-    if predicted.peak_bytes != known.predicted.peak_bytes:
-        raise CaptureError(
-            f"the plan's peak is {exact_size(known.predicted.peak_bytes)}, that of this model, loss, "
-            f"optimizer and device {exact_size(predicted.peak_bytes)}; fit anew"
-        )
-    if size is not None and predicted.peak_bytes > size:
-        needs = exact_size(predicted.peak_bytes)
-        raise NoPlanError(f"the plan needs {needs}, the budget is {exact_size(size)}; fit anew", size)
-    return known
-
-
-def _bytes(budget: str | int | None) -> int | None:
-    if isinstance(budget, float):
-        raise ValueError(f"the budget is {budget}; give bytes as a whole number, or text such as 8GiB")
-    return None if budget is None else parse_size(budget)
-
-
-def _planned(fitting: Fitting, budget: int | None) -> FitPlan:
-    begun = time.perf_counter()
-    found = fastest(fitting, budget)
-    seconds = time.perf_counter() - begun
-    loss = fitting.loss
-    return FitPlan(
-        model=type(fitting.model).__name__,
-        chain_digest=fitting.captured.digest,
-        blocks=tuple(call.name for call in fitting.captured.calls),
-        device=fitting.device.name,
-        precision=fitting.precision if fitting.autocast is None else f"{fitting.precision} mixed",
-        optimizer=fitting.optimizer,
-        loss=getattr(loss, "__qualname__", type(loss).__qualname__),
-        budget_bytes=budget,
-        costs={"memory": "traced", "time": fitting.times, "torch": torch.__version__.split("+")[0]},
-        solver=SolverReport(name="dp", seconds=seconds),
-        predicted=found.predicted,
-        static=fitting.static,
-        baselines=baselines(fitting),
-        least_feasible_bytes=least_fit(fitting).predicted.peak_bytes,
-        notes=fitting.captured.notes,
-        schedule=found.schedule,
-    )

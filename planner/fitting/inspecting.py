@@ -32,6 +32,9 @@ class Found:
     """One call of a block.
 
     Attributes:
+        name: its path in the model, with a number for the second call on.
+        module: its class.
+        parameters: how many numbers they are.
         given, makes: its tensors, as `float32 [2, 5, 16]`; those of earlier blocks by name.
         kept_bytes: what autograd keeps of it from forward to backward.
         strategies: how it can be run.
@@ -82,6 +85,8 @@ class Inspection:
     """The blocks of a model and what a step takes.
 
     Attributes:
+        static_bytes: parameters, gradients, optimizer, inputs.
+        notes: what is left as it is written, and why.
         peak_bytes: of a step with nothing recomputed, and `peak_at` where that is.
         least_bytes: the least that a plan needs.
     """
@@ -140,8 +145,17 @@ def inspect(
     """The blocks that `fit` would plan, what they are given and keep, the peak of a step and where it is.
 
     Args:
-        as `fit` has them; knobs: beside those that are seen, arguments and attributes called like
+        model: any module whose blocks are called one after the other; it is left as it is.
+        args, kwargs: what it is called with; only shapes and dtypes count.
+        loss: takes the model's output and returns a scalar; the mean of squares if not given.
+        optimizer: whose states count: none, sgd (with momentum) or adamw.
+        device: to plan for, by its name in the device table; where the model lies if not given.
+        autocast: dtype that torch.autocast casts to in forward; what is in force if not given.
+        knobs: to try, as `fit` takes them, beside those that are seen: arguments and attributes called like
             `chunk_size`.
+
+    Returns:
+        Blocks with their strategies, axes and knobs; static, unplanned and least bytes of a step.
 
     Raises:
         CaptureError: the model cannot be planned; says why.

@@ -25,6 +25,10 @@ class FitPlan(Sealed):
 
     Attributes:
         model: its class.
+        budget_bytes: of the peak of a whole step; None: no limit.
+        least_feasible_bytes: the least budget that has a plan.
+        solver: who found the schedule, and what is proven of it.
+        schedule: of its blocks' calls, in order.
         chain_digest: of its blocks' calls: what they are given, and what they do.
         blocks: the calls by name, in order.
         precision: what products are done in.

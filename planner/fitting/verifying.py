@@ -25,9 +25,12 @@ class FitVerification:
     """What was promised and what was found, of a whole training step.
 
     Attributes:
+        unplanned_peak_bytes: of a step of the model as it is.
+        static_bytes: of all three peaks: parameters, gradients, optimizer, inputs.
         max_loss_error: relative.
         max_gradient_error: of any parameter or input, over the largest entry of any gradient.
         tolerances: what errors are held against.
+        ok: whether they are within, and the peak within the budget.
     """
 
     budget_bytes: int | None

@@ -39,15 +39,19 @@ def make_plan(
         inputs: what forward takes, by name or in its order: the state, such as m [b, s, r, c_m] and
             z [b, r, r, c_z], and masks if they will be given; only shapes, dtypes and strides count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
+        device: by its name in the device table; cuda is this machine's GPU.
+        mode: training, or inference, in which nothing is kept for a backward.
+        optimizer: whose states count: none, sgd (with momentum) or adamw.
         ranks: devices that share each input; the plan is for one of them.
-        times: where step times come from; auto is the best there is (see `cost_with_times`).
+        solver: by name: dp, cp-sat, none, small, large, sqrt or seed-dp.
+        times: where step times come from: measured, calibrated or roofline; auto is the best there is.
         autocast: torch.bfloat16 or torch.float16, where forward runs under torch.autocast to that dtype.
         loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
             Without it the peak holds for `model.programs.loss.mean_square`: it makes its gradient alone.
         reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
 
     Raises:
-        NoPlanError: nothing fits.
+        NoPlanError: nothing fits; its `least_feasible_bytes` is the least budget that has a plan.
         ValueError: inputs, budget or a name that make no sense.
     """
     tensors = _by_name(stack, inputs)

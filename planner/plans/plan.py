@@ -33,7 +33,7 @@ class Certificate(BaseModel):
             and whatever they drop and make again.
         bound_seconds: none of them is faster within the budget; None: none of them fits.
         best_seconds: the fastest one known; None: none is known.
-        gap: best_seconds / bound_seconds - 1.
+        gap: best_seconds / bound_seconds - 1, a share.
         seconds: that the proof took.
     """
 
@@ -86,13 +86,17 @@ class Plan(Sealed):
     """A problem and the schedule that answers it.
 
     Attributes:
+        problem: model, shapes, device and budget.
         costs: where memory and time figures came from.
-        predicted: of the rank that needs the most memory, where there are several; times are the first one's.
+        solver: who found the schedule, and what is proven of it.
+        predicted: bytes and seconds of a step; of the rank that needs the most memory, where there are
+            several; times are the first one's.
         rank_peak_bytes: predicted peak of each rank.
         schedule: in the file, nested parts; see `schedule_to_json`.
         static: the parts of predicted.static_bytes.
         model_digest: of the model that was costed (`planner.problems.digest`).
         baselines: the same prediction for what people do by hand.
+        least_feasible_bytes: the least budget that has a plan; None: not known.
         only_whole: kinds of steps that offer no strategy in pieces.
     """
 
@@ -142,7 +146,10 @@ _READER = Reader(Plan, "evoplan-plan", SCHEMA, "`evoplan plan --out`", _check)
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read and check a plan file.
+    """Read and check a plan file, as `evoplan plan --out` and `plan.save(path)` write it.
+
+    Args:
+        path: of the file, JSON.
 
     Raises:
         PlanFileError: missing, cut off, altered, of another schema, or not a plan.

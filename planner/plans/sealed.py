@@ -38,7 +38,11 @@ class Sealed(BaseModel):
         return {"plan": self.to_json()["digest"][:12]}
 
     def save(self, path: str | Path) -> None:
-        """Write the plan, all of it or nothing."""
+        """Write the plan, all of it or nothing.
+
+        Args:
+            path: of the file, JSON.
+        """
         write_json(path, self.to_json())
 
 

@@ -11,7 +11,15 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Prediction(BaseModel):
-    """Bytes and seconds of one step under a schedule. peak_bytes = static_bytes + activation_bytes."""
+    """What one step under a schedule takes: peak_bytes = static_bytes + activation_bytes.
+
+    Attributes:
+        peak_bytes: the most that is on the device at any moment.
+        static_bytes: parameters, gradients, optimizer, inputs; of evoplan's own stacks outputs and workspace
+            as well.
+        activation_bytes: what the step makes, at its peak.
+        step_seconds: forward, loss and backward.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
