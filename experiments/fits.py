@@ -130,21 +130,27 @@ def compare(given: Given, rounds: int) -> dict[str, Any]:
     fitted.replan(least)
     step()
     least_measured, least_brief = measure.peak_bytes(step), measure.peak_bytes(brief_step)
+    fitted.replan(None)
+    free = fitted.plan
     fitted.replan(max(least, static + by_hand))
     peak = measure.peak_bytes(step)
     predicted = fitted.plan.predicted.peak_bytes - static
     plan = fitted.plan
-    times: dict[str, list[float]] = {"plan": [], "by hand": []}
+    times: dict[str, list[float]] = {"plan": [], "by hand": [], "free": [], "plain": []}
     fitted.remove()
     for _ in range(rounds):
         with checkpointed(given.blocks):
             step()  # what a first step does besides is no part of the others
             times["by hand"].append(measure.seconds(step))
-        fitted = evoplan.fit(given.model, given.args, given.kwargs, loss=given.loss, plan=plan)
+        for name, one in (("plan", plan), ("free", free)):
+            fitted = evoplan.fit(given.model, given.args, given.kwargs, loss=given.loss, plan=one)
+            step()
+            times[name].append(measure.seconds(step))
+            fitted.remove()
         step()
-        times["plan"].append(measure.seconds(step))
-        fitted.remove()
+        times["plain"].append(measure.seconds(step))
     ratios = sorted(a / b for a, b in zip(times["plan"], times["by hand"], strict=True))
+    of_free = sorted(a / b for a, b in zip(times["free"], times["plain"], strict=True))
     return {
         "by_hand_bytes": by_hand,
         "least_bytes": least_measured,
@@ -154,6 +160,8 @@ def compare(given: Given, rounds: int) -> dict[str, Any]:
         "measured_over_predicted": peak / predicted,
         "time_over_by_hand": median(ratios),
         "time_spread": [ratios[0], ratios[-1]],
+        "unlimited_time_over_plain": median(of_free),
+        "unlimited_time_spread": [of_free[0], of_free[-1]],
         "predicted_time_over_large": plan.predicted.step_seconds / plan.baselines["large"].step_seconds,
     }
 
@@ -175,7 +183,8 @@ def command(names: tuple[str, ...], rounds: int, json_path: str | None) -> None:
             f"{row['least_over_by_hand']:.2f} of it ({row['least_over_by_hand_no_output_held']:.2f} where no "
             f"output is held); at its peak {row['time_over_by_hand']:.3f} of its time "
             f"({low:.3f} to {high:.3f}; predicted {row['predicted_time_over_large']:.3f}), peak measured "
-            f"over predicted {row['measured_over_predicted']:.4f}",
+            f"over predicted {row['measured_over_predicted']:.4f}; without a budget "
+            f"{row['unlimited_time_over_plain']:.3f} of the plain model's time",
             flush=True,
         )
     if json_path:

@@ -30,6 +30,9 @@ os.environ["EVOPLAN_CACHE"] = os.path.join(tempfile.gettempdir(), "evoplan-tests
 # Nor into the user's traces what tests make, but all processes of a test run share theirs.
 os.environ.setdefault("EVOPLAN_TRACES", str(Path(__file__).parents[1] / ".pytest_cache" / "evoplan"))
 
+# xdist tells its workers the width of its own terminal, which is none of what tests print to.
+os.environ.pop("COLUMNS", None)
+
 # How many of its examples a property is tried on, in percent: a part in `make test`, all in `make slow`.
 settings.register_profile("part", max_examples=25)
 settings.register_profile("all", max_examples=100)

@@ -48,7 +48,13 @@ def built(path: Path, dtype: torch.dtype = torch.float32) -> Case:
     return given._replace(model=given.model.to(dtype), args=tuple(map(cast, given.args)), kwargs=kwargs)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+QUICK = {"openfold3_pairformer", "bert", "gpt", "cnn"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow, id=p.stem) for p in EXAMPLES],
+)
 def test_gradients_and_peaks_at_five_budgets(path: Path) -> None:
     """In single precision as it comes; the same schedules in double precision, but where the code casts."""
     given = built(path)

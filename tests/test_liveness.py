@@ -103,6 +103,7 @@ def check_plans(model: torch.nn.Module, shapes, inputs, deepest: int) -> None:
     assert max(depths) >= deepest
 
 
+@pytest.mark.slow
 def test_a_trunk_is_planned_exactly() -> None:
     config = TrunkConfig(replace(TINY_EXTRA, c_m=8, n_block=1), TINY)
     model = randomise(EvoformerTrunk(config).double()).train()

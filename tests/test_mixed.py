@@ -50,7 +50,9 @@ def run(model: nn.Module, dtype: torch.dtype, inside: bool) -> Counter[torch.dty
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [HALF[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALF[1:])], ids=str
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_what_runs_again_does_so_in_forwards_precision(mode: str, dtype: torch.dtype, inside: bool) -> None:
     plain, stack = (new_stack(dtype=torch.float32) for _ in range(2))
@@ -181,8 +183,9 @@ LARGE = [*((case, "bf16-mixed") for case in CASES), ("main", "fp16-mixed")]
     ("case", "mixed"),
     [
         ("small main", "fp16-mixed"),
-        *((case, "bf16-mixed") for case in SMALL if case != "small main"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (*LARGE, ("small main", "bf16-mixed"))),
+        ("small tiny", "bf16-mixed"),
+        *(pytest.param(case, "bf16-mixed", marks=pytest.mark.slow) for case in SMALL if case != "small tiny"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE),
     ],
 )
 def test_peaks_are_as_planned(case: str, mixed: str) -> None:

@@ -35,7 +35,10 @@ def problem(ranks: int, budget: int | None = None, **changes) -> Problem:
     return Problem(**asked | changes, ranks=ranks, budget_bytes=budget)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mode": "inference"}, {"config": TRUNK}, {"device": "cpu"}])
+_MORE = [pytest.param(changes, marks=pytest.mark.slow) for changes in ({"config": TRUNK}, {"device": "cpu"})]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "inference"}, *_MORE])
 def test_every_ranks_peak_is_predicted(changes: dict, tmp_path) -> None:
     """3 ranks share 11 rows and 14 columns: no two of them hold the same."""
     costed = cost_problem(problem(3, **changes))

@@ -26,6 +26,7 @@ STUDY = ("-m", "evoplan.experiments.scaling")
 SIZES = ["--num-blocks", "1", "--seq-len", "12", "--num-seqs", "3", "--batch-size", "1", "--num-steps", "2"]
 
 
+@pytest.mark.slow
 def test_a_scaling_study(tmp_path: Path) -> None:
     """1 and 2 processes."""
     sizes = ("--seq-len", "12", "--num-seqs", "3", "--num-blocks", "1")
@@ -203,6 +204,7 @@ class Fork(Child):
             return super().communicate(timeout)
 
 
+@pytest.mark.slow
 def test_flops_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(several, "subprocess", SimpleNamespace(Popen=Fork, DEVNULL=None, PIPE=None))

@@ -105,6 +105,7 @@ def test_the_least_that_a_step_needs_is_said(recipe: Recipe) -> None:
     assert measured(recipe, plan)[1] <= least
 
 
+@pytest.mark.slow
 def test_every_budget_is_kept() -> None:
     """Of the whole step, of which the stack that is planned is a part."""
     recipe = CASES[4]
@@ -282,6 +283,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert memory["predicted"]["peak_bytes"] == pytest.approx(memory["measured"]["peak_bytes"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     flags = ("--num-steps", "100000", "--profile-dir", str(tmp_path), "--timeout", "20")
     with started(torchrun_command(2, *TRAIN, *flags)) as launcher:

@@ -63,6 +63,7 @@ def test_bytes_and_work_are_those_of_real_tensors(config: Any, dtype: str, shape
                 assert not unlike, (step.name, str(cost.strategy))
 
 
+@pytest.mark.slow
 def test_what_is_made_again_is_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs with operators' results remembered, in a cache that others have filled, and with none."""
     config = CONFIGS["main"]
