@@ -74,6 +74,15 @@ class CostTable:
         positions = range(len(self.options) + 1)
         return tuple(sum(self.state_bytes[v.tensor] for v in self.liveness.alive(p)) for p in positions)
 
+    @property
+    def most_bytes(self) -> int:
+        """More memory than any schedule needs, however it is rounded."""
+        needs = (
+            max(max(cost.forward_bytes, cost.backward_bytes, cost.discard_bytes) for cost in costs)
+            for costs in self.options
+        )
+        return 2 * sum(needs) + self.loss_bytes + self.bytes_of(self.liveness.outputs)
+
     def gradient_bytes(self, position: int) -> int:
         """Gradients that are live while backward stands before step `position`."""
         return self._gradient_bytes[position]

@@ -14,7 +14,6 @@ from evoplan.planner.fitting.problem import Fitting
 from evoplan.planner.plans.certificate import certificate
 from evoplan.planner.plans.certify import proven
 from evoplan.planner.schedules.replay import replay
-from evoplan.planner.solvers.cp_sat import most_bytes
 
 ROOM = "; in the room that the code around the blocks leaves them under this plan"
 
@@ -47,5 +46,5 @@ def certificate_of_fit(fitting: Fitting, plan: FitPlan) -> dict[str, Any]:
         "times": plan.costs["time"],
         "plan": plan.identity["plan"],
     }
-    budget = most_bytes(fitting.table) if room is None else room
+    budget = fitting.table.most_bytes if room is None else room
     return certificate(fitting.table, plan.schedule, budget, about, ROOM)

@@ -19,7 +19,6 @@ from evoplan.planner.problems.costing import Costed
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_to_json
-from evoplan.planner.solvers.cp_sat import most_bytes
 from evoplan.planner.solvers.proof import best_proof
 from evoplan.planner.solvers.relaxed import exact
 
@@ -146,5 +145,5 @@ def certificate_of(costed: Costed, plan: Plan) -> dict[str, Any]:
         "plan": plan.identity["plan"],
     }
     return certificate(
-        costed.table, plan.schedule, most_bytes(costed.table) if budget is None else budget, about
+        costed.table, plan.schedule, costed.table.most_bytes if budget is None else budget, about
     )

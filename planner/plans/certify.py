@@ -11,7 +11,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.planner.plans.plan import Certificate, Plan, SolverReport
 from evoplan.planner.problems.costing import Costed
 from evoplan.planner.schedules.schedule import Sequence, depth
-from evoplan.planner.solvers import Frontier, cp_sat
+from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
 from evoplan.planner.solvers.proof import best_proof
@@ -62,11 +62,13 @@ def proven(
         planned: seconds of the step under this one.
     """
     if budget is None:
-        budget = cp_sat.most_bytes(table)
+        budget = table.most_bytes
     progress("bounding every depth")
     start = time.perf_counter()
     bound = least_possible(table, budget)
     found = [_certificate(ROUNDING, None, bound + after, planned, start)]
+    from evoplan.planner.solvers import cp_sat  # OR-Tools takes a while to import
+
     if cp_sat.applies(table):
         progress("CP-SAT")
         start = time.perf_counter()

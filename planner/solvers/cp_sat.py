@@ -72,7 +72,7 @@ def answer(
     if not applies(table):
         raise ValueError("cp-sat plans at most 12 steps, or any number of equal blocks; use --solver dp")
     if budget_bytes is None:
-        budget_bytes = most_bytes(table)
+        budget_bytes = table.most_bytes
     memory_bytes = budget_bytes - table.bytes_of(table.liveness.outputs)
     if memory_bytes < 0:
         return Answer(None, np.inf, np.inf)
@@ -95,14 +95,6 @@ def _most_of_a_group(table: CostTable) -> int:
     state = len(steps) * max(table.state_bytes.values())
     peaks = (max(c.forward_bytes, c.backward_bytes, c.discard_bytes) for options in steps for c in options)
     return held + state + 2 * sum(table.state_bytes.values()) + max(peaks)
-
-
-def most_bytes(table: CostTable) -> int:
-    """More memory than any schedule needs, however it is rounded."""
-    return 2 * sum(
-        max(max(c.forward_bytes, c.backward_bytes, c.discard_bytes) for c in options)
-        for options in table.options
-    ) + table.loss_bytes + table.bytes_of(table.liveness.outputs)  # fmt: skip
 
 
 def _solve(
