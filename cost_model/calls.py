@@ -100,6 +100,12 @@ def _recalled(
     return kept.recall(about_costs, trace, costs_to_text, costs_from_text)
 
 
+def discarding(strategy: Strategy) -> Strategy:
+    """That which keeps nothing by the same run: only slices and knobs make it another one."""
+    within = tuple((path, way) for path, way in strategy.within if way != REDO)
+    return Strategy(WHOLE.kind, within=within)
+
+
 def liveness_of(captured: Captured) -> Liveness:
     """Who holds which version of the state."""
     calls = captured.calls
@@ -157,9 +163,8 @@ class CallTracing:
         self._discards: dict[Strategy, tuple[int, Work]] = {}
 
     def _discarded(self, strategy: Strategy) -> tuple[int, Work]:
-        """A run that keeps nothing: its peak and its work. Only slices and knobs make it another one."""
-        within = tuple((path, way) for path, way in strategy.within if way != REDO)
-        return self._discarded_so(Strategy(WHOLE.kind, within=within))
+        """A run that keeps nothing: its peak and its work."""
+        return self._discarded_so(discarding(strategy))
 
     def _discarded_so(self, strategy: Strategy) -> tuple[int, Work]:
         if strategy in self._discards:

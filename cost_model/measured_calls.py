@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model import measure
+from evoplan.cost_model.calls import discarding
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
@@ -69,36 +70,51 @@ class _Stopwatch:
 
     def timed(self, costs: Sequence[StepCost], rounds: int) -> tuple[StepCost, ...]:
         """The costs, with times; the first round, in which memory is found, does not count."""
-        found = [[self._times(cost.strategy) for cost in costs] for _ in range(rounds + 1)][1:]
-        seconds = [[median(times) for times in zip(*one, strict=True)] for one in zip(*found, strict=True)]
+        strategies = [cost.strategy for cost in costs]
+        # The same run for many of them: what is the least of many measurements of one would be too little.
+        bare = [discarding(strategy) for strategy in strategies]
+        discards: dict[Strategy, list[float]] = {strategy: [] for strategy in bare}
+        records: dict[Strategy, list[tuple[float, float]]] = {strategy: [] for strategy in strategies}
+        for number in range(rounds + 1):
+            for strategy, times in discards.items():
+                found = self._discard_seconds(strategy)
+                times += [found] if number else []
+            for strategy, pairs in records.items():
+                pair = self._record_seconds(strategy)
+                pairs += [pair] if number else []
         return tuple(
-            replace(cost, discard_seconds=discard, forward_seconds=forward, backward_seconds=backward)
-            for cost, (discard, forward, backward) in zip(costs, seconds, strict=True)
+            replace(
+                cost,
+                discard_seconds=median(discards[without]),
+                forward_seconds=median(forward for forward, _ in records[cost.strategy]),
+                backward_seconds=median(backward for _, backward in records[cost.strategy]),
+            )
+            for cost, without in zip(costs, bare, strict=True)
         )
 
-    def _times(self, strategy: Strategy) -> tuple[float, float, float]:
-        """Seconds of a run that keeps nothing, of one that is recorded, and of its backward."""
-        runs: list[CallRun] = []
+    def _discard_seconds(self, strategy: Strategy) -> float:
+        """Seconds of a run that keeps nothing."""
 
-        def discard() -> None:
+        def run() -> None:
             with torch.no_grad():
                 discarded(self.call, self.block.forward, self.leaves, self._inside(strategy))
 
-        def forward() -> None:
-            inside = self._inside(strategy)
-            runs.append(
-                CallRun(self.call, self.block.forward, self.leaves, self.call.wanted, self.parameters, inside)
-            )
+        return measure.seconds(run, self.device)
 
-        times = self._seconds(discard), self._seconds(forward)
+    def _record_seconds(self, strategy: Strategy) -> tuple[float, float]:
+        """Seconds of a run that is recorded, and of its backward."""
+        runs: list[CallRun] = []
+
+        def run() -> None:
+            about = self.call.wanted, self.parameters, self._inside(strategy)
+            runs.append(CallRun(self.call, self.block.forward, self.leaves, *about))
+
+        forward = measure.seconds(run, self.device)
         made, _ = runs[0].take()
         grads = [torch.ones_like(tensor) for tensor in made]
         del made
-        return *times, self._seconds(lambda: runs.pop().vjp(grads))
+        return forward, measure.seconds(lambda: runs.pop().vjp(grads), self.device)
 
     def _inside(self, strategy: Strategy) -> Inside:
         call = self.call
         return Inside(strategy, self.block, call.children, self.settings, call.knobs)
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        return measure.seconds(run, self.device)
