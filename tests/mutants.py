@@ -612,6 +612,22 @@ MUTANTS = [
         ("fit_axes.py::test_a_switch_that_is_turned_is_seen",),
     ),
     Mutant(
+        "unread-by-subclasses",
+        "model/running/kinds/chunk.py",
+        "return said and own.update is Submodule.update and not others and not any(altered_layers(submodule))",
+        "return True",
+        "what goes on after a product that was left out is differentiated on garbage",
+        ("unread.py::test_subclasses_that_go_on_are_right",),
+    ),
+    Mutant(
+        "unread-under-hooks",
+        "model/running/kinds/chunk.py",
+        "and not others and not any(altered_layers(submodule))",
+        "",
+        "hooks see what was never made",
+        ("unread.py::test_what_hangs_on_its_layers_sees_numbers",),
+    ),
+    Mutant(
         "adapters-not-shown",
         "model/foreign/declared.py",
         "if max(errors) > self.close:",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evoplan.model.running.in_place import add_over, multiply_over
 from evoplan.model.running.kernels import kernel_in_use
-from evoplan.model.running.layers import FULL, columns, rows, times
+from evoplan.model.running.layers import FULL, last_columns, rows, times
 from evoplan.model.running.regions import SCORES, region
 from evoplan.model.running.remake import cheap
 
@@ -87,9 +87,9 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor, attended: Tensor, width: slice) -> Tensor:
         if self.linear_g is None:
-            return columns(self.linear_o, attended, width)
+            return last_columns(self.linear_o, attended, width)
         gate = cheap(torch.sigmoid, rows(self.linear_g, x, width))
-        return columns(self.linear_o, cheap(torch.mul, gate, attended), width)
+        return last_columns(self.linear_o, cheap(torch.mul, gate, attended), width)
 
     def _split(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (-1, self.c_head))

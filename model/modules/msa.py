@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from evoplan.model.families import EvoformerConfig
 from evoplan.model.modules.attention import Attention, mask_bias, transposed
 from evoplan.model.modules.representations import ALPHAFOLD
-from evoplan.model.running.layers import FULL, columns, rows, times
+from evoplan.model.running.layers import FULL, last_columns, rows, times
 from evoplan.model.running.remake import cheap
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 
 class MSARowAttentionWithPairBias(Submodule):
@@ -39,6 +40,7 @@ class MSARowAttentionWithPairBias(Submodule):
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
+    @affine_at_the_end
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         update: Tensor = self.attention(m, msa_mask, context, part)
         return update
@@ -61,6 +63,7 @@ class MSAColumnAttention(Submodule):
         self.attention = Attention(config.c_m, config.n_head_msa, config.c_head_msa)
         self.axes = (self.along("res"), ReductionAxis("head", config.n_head_msa))
 
+    @affine_at_the_end
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         columns = cheap(transposed, m)
         update = self.attention(columns, msa_mask.transpose(-1, -2), None, part)
@@ -93,11 +96,12 @@ class MSAColumnGlobalAttention(Submodule):
         self.linear_o = nn.Linear(width, config.c_m)
         self.axes = (self.along("res"), ReductionAxis("head", self.n_head))
 
+    @affine_at_the_end
     def piece(self, m: Tensor, msa_mask: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         width = times(part, self.c_head)
         attended = self._attended(m, msa_mask.transpose(-1, -2).contiguous(), width)
         gate = cheap(torch.sigmoid, rows(self.linear_g, m, width))
-        return columns(self.linear_o, cheap(torch.mul, gate, attended.unsqueeze(-3)), width)
+        return last_columns(self.linear_o, cheap(torch.mul, gate, attended.unsqueeze(-3)), width)
 
     def _attended(self, m: Tensor, mask: Tensor, width: slice) -> Tensor:
         """[*, r, heads * c]: what each column attends to, by the heads in `width`; mask is [*, r, s]."""

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from evoplan.model.families import EvoformerConfig, MSAModuleConfig
 from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.running.in_place import divide_over
-from evoplan.model.running.layers import FULL, columns, rows, times
+from evoplan.model.running.layers import FULL, last_columns, rows, times
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 
 def pair_count(msa_mask: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class OuterProductMean(Submodule):
         b: Tensor = self.linear_b(m)
         return b * msa_mask[..., None]  # [*, s, r, c], needed whole by every piece
 
+    @affine_at_the_end
     def piece(self, m: Tensor, msa_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         a = rows(self.linear_a, m, part) * msa_mask[..., None]
         c_a, c_b = a.shape[-1], context.shape[-1]
@@ -58,7 +60,8 @@ class OuterProductMean(Submodule):
         right = context.flatten(-2)  # [*, s, j * c]
         outer = (left @ right).unflatten(-1, (-1, c_b)).unflatten(-3, (-1, c_a))  # [*, i, c, j, c]
         outer = outer.transpose(-2, -3).flatten(-2)  # [*, i, j, c * c]
-        return columns(self.linear_out, outer, times(part, c_b))
+        return last_columns(self.linear_out, outer, times(part, c_b))
 
+    @affine_at_the_end
     def finish(self, update: Tensor, count: Tensor) -> Tensor:
         return divide_over(update, (count + self.eps)[..., None])

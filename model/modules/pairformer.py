@@ -14,9 +14,10 @@ from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.modules.triangle_attention import TriangleAttention
 from evoplan.model.modules.triangle_multiplication import TriangleMultiplication
 from evoplan.model.running.chain import Block, Plannable, State, laid_out
-from evoplan.model.running.layers import FULL, columns, rows, times
+from evoplan.model.running.layers import FULL, last_columns, rows, times
 from evoplan.model.running.remake import cheap
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 
 class SwiGLUTransition(Submodule):
@@ -37,11 +38,12 @@ class SwiGLUTransition(Submodule):
         self.linear_2 = nn.Linear(factor * c, c, bias=False)
         self.axes = (self.along(axis), ReductionAxis("channel", factor * c))
 
+    @affine_at_the_end
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         gate = cheap(F.silu, rows(self.linear_1, x, part))
         hidden = cheap(torch.mul, gate, rows(self.linear_1_gated, x, part))
         del gate
-        return columns(self.linear_2, hidden, part)
+        return last_columns(self.linear_2, hidden, part)
 
 
 class SingleAttentionWithPairBias(Submodule):
@@ -77,6 +79,7 @@ class SingleAttentionWithPairBias(Submodule):
         width = times(part, self.c_head)  # of the heads
         return torch.cat([rows(linear, s, width) for linear in (self.linear_k, self.linear_v)], dim=-1)
 
+    @affine_at_the_end
     def piece(self, s: Tensor, z: Tensor, single_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         width = times(part, self.c_head)
         k, v = (self._split(half) for half in context.chunk(2, dim=-1))
@@ -88,7 +91,7 @@ class SingleAttentionWithPairBias(Submodule):
         del q, logits
         attended = (weights @ v).transpose(-2, -3).flatten(-2)  # [*, queries, heads * c]
         gate = cheap(torch.sigmoid, rows(self.linear_g, s, width))
-        return columns(self.linear_o, cheap(torch.mul, gate, attended), width)
+        return last_columns(self.linear_o, cheap(torch.mul, gate, attended), width)
 
     def _split(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (-1, self.c_head))
@@ -127,13 +130,14 @@ class MSAPairWeightedAveraging(Submodule):
         logits = logits + mask_bias(pair_mask, logits.dtype).unsqueeze(-3)
         return logits.softmax(dim=-1)
 
+    @affine_at_the_end
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         width = times(part, self.c_head)
         v = rows(self.linear_v, m, width).unflatten(-1, (-1, self.c_head)).transpose(-2, -3)
         averages = (context.unsqueeze(-4) @ v).transpose(-2, -3).flatten(-2)  # [*, s, r, heads * c]
         del v
         gate = cheap(torch.sigmoid, rows(self.linear_g, m, width))
-        return columns(self.linear_o, cheap(torch.mul, gate, averages), width)
+        return last_columns(self.linear_o, cheap(torch.mul, gate, averages), width)
 
 
 class _PairBlock(Block):

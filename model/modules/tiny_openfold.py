@@ -18,11 +18,12 @@ from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.running.chain import Block, Plannable, State, laid_out
 from evoplan.model.running.in_place import relu_over
 from evoplan.model.running.internals import has_hooks
-from evoplan.model.running.layers import FULL, columns, rows, times
+from evoplan.model.running.layers import FULL, last_columns, rows, times
 from evoplan.model.running.layout import channels_first, channels_last
 from evoplan.model.running.regions import region
 from evoplan.model.running.remake import cheap
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 LARGEST_DISTANCE = 20.0  # Angstrom; the head's sigmoid is scaled by it
 MSA_EMBEDDING, PAIR_EMBEDDING, HEAD, LOSS = (
@@ -58,6 +59,7 @@ class TinyRowAttention(Submodule):
     def context(self, z: Tensor, part: slice = FULL) -> Tensor:
         return rows(self.linear_b, z, part).movedim(-1, -3)  # [*, heads, r, r]
 
+    @affine_at_the_end
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         update: Tensor = self.attention(m, None, context, part)
         return update
@@ -80,6 +82,7 @@ class TinyAttention(Submodule):
         self.attention = Attention(c, n_head, c // n_head, gated=False)
         self.axes = (self.along("res" if on_m else along), ReductionAxis("head", n_head))
 
+    @affine_at_the_end
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         update: Tensor
         if self.along_rows:
@@ -103,11 +106,12 @@ class TinyTransition(Submodule):
         self.linear_2 = nn.Linear(factor * c, c, bias=False)
         self.axes = (self.along(axis), ReductionAxis("channel", factor * c))
 
+    @affine_at_the_end
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
         hidden = rows(self.linear_1, x.flatten(0, -2), part)
         hidden = hidden.relu() if has_hooks(self.linear_1) else relu_over(hidden)
-        return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)
+        return last_columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)
 
 
 class TinyOuterProductMean(Submodule):
@@ -135,13 +139,14 @@ class TinyOuterProductMean(Submodule):
         b: Tensor = self.linear_a(m)
         return b  # [*, s, r, c], needed whole by every piece
 
+    @affine_at_the_end
     def piece(self, m: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         a = rows(self.linear_a, m, part, 1 / m.shape[-3])  # the mean over sequences, in the weights
         c_a, c_b = a.shape[-1], context.shape[-1]
         outer = a.flatten(-2).transpose(-1, -2) @ context.flatten(-2)  # [*, i * c, j * c]
         outer = outer.unflatten(-1, (-1, c_b)).unflatten(-3, (-1, c_a))
         outer = outer.transpose(-2, -3).flatten(-2)  # [*, i, j, c * c]
-        return columns(self.linear_out, outer, times(part, c_b))
+        return last_columns(self.linear_out, outer, times(part, c_b))
 
 
 class TinyTriangleMultiplication(Submodule):

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.running.in_place import relu_over
 from evoplan.model.running.internals import has_hooks
-from evoplan.model.running.layers import FULL, columns, rows
+from evoplan.model.running.layers import FULL, last_columns, rows
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 
 class Transition(Submodule):
@@ -29,8 +30,9 @@ class Transition(Submodule):
         self.linear_2 = nn.Linear(factor * c, c)
         self.axes = (self.along(axis), ReductionAxis("channel", factor * c))
 
+    @affine_at_the_end
     def piece(self, x: Tensor, context: None = None, part: slice = FULL) -> Tensor:
         # Two-dimensional, so that the product is no view and relu can write into it.
         hidden = rows(self.linear_1, x.flatten(0, -2), part)
         hidden = hidden.relu() if has_hooks(self.linear_1) else relu_over(hidden)
-        return columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)
+        return last_columns(self.linear_2, hidden.unflatten(0, x.shape[:-1]), part)

@@ -12,6 +12,7 @@ from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.running.layers import FULL, rows
 from evoplan.model.running.remake import cheap
 from evoplan.model.running.submodule import ReductionAxis, Submodule
+from evoplan.model.running.unread import affine_at_the_end
 
 
 class TriangleAttention(Submodule):
@@ -57,6 +58,7 @@ class TriangleAttention(Submodule):
         queries = z.transpose(-3, -2) if self.transposes else z
         return rows(self.linear_b, queries, part).movedim(-1, -3)  # [*, heads, r, r]
 
+    @affine_at_the_end
     def piece(self, z: Tensor, pair_mask: Tensor, context: Tensor, part: slice = FULL) -> Tensor:
         update: Tensor
         if self.starting:

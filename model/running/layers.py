@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from evoplan.model.running.in_place import add_over
 from evoplan.model.running.internals import has_hooks, is_plain
+from evoplan.model.running.unread import is_unread, unread_product
 
 FULL = slice(None)
 _NEVER_CALLED = (nn.ModuleDict, nn.ModuleList)
@@ -50,6 +51,14 @@ def columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
     # A product without bias is no view: what is written into it costs autograd nothing.
     out = F.linear(x, layer.weight if part == FULL else layer.weight[:, part])
     return out if layer.bias is None or part.start else add_over(out, layer.bias)
+
+
+def last_columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
+    """`columns`, where all that follows is affine: not made where only its backward is wanted."""
+    if not (is_unread(x) and _is_plain_linear(layer)):
+        return columns(layer, x, part)
+    weight = layer.weight if part == FULL else layer.weight[:, part]
+    return unread_product(x, weight, None if part.start else layer.bias)
 
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:

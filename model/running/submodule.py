@@ -22,6 +22,7 @@ from evoplan.model.config import Dims
 from evoplan.model.running.in_place import add_over, multiply_over
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.remake import cheap
+from evoplan.model.running.unread import affine_at_the_end
 
 # A stage argument by name: state tensors, masks, and "dropout" where there is one.
 Tensors = Mapping[str, Tensor]
@@ -160,6 +161,7 @@ class Submodule(nn.Module):
         """
         raise NotImplementedError
 
+    @affine_at_the_end
     def finish(self, update: Tensor, *inputs: Any, **_: Any) -> Tensor:
         """finish(update, *inputs): what follows the reduction, if anything; may write into `update`."""
         return update
