@@ -155,3 +155,10 @@ def test_frozen_parameters_have_no_gradient(frozen: str) -> None:
     submodule = step.submodule
     submodule.get_parameter(frozen).requires_grad_(False)
     assert_same(gradients(submodule, chunked(submodule), tensors), gradients(submodule, WHOLE, tensors))
+
+
+def test_a_compiler_sees_one_graph() -> None:
+    """As of every submodule that is compiled whole: what asks who reads is not in it."""
+    (step, tensors) = next(pair for pair in steps_of(TINY) if isinstance(pair[0].submodule, Transition))
+    explained = torch._dynamo.explain(step.submodule.new_target)(tensors)
+    assert explained.graph_break_count == 0

@@ -46,7 +46,7 @@ def results_unread() -> Iterator[None]:
 
 def is_unread(x: Tensor) -> bool:
     """Whether the result of a product of `x` is not wanted; autocast, which casts operands, makes it so."""
-    if not (_unread.get() and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not (_unread.get() and torch.is_grad_enabled()):
         return False
     return x.is_meta or not torch.is_autocast_enabled(x.device.type)
 
