@@ -82,17 +82,18 @@ def leasts(document: Document) -> dict[str, Row | None]:
 
 def draw(document: Document, path: Path) -> None:
     """Peak against time, and what was asked for against what was measured."""
+    from evoplan.planner.reports.labels import Label, place_labels
     from evoplan.planner.reports.plot import plt, save_figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5))
+    labels: list[Label] = []
     right_rows = [row for row in document.rows if row.status == "ok" and row.peak_bytes]
     for row in right_rows:
         assert row.peak_bytes is not None
         if row.seconds is not None:
             left.plot(row.peak_bytes / MIB, row.seconds.median, "o" if row.kind == "ours" else "x",
                       color=COLOURS[row.kind])  # fmt: skip
-            left.annotate(row.label, (row.peak_bytes / MIB, row.seconds.median), fontsize=5, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
+            labels.append(Label(row.label, row.peak_bytes / MIB, row.seconds.median))
         if row.ours is not None and row.ours.seconds is not None and row.ours.peak_bytes is not None:
             left.plot(
                 row.ours.peak_bytes / MIB, row.ours.seconds.median, ".", color=COLOURS["ours"], alpha=0.6
@@ -104,7 +105,9 @@ def draw(document: Document, path: Path) -> None:
         f"{document.blocks} blocks, s={document.s}, r={document.r}, {document.widths} widths, "
         f"{document.precision}, {document.device}", fontsize=9,
     )  # fmt: skip
+    left.set(yscale="log")
     figure.tight_layout()
+    place_labels(left, labels, size=6)
     save_figure(figure, path)
 
 
