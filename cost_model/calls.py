@@ -120,9 +120,8 @@ def _traced(
     casting: Casting,
     where: str,
 ) -> list[StepCost]:
-    offered = strategies_of(
-        call.children, call.turned, device.kind
-    )  # for which modules may be run on real tensors
+    # For which modules may be run on real tensors.
+    offered = strategies_of(call.children, call.turned, device.kind)
     try:
         with simulated(device, where=where) as trace, real_tensors_too():
             tracing = CallTracing(call, fake_copy(module, where=where), live, trace, casting, where)

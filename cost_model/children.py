@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from evoplan.model.foreign.sources import told
 from evoplan.model.foreign.watching import about_operator, draws_numbers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
+
+T = TypeVar("T")
 
 
 def with_children(
@@ -100,25 +102,27 @@ def _children_of(
 
 
 def _axes(module: nn.Module, kept: KeptFits | None, child: Child) -> tuple[Axis, ...]:
-    if kept is None or not child.plain:
-        return independent_axes(module, child)
-    return kept.recall(
-        ("axes", told(module), about_axes(module, child)),
-        partial(independent_axes, module, child),
-        axes_to_text,
-        axes_from_text,
-    )
+    return _shown("axes", independent_axes, (axes_to_text, axes_from_text), module, kept, child)
 
 
 def _declared(module: nn.Module, kept: KeptFits | None, child: Child) -> Declared | None:
-    if kept is None or not child.plain or adapter_of(module) is None:
-        return declared(module, child)
-    return kept.recall(
-        ("declared", told(module), about_axes(module, child)),
-        partial(declared, module, child),
-        declared_to_text,
-        declared_from_text,
-    )
+    if adapter_of(module) is None:
+        return None
+    return _shown("declared", declared, (declared_to_text, declared_from_text), module, kept, child)
+
+
+def _shown(
+    name: str,
+    show: Callable[[nn.Module, Child], T],
+    texts: tuple[Callable[[T], str], Callable[[str], T]],
+    module: nn.Module,
+    kept: KeptFits | None,
+    child: Child,
+) -> T:
+    """What is shown by running a module, or was before; what draws otherwise than slices can is not run."""
+    if kept is None or not child.plain:
+        return show(module, child)
+    return kept.recall((name, told(module), about_axes(module, child)), partial(show, module, child), *texts)
 
 
 def _watched(

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import click
 from rich.table import Table
 
+from evoplan.cost_model.call_times import needed
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import StepCost
 from evoplan.model import PRESETS, InputShape
 from evoplan.model.running.strategy import EAGER, KINDS, Strategy
 from evoplan.planner.commands.flags import json_option
@@ -57,22 +57,8 @@ def last_choices(schedule: Sequence) -> Iterator[Strategy]:
 
 def worth_having(table: CostTable) -> Counter[str]:
     """Kinds of the strategies that no other of the step is as good as, steps that cost the same once."""
-    found: Counter[str] = Counter()
-    for costs in {id(costs): costs for costs in table.options}.values():
-        for cost in costs:
-            rivals = [other for other in costs if other.strategy != cost.strategy]
-            if not any(_as_good(other, cost) for other in rivals):
-                found[cost.strategy.kind] += 1
-    return found
-
-
-def _as_good(one: StepCost, other: StepCost) -> bool:
-    figures = [
-        (c.forward_bytes, c.preserved_bytes, c.backward_bytes, c.discard_bytes,
-         c.discard_seconds, c.forward_seconds, c.backward_seconds)
-        for c in (one, other)
-    ]  # fmt: skip
-    return all(a <= b for a, b in zip(*figures, strict=True))
+    distinct = {id(costs): costs for costs in table.options}.values()
+    return Counter(cost.strategy.kind for costs in distinct for cost in needed(costs))
 
 
 def choices(problem: Problem, count: int) -> dict[str, Any]:

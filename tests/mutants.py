@@ -636,6 +636,14 @@ MUTANTS = [
         ("fit_adapters.py::test_a_wrong_adapter_is_found_out",),
     ),
     Mutant(
+        "adapters-kept",
+        "planner/fitting/problem.py",
+        "(where, dtype, autocast, place, of_blocks, layers)",
+        "(where, dtype, autocast, place, of_blocks)",
+        "what an earlier adapter was shown to be is believed of another",
+        ("fit_adapters.py::test_an_adapter_that_is_another_now_is_shown_anew",),
+    ),
+    Mutant(
         "adapters-old-code",
         "model/foreign/declared.py",
         "and _runs_its_own_code(self.module, self.forward)",
@@ -665,7 +673,7 @@ MUTANTS = [
         "if not torch.equal(buffer, value):",
         "if False:",
         "fitting a model changes its buffers",
-        ("fit_adapters.py::test_measuring_leaves_everything_as_it_is",),
+        ("fit_times.py::test_measuring_leaves_everything_as_it_is",),
     ),
     Mutant(
         "slices-sum-in-place",

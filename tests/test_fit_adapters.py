@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -372,39 +373,6 @@ def test_a_plan_uses_them(times: str, tmp_path: Any) -> None:
     assert again.plan.schedule == fitted.plan.schedule
 
 
-def test_measured_times_want_data() -> None:
-    model, args = Model().to("meta"), (torch.empty(1, 16, 16, C_Z, device="meta", dtype=torch.float64),)
-    given = (*args, torch.ones(1, 16, 16, device="meta", dtype=torch.float64))
-    with pytest.raises(evoplan.CaptureError, match="measured where the model and its inputs lie"):
-        evoplan.fit(model, given, times="measured")
-    with pytest.raises(ValueError, match="choose predicted or measured"):
-        evoplan.fit(model, given, times="guessed")
-
-
-def test_measuring_leaves_everything_as_it_is() -> None:
-    """The generator, buffers, gradients; what measured times are is told by the device alone."""
-
-    class Counting(Block):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(16).double()
-
-        def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-            return torch.dropout(self.norm(super().forward(z, mask)), 0.1, True)
-
-    torch.manual_seed(0)
-    model = Model()
-    model.blocks = nn.ModuleList(Counting() for _ in range(3))
-    args = random(1, 16, 16, C_Z), mask(1, 16, 16)
-    state, values = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    fitted = evoplan.fit(model, args, times="measured")
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for cost in fitted._fitting.table.options[1]:
-        assert min(cost.discard_seconds, cost.forward_seconds, cost.backward_seconds) > 0
-
-
 def test_knobs_that_are_turned_leave_them_out() -> None:
     """With a chunk_size a module computes otherwise: what its own code does stands."""
     fitted = evoplan.fit(Model(), (random(1, 16, 16, C_Z), mask(1, 16, 16)))
@@ -412,3 +380,21 @@ def test_knobs_that_are_turned_leave_them_out() -> None:
     turned = [one for one in strategies_of(children, [{"chunk_size": "4"}]) if one.knobs]
     assert turned
     assert all(way == "redo" for strategy in turned for _, way in strategy.modules)
+
+
+def test_an_adapter_that_is_another_now_is_shown_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What an earlier one was shown to be is on disk, and nothing of it is believed."""
+    monkeypatch.setenv("EVOPLAN_TRACES", str(tmp_path))
+    args = random(1, 16, 16, C_Z), mask(1, 16, 16)
+
+    def products() -> set[str]:
+        costs = evoplan.fit(Model(), args)._fitting.table.options[1]
+        return {way for cost in costs for path, way in cost.strategy.modules if path == "product"}
+
+    assert any(way.startswith("chunk(row") for way in products())
+    name, adapter = WRONG["operands change places"]()
+    monkeypatch.setitem(_ADAPTERS, (adapter.module, adapter.name), adapter)
+    assert name == "outgoing"
+    assert not any(way.startswith("chunk(row") for way in products())

@@ -5,8 +5,8 @@ theirs; the layers stay theirs. That an adapter is right is shown where it is us
 """
 
 from evoplan.model.adapters import boltz, openfold3
-from evoplan.model.adapters.adapter import Adapter, adapter_of, register
+from evoplan.model.adapters.adapter import Adapter, adapter_of, adapters_in, register
 
 register(*openfold3.ADAPTERS, *boltz.ADAPTERS)
 
-__all__ = ["Adapter", "adapter_of"]
+__all__ = ["Adapter", "adapter_of", "adapters_in"]

@@ -99,6 +99,12 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return _ADAPTERS.get((type(module).__module__, type(module).__qualname__))
 
 
+def adapters_in(model: nn.Module) -> list[Adapter]:
+    """Those of all modules of a model, each once."""
+    found = {id(adapter): adapter for adapter in map(adapter_of, model.modules()) if adapter is not None}
+    return list(found.values())
+
+
 _signature = cache(inspect.signature)
 
 

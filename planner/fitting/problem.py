@@ -28,6 +28,7 @@ from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.measured_calls import with_measured_times
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
+from evoplan.model.adapters import adapters_in
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.knobs import Knobs, declared
 from evoplan.model.foreign.rehearsal import given_to_blocks, rehearsed
@@ -174,7 +175,11 @@ def fitting_of(
             chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
-    kept = KeptFits(model, (loss, Simulator), (where, dtype, autocast, place, of_blocks))
+    # What an adapter says is code and data; either may be another's by the next time.
+    adapters = adapters_in(model)
+    sources = loss, Simulator, *(part for adapter in adapters for part in (adapter.call, adapter.make))
+    layers = [(adapter.name, sorted(adapter.layers.items())) for adapter in adapters]
+    kept = KeptFits(model, sources, (where, dtype, autocast, place, of_blocks, layers))
     chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
     chain = with_knobs(model, chain, of_blocks_own, kept)
     slack = WIDE if timing == "measured" else 1.0
