@@ -37,6 +37,7 @@ class CostTable:
         input_bytes: what forward is given and the constants made from it, live throughout.
         host_bandwidth: bytes per second between the device and the host, either way; None where the state
             cannot wait there.
+        host_bytes: of host memory, for what training keeps for backward; 0: none of that waits there.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -49,6 +50,7 @@ class CostTable:
     units: tuple[range, ...] = ()
     input_bytes: int = 0
     host_bandwidth: float | None = None
+    host_bytes: int = 0
     step_makes: tuple[tuple[str, ...], ...] | None = None
 
     @cached_property

@@ -90,6 +90,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self.collectives: Counter[tuple[int, int]] = Counter()
         self._known: set[int] = set()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._elsewhere: set[int] = set()
         # For operators with scratch: most bytes live when one of them returns.
         self._live_after: dict[Call, int] = {}
 
@@ -124,6 +125,20 @@ class Trace(TorchDispatchMode, PieceSample):
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not take views of these for tensors that were made inside; they live on, uncounted."""
         self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def left(self, storage: torch.UntypedStorage) -> None:
+        """Do not count a storage any longer, though it lives: it is somewhere else."""
+        key = storage._cdata
+        if key in self._storages:
+            self._elsewhere.add(key)
+            self.live_bytes -= self.in_blocks(storage.nbytes())
+
+    def returned(self, storage: torch.UntypedStorage) -> None:
+        """Count it again."""
+        if storage._cdata in self._elsewhere:
+            self._elsewhere.discard(storage._cdata)
+            self.live_bytes += self.in_blocks(storage.nbytes())
+            self._peak_of_storages = max(self._peak_of_storages, self.live_bytes)
 
     def took(self, more_bytes: int) -> None:
         """Count what ran without being traced, and has freed again what it took above all that is live."""
@@ -173,7 +188,10 @@ class Trace(TorchDispatchMode, PieceSample):
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         del self._storages[key]
-        self.live_bytes -= size
+        if key in self._elsewhere:
+            self._elsewhere.discard(key)
+        else:
+            self.live_bytes -= size
 
     def _count_work(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, outputs: list[Tensor]

@@ -49,7 +49,12 @@ def record(
     tensors: Tensors,
     wanted: Collection[str] | None = None,
     owner: str = "a submodule",
+    movable: bool = False,
 ) -> tuple[Record, Tensor]:
-    """Run forward for a later backward: the record to call `vjp` on, and the new target."""
+    """Run forward for a later backward: the record to call `vjp` on, and the new target.
+
+    Args:
+        movable: the record is to know its storages, which may be elsewhere until then.
+    """
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner)
+    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner, movable)

@@ -37,7 +37,34 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return function(*inputs) if remaking is None else remaking.run(function, inputs)
 
 
-class Remaking:
+class Keeping:
+    """While installed, what autograd keeps is held here, so that it is known which tensors these are."""
+
+    def __init__(self) -> None:
+        self._all = weakref.WeakSet[_Held]()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
+
+    def __enter__(self) -> Keeping:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are kept as they are."""
+        return [held.tensor for held in self._all if held.tensor is not None]
+
+    def _hold(self, tensor: Tensor) -> _Held:
+        held = _Held(tensor.detach())
+        self._all.add(held)
+        return held
+
+    def _pack(self, tensor: Tensor) -> _Held:
+        return self._hold(tensor)
+
+
+class Remaking(Keeping):
     """While installed, autograd keeps recipes of cheap results in place of them.
 
     Args:
@@ -45,21 +72,21 @@ class Remaking:
     """
 
     def __init__(self, context: Context) -> None:
+        super().__init__()
         self._context = context
         self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
         self._known = weakref.WeakSet[_Recipe]()
         self._watched: list[weakref.ref[torch.UntypedStorage]] = []
         self._packed: list[_Held] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
         self._token: Token[Remaking | None] | None = None
 
     def __enter__(self) -> Remaking:
         self._token = _current.set(self)
-        self._hooks.__enter__()
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        super().__exit__(*error)
         assert self._token is not None
         _current.reset(self._token)
         self._recipes.clear()
@@ -103,7 +130,7 @@ class Remaking:
         self._watched.append(weakref.ref(storage, lambda _: self._recipes.pop(key, None)))
 
     def _hold(self, tensor: Tensor) -> _Held:
-        held = _Held(tensor.detach())
+        held = super()._hold(tensor)
         recipe = self._recipes.get(tensor.untyped_storage()._cdata)
         # Views as a conjugate, or in another dtype, are more than their layout.
         as_made = recipe is not None and tensor.dtype == recipe.dtype

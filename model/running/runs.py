@@ -13,9 +13,10 @@ from torch import Tensor
 
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
-from evoplan.model.running.internals import has_data, without_hooks
+from evoplan.model.running.internals import has_data, storage_key, without_hooks
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 from evoplan.model.running.unchanged import ChangedError, check, marks
@@ -77,9 +78,17 @@ class Run:
         """
         raise NotImplementedError
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """What it alone keeps, where it was asked to know: neither state nor masks nor parameters."""
+        return []
+
 
 class WholeRun(Run):
-    """A run that is not in pieces, recorded by autograd."""
+    """A run that is not in pieces, recorded by autograd.
+
+    Args:
+        movable: it is to know its storages.
+    """
 
     def __init__(
         self,
@@ -88,6 +97,7 @@ class WholeRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        movable: bool = False,
     ) -> None:
         super().__init__(submodule, strategy, tensors, wanted, owner)
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in self.wanted}
@@ -95,15 +105,24 @@ class WholeRun(Run):
         # Inputs that no gradient is wanted of are for the message alone, if somebody still has them.
         self._read = WeakValueDictionary({name: tensors[name] for name in submodule.reads})
         self._marks = marks(self._read)
-        with torch.enable_grad(), using(strategy.kernel), self.keeping():
+        with torch.enable_grad(), using(strategy.kernel), self.keeping(movable) as kept:
             output = new_target(strategy, submodule, {**tensors, **others, **self.leaves})
+        given = (tensors[name] for name in (*submodule.reads, *submodule.constants))
+        elsewhere = (*given, *submodule.parameters(), output)
+        self._kept = kept if movable and isinstance(kept, Keeping) else None
+        self._not_its_own = {storage_key(tensor) for tensor in elsewhere} if movable else set()
         # An edge, not the tensor: the output belongs to whoever reads it next.
         self.edge = torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
         self.output: Tensor | None = output.detach()
 
-    def keeping(self) -> AbstractContextManager[object]:
+    def keeping(self, movable: bool) -> AbstractContextManager[object]:
         """What forward runs in: it may have autograd keep something else than it would."""
-        return nullcontext()
+        return Keeping() if movable else nullcontext()
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        tensors = [] if self._kept is None else self._kept.tensors()
+        own = {storage_key(t): t.untyped_storage() for t in tensors}
+        return [storage for key, storage in own.items() if key not in self._not_its_own]
 
     def check(self) -> None:
         """ChangedError where backward would run forward's operators again on something else."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
@@ -35,6 +35,9 @@ class Record(Protocol):
 
     def vjp(self, grad: Tensor, keep: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the state and of the parameters by name, from that of the new target."""
+
+    def storages(self) -> list[UntypedStorage]:
+        """What it alone keeps, where it was asked to know: neither state nor masks nor parameters."""
 
 
 class Kind:
@@ -96,8 +99,9 @@ class Kind:
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        movable: bool = False,
     ) -> tuple[Record, Tensor]:
-        """The record that backward is computed from, and the new target."""
+        """The record that backward is computed from, and the new target; `movable`: it knows its storages."""
         raise NotImplementedError
 
 

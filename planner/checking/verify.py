@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -29,12 +30,12 @@ from evoplan.planner.checking.trial import (
 )
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.execution.applying import apply_plan, check_model
+from evoplan.planner.execution.host import FakeHost
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
 from evoplan.planner.problems.problem import MEAN_SQUARE, Problem
 from evoplan.planner.processes.world import World, check_world
 from evoplan.planner.schedules.schedule import opaque_kernels
-from evoplan.planner.schedules.waiting import FakeHost
 from evoplan.planner.sizes import exact_size
 
 # Largest error of the loss (relative) and of any gradient (over the largest gradient entry).
@@ -105,7 +106,7 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     with simulated(where) as trace:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        planned = PlannedModule(model, plan.schedule, host=FakeHost)
+        planned = PlannedModule(model, plan.schedule, host=partial(FakeHost, trace))
         step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
         step.casting = casting_of(where.kind, problem.autocast)
         # What is there before the step: as live as in a real run, except the optimizer's states.

@@ -122,6 +122,10 @@ _PROBLEM_OPTIONS = [
     ),
     click.option("--memory", type=Size(), help="Budget, like 16GiB; else the device's memory."),
     click.option(
+        "--host-memory", "host_bytes", type=Size(),
+        help="Of the host's memory, in which what training keeps may wait for backward.",
+    ),
+    click.option(
         "--reserve", type=Size(least=0), default=0,
         help="Of the budget, kept free for what is not in the plan: heads, losses.",
     ),

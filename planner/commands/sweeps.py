@@ -85,13 +85,20 @@ def _swept(
         from evoplan.planner.plans.sweeping import sweep as sweep_frontier
         from evoplan.planner.problems.timing import cost_with_times
         from evoplan.planner.solvers import Frontier
+        from evoplan.planner.solvers.offload_frontier import OffloadFrontier
 
         asked = problem.budget_bytes
         problem = problem.model_copy(update={"budget_bytes": None})
         costed = cost_with_times(problem, times, cache, progress=lambda name: update(f"tracing {name}"))
         update("solving")
-        frontier = Frontier(costed.table)
-        document, steps = sweep_frontier(costed, points, update, frontier), steps_of(costed, frontier)
+        if problem.host_bytes:  # where it binds, times are known of plans alone
+            points = points or POINTS
+            frontier: Frontier | OffloadFrontier = OffloadFrontier(costed.table, problem.host_bytes)
+            document = sweep_frontier(costed, points, update, frontier)
+            steps = document["points"]
+        else:
+            frontier = Frontier(costed.table)
+            document, steps = sweep_frontier(costed, points, update, frontier), steps_of(costed, frontier)
         if html:
             found = planned_points(costed, frontier, points or POINTS, update)
             plans = [Planned(*point) for point in found]

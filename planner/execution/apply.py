@@ -8,6 +8,7 @@ hooks and `torch.autograd.grad` see them as usual). What nodes need for backward
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,17 @@ from evoplan.model.running.execution import run_discarded
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.regions import region
 from evoplan.model.running.view import View
+from evoplan.planner.execution.departures import Departures, StateAway
+from evoplan.planner.execution.host import Host
 from evoplan.planner.execution.shapes import Fit, Fits, cropped, padded
 from evoplan.planner.execution.submodules import SubmoduleRuns
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.files import check_writable
 from evoplan.planner.pages.writing import traced_content, write_pages
 from evoplan.planner.plans.plan import Plan
-from evoplan.planner.schedules.schedule import Sequence, actions, all_runs
-from evoplan.planner.schedules.waiting import Host, check_away, moves
+from evoplan.planner.schedules.offload import check_waits, waits
+from evoplan.planner.schedules.schedule import RECORD, Sequence, actions, all_runs
+from evoplan.planner.schedules.waiting import check_away, moves
 
 
 class PlannedModule(View):
@@ -41,7 +45,7 @@ class PlannedModule(View):
     Args:
         stack: the model, or one rank's share of it.
         schedules: one that covers all its steps, for inputs of any shape; or several for different ones.
-        host: makes where state waits that is off the device, for each forward.
+        host: makes where what is off the device waits, for each forward.
 
     Attributes:
         plans: that it runs under, as `apply_plan` was given them.
@@ -62,6 +66,7 @@ class PlannedModule(View):
         for fit in self.fits.all:
             _check_covers(fit.schedule, chain)
             check_away(fit.schedule, self.liveness)
+            check_waits(fit.schedule, self.liveness)
 
     # A compiled model around it breaks its graph here, and nowhere else.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -109,7 +114,7 @@ class PlannedModule(View):
         if torch.is_grad_enabled():
             if any(run.away for run in all_runs(schedule)):
                 raise ValueError("the plan is for inference: call the model under torch.no_grad()")
-            self._record(SubmoduleRuns(chain, constants, seed), schedule, state)
+            self._record(chain, constants, seed, schedule, state)
         else:
             with Context.of_steps():
                 self._infer(chain, schedule, state, partial(Step.tensors, constants=constants, seed=seed))
@@ -118,9 +123,9 @@ class PlannedModule(View):
         self, chain: Chain, schedule: Sequence, state: State, tensors: Callable[[Step, State], State]
     ) -> None:
         """Every step once. What the chain itself has made is written over and may leave the device."""
-        host = self.host()
+        host = StateAway(self.host())
         # A hook may keep what it sees, so that nothing may be written over.
-        owned = not any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
+        owned = not _has_hooks(chain)
         *todo, (_, _, last) = moves(schedule)
 
         def perform(step: Step, state: State) -> None:
@@ -140,9 +145,28 @@ class PlannedModule(View):
         chain.walk(chain.steps, state, perform)
         host.move(state, (), last)
 
-    def _record(self, runs: SubmoduleRuns, schedule: Sequence, state: State) -> None:
+    def _record(
+        self,
+        chain: Chain,
+        constants: Mapping[str, Tensor],
+        seed: int | None,
+        schedule: Sequence,
+        state: State,
+    ) -> None:
         """A forward for a backward."""
-        tape = Tape(runs.chain.steps, self.liveness, runs)
+        departures = None
+        if waits(schedule):
+            if _has_hooks(chain):
+                warnings.warn(
+                    "nothing waits in host memory, and the step may need more than was planned: a submodule "
+                    "or a block has hooks, which may keep what they see; plan without host memory",
+                    stacklevel=3,
+                )
+            else:
+                departures = Departures(schedule, self.host())
+        records = {part.span.start for part in schedule.parts if departures and RECORD in part.wait}
+        runs = SubmoduleRuns(chain, constants, seed, records)
+        tape = Tape(chain.steps, self.liveness, runs, departures)
         todo = tuple(actions(schedule))
 
         def perform(step: Step, state: State) -> None:
@@ -159,11 +183,16 @@ class PlannedModule(View):
             tape.leave(action)
 
         with runs.context:
-            runs.chain.walk(runs.chain.steps, state, perform)
+            chain.walk(chain.steps, state, perform)
 
     def _forget(self, step: Step, state: State) -> None:
         for name in self.liveness.last_reads(step.index):
             del state[name]
+
+
+def _has_hooks(chain: Chain) -> bool:
+    """Whether something hangs on what the chain calls, that may look on and keep what it sees."""
+    return any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
 
 
 def _check_covers(schedule: Sequence, chain: Chain) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -50,10 +50,17 @@ class SubmoduleRuns:
     Args:
         constants: masks and the like.
         seed: of dropout.
+        waiting: steps whose records are to know their storages.
     """
 
-    def __init__(self, chain: Chain, constants: Mapping[str, Tensor], seed: int | None) -> None:
-        self.chain, self.constants, self.seed = chain, constants, seed
+    def __init__(
+        self,
+        chain: Chain,
+        constants: Mapping[str, Tensor],
+        seed: int | None,
+        waiting: Collection[int] = (),
+    ) -> None:
+        self.chain, self.constants, self.seed, self.waiting = chain, constants, seed, waiting
         self.context = Context.of_steps()
         self.met: dict[int, MetSubmodule] = {}
         self._marks = marks(constants)
@@ -80,7 +87,8 @@ class SubmoduleRuns:
         met, kept = self.met[step.index], None
         tensors = step.tensors(state, self.constants, self.seed)
         if recorded and met.differentiable:
-            kept, made = record(step.submodule, strategy, tensors, met.wanted, step.name)
+            movable = step.index in self.waiting
+            kept, made = record(step.submodule, strategy, tensors, met.wanted, step.name, movable)
         else:
             with torch.no_grad():
                 made = run_discarded(step.submodule, strategy, tensors)

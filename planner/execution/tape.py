@@ -21,6 +21,7 @@ from evoplan.model.running.internals import backward_pass
 from evoplan.model.running.regions import region
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, marks
+from evoplan.planner.execution.departures import Departures
 from evoplan.planner.schedules.schedule import Action, Checkpoint, actions, shortened
 
 Outputs = tuple[Tensor, ...]
@@ -115,8 +116,14 @@ class _KeptEntry:
 class Tape:
     """Records of one forward pass, for its backward: for several, if all but the last keep the graph."""
 
-    def __init__(self, steps: tuple[Any, ...], liveness: Liveness, runs: Runs[Any]) -> None:
-        self.steps, self.liveness, self.runs = steps, liveness, runs
+    def __init__(
+        self,
+        steps: tuple[Any, ...],
+        liveness: Liveness,
+        runs: Runs[Any],
+        departures: Departures | None = None,
+    ) -> None:
+        self.steps, self.liveness, self.runs, self.departures = steps, liveness, runs, departures
         self._records: list[_RecordedStep | _KeptEntry] = []
         self._kept: list[_RecordedStep | _KeptEntry] | None = None
         self._pass: int | None = None
@@ -138,12 +145,18 @@ class Tape:
 
     def enter(self, action: Action, state: Mapping[str, Tensor]) -> None:
         """Keep what the steps of the checkpoints that begin here read from outside."""
+        if self.departures is not None and self._pass is None:
+            self.departures.enter(action.step, state)
         for part in action.enters:
             entry = {name: state[name].detach() for name, _ in self.liveness.entry(part.span)}
             self._records.append(_KeptEntry(part, entry, marks(entry)))
 
     def leave(self, action: Action) -> None:
-        """Forget a checkpoint of which nothing is to be differentiated, as its first pass has shown."""
+        """A step is done: forget a checkpoint of which nothing is to be differentiated, as that has shown."""
+        if self.departures is not None:
+            top = self._records[-1] if self._records else None
+            own = top.kept if isinstance(top, _RecordedStep) and top.first == action.step else None
+            self.departures.leave(action.step, own)
         part = action.leaves
         if part is not None and not any(self.runs.met[step].differentiable for step in part.span):
             self._records.pop()
@@ -169,6 +182,8 @@ class Tape:
     def backward(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of a step's inputs from those of what it made; steps come last to first."""
         keep = self._begin()
+        if self.departures is not None:
+            self.departures.before(step.index)
         while self._records:
             top = self._records.pop()
             if isinstance(top, _KeptEntry) and step.index in top.part.span:

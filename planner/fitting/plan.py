@@ -13,6 +13,7 @@ from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction
 from evoplan.planner.problems.problem import Name, Optimizer
+from evoplan.planner.schedules.offload import waits
 from evoplan.planner.schedules.schedule import Sequence, shape_of, strategies_used
 from evoplan.planner.schedules.text import schedule_of, schedule_to_json
 from evoplan.planner.sizes import exact_size
@@ -93,8 +94,8 @@ class FitPlan(Sealed):
 def _check(plan: FitPlan) -> None:
     if len(plan.schedule.span) != len(plan.blocks):
         raise ValueError(f"it covers {len(plan.schedule.span)} steps, the model has {len(plan.blocks)}")
-    if has_state_away(plan.schedule):
-        raise ValueError("it has state in host memory, which training cannot")
+    if has_state_away(plan.schedule) or waits(plan.schedule):
+        raise ValueError("it has something in host memory, which blocks of a fitted model cannot")
     if sum(plan.static.values()) != plan.predicted.static_bytes:
         raise ValueError("static is not the parts of predicted.static_bytes")
     if {"none", "large"} - set(plan.baselines):

@@ -122,7 +122,7 @@ def _stack(content: Content) -> str:
         kernels = ", ".join(sorted({cell.kernel for cell in cells if cell.kernel}))
         more.append(f"dot: attention by {kernels}")
     if any(cell.away for cell in cells):
-        more.append("corner: some state lies in host memory meanwhile")
+        more.append("corner: something lies in host memory on its account")
     deepest = max((one.level + 1 for one in content.decisions.brackets), default=0)
     nested = f", checkpoints {deepest} deep" if deepest else ""
     return (

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from evoplan.model.running.strategy import EAGER
+from evoplan.planner.schedules.offload import on_host
 from evoplan.planner.schedules.schedule import (
     Checkpoint,
     Schedule,
-    all_runs,
     final_strategies,
     forward_runs,
 )
@@ -32,7 +32,7 @@ class Cell:
         kernel: of attention; empty where it is the formula.
         runs: of its forward in one training step.
         level: how many checkpoints it lies in.
-        away: state that lies in host memory meanwhile.
+        away: what lies in host memory on its account (`planner.schedules.offload.on_host`).
     """
 
     step: int
@@ -89,7 +89,7 @@ def decisions(schedule: Schedule, names: Sequence[str], training: bool = True) -
     final, runs = final_strategies(schedule), forward_runs(schedule)
     brackets = tuple(_brackets(schedule, names, 0))
     levels = Counter(step for one in brackets for step in range(one.first, one.last + 1))
-    away = {run.step: run.away for run in all_runs(schedule)}
+    away = on_host(schedule)
     cells = []
     for step, place in enumerate(_places(names)):
         strategy = final[step]
@@ -104,7 +104,7 @@ def decisions(schedule: Schedule, names: Sequence[str], training: bool = True) -
                 kernel="" if strategy.kernel == EAGER else strategy.kernel,
                 runs=runs[step] if training else 1,
                 level=levels[step],
-                away=away[step],
+                away=away.get(step, ()),
             )
         )
     return Decisions(tuple(cells), brackets)

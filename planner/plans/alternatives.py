@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import Costed, kind_of
-from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
+from evoplan.planner.schedules.offload import has_record
+from evoplan.planner.schedules.schedule import RECORD, Checkpoint, Run, Sequence
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ def with_strategy(schedule: Sequence, steps: frozenset[int], strategy: Strategy)
 
     def one(part: Run | Checkpoint) -> Run | Checkpoint:
         if isinstance(part, Run):
-            return Run(part.step, strategy if part.step in steps else part.strategy, part.away)
+            chosen = strategy if part.step in steps else part.strategy
+            there = part.wait if has_record(chosen) else tuple(name for name in part.wait if name != RECORD)
+            return replace(part, strategy=chosen, wait=there)
         discard = tuple(
             strategy if step in steps else before
             for step, before in zip(part.span, part.discard, strict=True)
         )
-        return Checkpoint(with_strategy(part.body, steps, strategy), discard)
+        return replace(part, body=with_strategy(part.body, steps, strategy), discard=discard)
 
     return Sequence(tuple(map(one, schedule.parts)))

@@ -16,6 +16,7 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.planner.plans.certify import check_training
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import Costed
+from evoplan.planner.schedules.offload import waits
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_to_json
@@ -132,6 +133,11 @@ def certificate_of(costed: Costed, plan: Plan) -> dict[str, Any]:
         ValueError: it is for inference, or its costs are not those that it was made with; says what to do.
     """
     check_training(plan)
+    if waits(plan.schedule) or plan.problem.host_bytes:
+        raise ValueError(
+            "the class that is certified keeps all on the device; certify a plan without host memory, or see "
+            "`evoplan plan --certify`"
+        )
     budget = costed.chain_budget()
     predicted = costed.predict(plan.schedule)
     if predicted.step_seconds != plan.predicted.step_seconds or costed.problem.ranks > 1:

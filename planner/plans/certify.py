@@ -14,6 +14,7 @@ from evoplan.planner.schedules.schedule import Sequence, depth
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
+from evoplan.planner.solvers.offload_frontier import offload_bound
 from evoplan.planner.solvers.proof import best_proof
 from evoplan.planner.solvers.ways import MANY
 
@@ -32,9 +33,20 @@ def certify(costed: Costed, plan: Plan, progress: Told = lambda _: None) -> Plan
     """
     check_training(plan)
     budget = costed.chain_budget()
+    if costed.table.host_bytes:
+        return plan.model_copy(update={"solver": _proven_with_host(costed, plan)})
     after, planned = costed.reduction_seconds, plan.predicted.step_seconds  # `after` is of any schedule
     report = proven(costed.table, plan.schedule, budget, plan.solver, after, planned, progress)
     return plan.model_copy(update={"solver": report})
+
+
+def _proven_with_host(costed: Costed, plan: Plan) -> SolverReport:
+    """A solver's report with what can be proven where something may wait in host memory."""
+    start, budget = time.perf_counter(), costed.chain_budget()
+    bound = offload_bound(costed.table, costed.table.most_bytes if budget is None else budget)
+    planned, after = plan.predicted.step_seconds, costed.reduction_seconds
+    found = _certificate(ROUNDING, None, bound + after, planned, start).model_copy(update={"waits": True})
+    return plan.solver.model_copy(update={"gap": found.gap, "certificates": (found,)})
 
 
 def check_training(plan: Plan) -> None:

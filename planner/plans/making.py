@@ -31,6 +31,7 @@ def make_plan(
     autocast: torch.dtype | None = None,
     loss: Loss | None = None,
     reserve: str | int = 0,
+    host_memory: str | int | None = None,
 ) -> Plan:
     """Plan a model for inputs like these.
 
@@ -49,6 +50,8 @@ def make_plan(
         loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
             Without it the peak holds for `model.programs.loss.mean_square`: it makes its gradient alone.
         reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
+        host_memory: such as "64GiB", or bytes, in which what training keeps may wait for backward, of a
+            device apart from the host.
 
     Raises:
         NoPlanError: nothing fits; its `least_feasible_bytes` is the least budget that has a plan.
@@ -71,6 +74,7 @@ def make_plan(
         ranks=ranks,
         budget_bytes=None if budget is None else parse_size(budget),
         reserve_bytes=parse_size(reserve, least=0),
+        host_bytes=None if host_memory is None else parse_size(host_memory),
         mixed=_mixed(autocast),
         loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
         given=tuple(_given(tensors, dtype)),

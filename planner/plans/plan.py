@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction, Seconds
 from evoplan.planner.problems.problem import Name, Problem
+from evoplan.planner.schedules.offload import waits
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_of, schedule_to_json
 from evoplan.planner.sizes import format_seconds
@@ -31,6 +32,7 @@ class Certificate(BaseModel):
             checkpoints nested at most so deep; None for any depth.
         persistent: False: the class is every schedule of the strategies on offer, in whichever order they run
             and whatever they drop and make again.
+        waits: what the first pass keeps may wait in host memory, each part's while the next one runs.
         bound_seconds: none of them is faster within the budget; None: none of them fits.
         best_seconds: the fastest one known; None: none is known.
         gap: best_seconds / bound_seconds - 1, a share.
@@ -42,6 +44,7 @@ class Certificate(BaseModel):
     method: Name
     max_depth: Annotated[int, Field(ge=0)] | None
     persistent: bool = True
+    waits: bool = False
     bound_seconds: Seconds | None
     best_seconds: Seconds | None
     gap: Seconds | None
@@ -54,6 +57,11 @@ class Certificate(BaseModel):
         of = f"certificate ({self.method}): persistent schedules, checkpoints {depths}, as charged by dp: "
         if not self.persistent:
             of = f"certificate ({self.method}): every schedule, persistent or not: "
+        if self.waits:
+            of = (
+                f"certificate ({self.method}): persistent schedules, checkpoints {depths}, what a part of "
+                "the first pass keeps waiting in host memory or not, as charged by dp: "
+            )
         if self.bound_seconds is None:
             return f"{of}none fits this budget (proved in {format_seconds(self.seconds)})"
         proved = f"none is faster than {format_seconds(self.bound_seconds)}"
@@ -139,7 +147,11 @@ class Plan(Sealed):
 
 def _check(plan: Plan) -> None:
     if plan.problem.training and has_state_away(plan.schedule):
-        raise ValueError("it has state in host memory, which training cannot")
+        raise ValueError("it has state in host memory while steps run, which training cannot")
+    if waits(plan.schedule) != bool(plan.predicted.host_bytes):
+        raise ValueError("predicted.host_bytes is not what its schedule lets wait in host memory")
+    if plan.predicted.host_bytes > (plan.problem.host_bytes or 0):
+        raise ValueError("more is to wait in host memory than the problem has of it")
 
 
 _READER = Reader(Plan, "evoplan-plan", SCHEMA, "`evoplan plan --out`", _check)

@@ -43,6 +43,10 @@ def solve(costed: Costed, solver_name: str = "dp") -> Plan:
     """
     start = time.perf_counter()
     find = solver(solver_name)
+    if costed.problem.host_bytes and not find.uses_host:
+        raise ValueError(
+            f"{solver_name} lets nothing wait in host memory; leave that out, or use --solver dp"
+        )
     schedule, peaks, all_room = _fitting(costed, find)
     seconds = time.perf_counter() - start
     budget = costed.problem.budget_bytes

@@ -17,6 +17,7 @@ from evoplan.planner.problems.problem import Problem
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.solvers import BASELINES, Frontier
+from evoplan.planner.solvers.offload_frontier import OffloadFrontier
 from evoplan.planner.solvers.seed_dp import SeedProgram
 
 FLAT_POINTS = 12  # of seed-dp in a sweep
@@ -26,7 +27,7 @@ def sweep(
     costed: Costed,
     count: int | None = None,
     progress: Progress = lambda _: None,
-    found: Frontier | None = None,
+    found: Frontier | OffloadFrontier | None = None,
 ) -> dict[str, Any]:
     """The frontier as `points`, baselines, and seed-dp's points.
 
@@ -38,9 +39,14 @@ def sweep(
         found: the frontier of these costs, if it is at hand.
     """
     frontier = Frontier(costed.table) if found is None else found
-    points = (
-        steps_of(costed, frontier) if count is None else frontier_points(costed, frontier, count, progress)
-    )
+    if count is not None:
+        points = frontier_points(costed, frontier, count, progress)
+    elif isinstance(frontier, Frontier):
+        points = steps_of(costed, frontier)
+    else:
+        raise ValueError(
+            "where something may wait in host memory a sweep is of so many budgets; give how many"
+        )
     progress("seed-dp")
     flat = SeedProgram(costed.table)
     reach = replay(flat.least(), costed.table).peak_bytes, frontier.most_bytes + frontier.output_bytes
@@ -76,7 +82,7 @@ def steps_of(costed: Costed, frontier: Frontier) -> list[dict[str, float]]:
 
 
 def frontier_points(
-    costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
+    costed: Costed, frontier: Frontier | OffloadFrontier, count: int, progress: Progress = lambda _: None
 ) -> list[dict[str, float]]:
     """The fastest plans for so many budgets, from the least on: {budget_bytes, peak_bytes, step_seconds}."""
     found = planned_points(costed, frontier, count, progress)
@@ -84,7 +90,7 @@ def frontier_points(
 
 
 def planned_points(
-    costed: Costed, frontier: Frontier, count: int, progress: Progress = lambda _: None
+    costed: Costed, frontier: Frontier | OffloadFrontier, count: int, progress: Progress = lambda _: None
 ) -> Iterator[tuple[int, Prediction, Sequence]]:
     """The same with their schedules: budget in bytes, static memory included, prediction, schedule."""
     for number, budget in enumerate(frontier.budgets(count), start=1):

@@ -64,6 +64,7 @@ class Costed:
             static_bytes=static,
             activation_bytes=peak - static,
             step_seconds=result.seconds + self.reduction_seconds,
+            host_bytes=result.host_bytes,
         )
 
     @property
@@ -162,6 +163,12 @@ def cost_problem(
         # A rank is given shards, which lie as they were made.
         {given.name: (given.dtype, given.stride if problem.ranks == 1 else None) for given in problem.given},
     )
+    if problem.host_bytes and table.host_bandwidth is None:
+        raise ValueError(
+            f"{where.name} has no memory apart from the host's, in which anything could wait; "
+            "leave host memory (--host-memory) out"
+        )
+    table = replace(table, host_bytes=problem.host_bytes or 0)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)
     static = static_bytes(

@@ -19,6 +19,7 @@ class Prediction(BaseModel):
             as well.
         activation_bytes: what the step makes, at its peak.
         step_seconds: forward, loss and backward.
+        host_bytes: the most that waits in host memory between forward and backward.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +28,7 @@ class Prediction(BaseModel):
     static_bytes: Bytes
     activation_bytes: Bytes
     step_seconds: Annotated[Seconds, Field(gt=0)]
+    host_bytes: Bytes = 0
 
     @model_validator(mode="after")
     def _adds_up(self) -> Prediction:

@@ -86,6 +86,7 @@ class Problem(BaseModel):
         mixed: products in half precision, as torch.autocast chooses them.
         budget_bytes: what the device may hold at the peak of a step; None is unlimited.
         reserve_bytes: of the budget, kept free for what is not in the plan.
+        host_bytes: of host memory, in which what training keeps may wait for backward; None: nothing waits.
         loss: what the peak holds for: `mean_square` of all outputs, or the name of the user's own.
         given: inputs that are not as the model wants them.
         device: a name of the device table, or cuda for this machine's GPU.
@@ -109,6 +110,7 @@ class Problem(BaseModel):
     link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1, le=MOST)
     reserve_bytes: int = Field(default=0, ge=0, le=MOST)
+    host_bytes: int | None = Field(default=None, ge=1, le=MOST)
     loss: Name = MEAN_SQUARE
     given: tuple[Given, ...] = Field(default=(), max_length=16)
 
@@ -137,6 +139,11 @@ class Problem(BaseModel):
 
     @model_validator(mode="after")
     def _within_reach(self) -> Problem:
+        if self.host_bytes and not self.training:
+            raise ValueError(
+                "host memory is planned for training; in inference state waits there where it must: "
+                "leave host memory (--host-memory) out"
+            )
         if self.mixed and self.dtype != "float32":
             raise ValueError(f"{self.mixed} has parameters in float32; leave --dtype {self.dtype} out")
         config, shape = self.config, self.shape

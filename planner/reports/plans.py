@@ -13,9 +13,9 @@ from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.reports.tables import describe_problem, new_table, print_table, step_names
+from evoplan.planner.schedules.offload import on_host
 from evoplan.planner.schedules.schedule import (
     Sequence,
-    all_runs,
     depth,
     final_strategies,
     forward_runs,
@@ -39,6 +39,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"solved by {plan.solver.name} in {format_seconds(plan.solver.seconds)}",
         highlight=False,
     )
+    if plan.predicted.host_bytes:
+        most = plan.problem.host_bytes or plan.predicted.host_bytes
+        console.print(
+            f"in host memory between forward and backward: {format_size(plan.predicted.host_bytes)} "
+            f"of {format_size(most)}",
+            highlight=False,
+        )
     if len(set(plan.rank_peak_bytes)) > 1:
         peaks = ", ".join(map(format_size, plan.rank_peak_bytes))
         console.print(f"peak of each rank: {peaks}", highlight=False)
@@ -63,7 +70,7 @@ def _decisions(schedule: Sequence, problem: Problem) -> Table:
         if problem.training
         else "decision per submodule"
     )
-    waits = {run.step: run.away for run in all_runs(schedule) if run.away}
+    waits = on_host(schedule)
     host = ("on the host (blocks)",) if waits else ()
     table = new_table(title, "submodule", "strategy (blocks)", "forward runs", *host)
     for name, steps in kinds.items():

@@ -31,16 +31,17 @@ def print_schedule(plan: Plan, console: Console) -> None:
 def schedule_lines(schedule: Sequence, names: list[str], indent: str = "") -> Iterable[str]:
     """One line per recorded step and per checkpoint."""
     for part in schedule.parts:
+        wait = f"  [waits on the host: {', '.join(part.wait)}]" if part.wait else ""
         if isinstance(part, Checkpoint):
             first, last = part.span.start, part.span.stop - 1
             counts = Counter(map(str, part.discard))
             discard = ", ".join(f"{name} x{count}" for name, count in counts.most_common(3))
             more = ", ..." if len(counts) > 3 else ""
-            yield f"{indent}checkpoint {names[first]} .. {names[last]}  [first pass: {discard}{more}]"
+            yield f"{indent}checkpoint {names[first]} .. {names[last]}  [first pass: {discard}{more}]{wait}"
             yield from schedule_lines(part.body, names, indent + "  ")
         else:
             away = f"  [on the host: {', '.join(part.away)}]" if part.away else ""
-            yield f"{indent}{names[part.step]}: {part.strategy}{away}"
+            yield f"{indent}{names[part.step]}: {part.strategy}{away}{wait}"
 
 
 def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: Console) -> None:
@@ -61,8 +62,8 @@ def print_timeline(result: Replay, fixed_bytes: int, names: list[str], console: 
     copies = [moment.seconds for moment in moments if moment.phase.endswith("host")]
     if copies:
         console.print(
-            f"{len(copies)} copies between the device and the host, {format_seconds(sum(copies))} of "
-            f"{format_seconds(result.seconds)}",
+            f"{len(copies)} copies between the device and the host, for which it waits "
+            f"{format_seconds(sum(copies))} of {format_seconds(result.seconds)}",
             highlight=False,
         )
     gradients = ", gradients included" if any(moment.phase == "backward" for moment in moments) else ""

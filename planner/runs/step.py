@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from evoplan.model.programs.program import Part
 from evoplan.model.running.chain import Plannable
 from evoplan.model.sharing.parallel import ParallelEvoformer
 from evoplan.planner.execution.apply import PlannedModule
+from evoplan.planner.execution.host import FakeHost
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.problems.costing import device_of, planned_model
-from evoplan.planner.schedules.waiting import FakeHost
 
 # What a rank is given of the state, and what it makes of the results.
 Share = tuple[Part | None, Part | None]
@@ -80,7 +81,8 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
     with simulated(where) as trace:
         model = fake_copy(plain, dtype).train(problem.training)
         assert isinstance(model.stack, Plannable)  # a copy of the one that was built
-        planned = PlannedModule(planned_model(problem, rank, model.stack), plan.schedule, host=FakeHost)
+        stack, host = planned_model(problem, rank, model.stack), partial(FakeHost, trace)
+        planned = PlannedModule(stack, plan.schedule, host=host)
         model.stack = planned
         batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         for parameter in model.parameters() if problem.training else ():

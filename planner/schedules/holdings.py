@@ -7,7 +7,7 @@ to the moment's peak, to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import INPUT, Version
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.schedules.replay import Machine, Phase, Replay, checked
-from evoplan.planner.schedules.schedule import Checkpoint, Sequence, final_strategies, needs_forward
+from evoplan.planner.schedules.replay import Machine, Phase, Record, Replay, checked
+from evoplan.planner.schedules.schedule import RECORD, Checkpoint, Sequence, final_strategies, needs_forward
 from evoplan.planner.schedules.waiting import moves
 
 Kind = Literal["state", "preserved", "gradients"]
@@ -101,10 +101,11 @@ def holdings(schedule: Sequence, table: CostTable) -> Holdings:
     """
     watched = _Watched(table)
     away = [names for _, *both in moves(schedule) for names in both if names]
-    watched.copied = iter(away if not table.training else ())
+    watched.moved = iter(away if not table.training else ())
     result = watched.run(checked(schedule, table))
     watched.finish()
-    return _complete(result, schedule, table, watched.states)
+    preserved = list(_preserved(result, schedule, table, watched.elsewhere))
+    return _complete(result, schedule, table, [*watched.states, *preserved])
 
 
 @dataclass
@@ -113,19 +114,21 @@ class _Watched(Machine):
 
     Attributes:
         born: first moment of each version that is on the device.
-        copied: names of what each copy between the device and the host moves, in order.
+        elsewhere: of steps whose records wait, the first moment without and the first with them again.
+        moved: names of what each copy between the device and the host moves, in order.
     """
 
     born: dict[Version, int] = field(default_factory=dict)
     states: list[Held] = field(default_factory=list)
     makers: list[int] = field(default_factory=list)
-    copied: Iterator[tuple[str, ...]] = field(default_factory=lambda: iter(()))
+    moved: Iterator[tuple[str, ...]] = field(default_factory=lambda: iter(()))
+    elsewhere: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def moment(self, phase: Phase, step: int | None, extra_bytes: int, seconds: float) -> None:
         super().moment(phase, step, extra_bytes, seconds)
         self.makers.append(INPUT if step is None else step)
-        if phase in ("to host", "from host"):
-            names = next(self.copied)
+        if phase in ("to host", "from host") and not self.table.training:
+            names = next(self.moved)
             for version in [v for v, count in self.holders.items() if count and v.tensor in names]:
                 if phase == "to host":
                     self._gone(version)
@@ -146,6 +149,21 @@ class _Watched(Machine):
             if not self.holders[version] and version in self.born:
                 self._gone(version)
 
+    def put_away(self, record: Record) -> None:
+        super().put_away(record)
+        for version in record.waits:
+            self._gone(version)
+        if RECORD in record.part.wait:
+            self.elsewhere[record.part.span.start] = len(self.moments), len(self.moments)
+
+    def take_back(self, record: Record) -> None:
+        super().take_back(record)
+        now = len(self.moments)
+        self.born |= dict.fromkeys(record.waits, now)
+        if RECORD in record.part.wait:
+            step = record.part.span.start
+            self.elsewhere[step] = self.elsewhere[step][0], now
+
     def finish(self) -> None:
         """Note what is there at the end."""
         for version in list(self.born):
@@ -160,11 +178,10 @@ class _Watched(Machine):
             self.states.append(Held("state", version.tensor, maker, size, first, last))
 
 
-def _complete(result: Replay, schedule: Sequence, table: CostTable, states: list[Held]) -> Holdings:
-    """What is preserved and what gradients there are follow from the moments."""
-    preserved = list(_preserved(result, schedule, table))
+def _complete(result: Replay, schedule: Sequence, table: CostTable, kept: list[Held]) -> Holdings:
+    """What gradients there are follows from the moments."""
     taken = [0] * (len(result.moments) + 2)
-    for one in (*states, *preserved):
+    for one in kept:
         taken[one.first] += one.bytes
         taken[one.last + 1] -= one.bytes
     peaks = (moment.peak_bytes for moment in result.moments)
@@ -184,12 +201,14 @@ def _complete(result: Replay, schedule: Sequence, table: CostTable, states: list
         for version in now:
             open_.setdefault(version, at)
             room[at] -= table.state_bytes[version.tensor]
-    held = sorted((*states, *preserved, *gradients), key=lambda one: (one.first, one.last, one.kind))
+    held = sorted((*kept, *gradients), key=lambda one: (one.first, one.last, one.kind))
     return Holdings(result, tuple(held), tuple(room), tuple(passes))
 
 
-def _preserved(result: Replay, schedule: Sequence, table: CostTable) -> Iterator[Held]:
-    """Of each step, what its recorded run keeps, until its backward has run."""
+def _preserved(
+    result: Replay, schedule: Sequence, table: CostTable, elsewhere: Mapping[int, tuple[int, int]]
+) -> Iterator[Held]:
+    """Of each step, what its recorded run keeps, until its backward has run; but not where that waits."""
     final, begun = final_strategies(schedule), {}
     for at, moment in enumerate(result.moments):
         if moment.step is None:
@@ -200,8 +219,12 @@ def _preserved(result: Replay, schedule: Sequence, table: CostTable) -> Iterator
             (cost,) = (c for c in table.options[moment.step] if c.strategy == final[moment.step])
             # What has no forward of its own on a redo keeps what its backward makes.
             if moment.step in begun and cost.preserved_bytes:
-                first = begun[moment.step]
-                yield Held("preserved", None, moment.step, cost.preserved_bytes, first, at)
+                first, size = begun[moment.step], cost.preserved_bytes
+                if moment.step in elsewhere:
+                    gone, back = elsewhere[moment.step]
+                    yield Held("preserved", None, moment.step, size, first, gone - 1)
+                    first = back
+                yield Held("preserved", None, moment.step, size, first, at)
 
 
 def _passes(schedule: Sequence, table: CostTable, result: Replay) -> list[Pass | None]:

@@ -16,7 +16,8 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import INPUT, Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
+from evoplan.planner.schedules.offload import check_waits, last_read, record_bytes, waits
+from evoplan.planner.schedules.schedule import RECORD, Checkpoint, Run, Sequence, all_runs, needs_forward
 from evoplan.planner.schedules.waiting import check_away, moves
 
 Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
@@ -24,7 +25,10 @@ Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward"
 
 @dataclass(frozen=True)
 class Moment:
-    """One run of one step (or of the loss), or a copy between the device and the host before it.
+    """One run of one step (or of the loss), or a copy between the device and the host.
+
+    In inference a copy goes before its step. In training it goes beside the steps of a part, and the moment
+    after the part's last one is the rest of it, of which the device waits for the end.
 
     Attributes:
         phase, step: what runs; step is None for the loss, and for copies after the last step.
@@ -47,10 +51,12 @@ class Replay:
     Attributes:
         moments: everything that runs, in order.
         output_bytes: the new state, which outlives the chain.
+        host_bytes: most that waits in host memory between forward and backward.
     """
 
     moments: tuple[Moment, ...]
     output_bytes: int
+    host_bytes: int = 0
 
     @cached_property
     def peak(self) -> Moment:
@@ -89,17 +95,31 @@ def checked(schedule: Sequence, table: CostTable) -> Sequence:
                 "state may wait in host memory in inference only, on a device apart from the host"
             )
         check_away(schedule, table.liveness)
+    if waits(schedule):
+        if not table.training or table.host_bandwidth is None:
+            raise ValueError(
+                "what is kept for backward may wait in host memory in training only, on a device apart from "
+                "the host"
+            )
+        check_waits(schedule, table.liveness)
     return schedule
 
 
 @dataclass
-class _Record:
-    """What one part holds between its forward and its backward; `own`: of what it made."""
+class Record:
+    """What one part holds between its forward and its backward.
+
+    Attributes:
+        bytes: beside state, on the device.
+        own: of what it made.
+        waits: of the state, what waits in host memory.
+    """
 
     part: Run | Checkpoint
     entry: tuple[Version, ...]
     bytes: int = 0
     own: tuple[Version, ...] = ()
+    waits: tuple[Version, ...] = ()
 
 
 @dataclass
@@ -129,12 +149,19 @@ class Machine:
         if not table.training:
             self.infer(schedule, state)
             return Replay(tuple(self.moments), table.bytes_of(state.values()))
-        records: list[_Record] = []
+        records: list[Record] = []
         self.forward(schedule, state, records, redo=False)
+        host_bytes = sum(map(self.waiting_bytes, records))
         self.moment("loss", None, table.loss_bytes, 0.0)
         while records:
+            begun = len(self.moments)
+            before = records[-2] if len(records) > 1 else None
+            if before is not None:
+                self.take_back(before)
             self.backward(records)
-        return Replay(tuple(self.moments), table.bytes_of(state.values()))
+            if before is not None:
+                self.copied("from host", before, begun)
+        return Replay(tuple(self.moments), table.bytes_of(state.values()), host_bytes)
 
     def cost(self, run: Run) -> StepCost:
         try:
@@ -158,7 +185,7 @@ class Machine:
                 self.held_bytes -= self.table.state_bytes[version.tensor]
 
     def advance(
-        self, state: dict[str, Version], step: int, keeps: Iterable[int] = (), record: _Record | None = None
+        self, state: dict[str, Version], step: int, keeps: Iterable[int] = (), record: Record | None = None
     ) -> None:
         """What the step makes takes the place of what was there; what nobody reads any longer goes.
 
@@ -194,12 +221,15 @@ class Machine:
             self.moment(phase, run.step, cost.discard_bytes, cost.discard_seconds)
             self.advance(state, run.step)
 
-    def forward(self, body: Sequence, state: dict[str, Version], records: list[_Record], redo: bool) -> None:
+    def forward(self, body: Sequence, state: dict[str, Version], records: list[Record], redo: bool) -> None:
         """Run `body` from a state that is the caller's, leaving a record of each part."""
         live_gradients = self.table.gradient_bytes(body.span.stop) if redo else 0
-        for part in body.parts:
-            entry = self.table.liveness.entry(part.span)
-            record = _Record(part, tuple(state[version.tensor] for version in entry))
+        for number, part in enumerate(body.parts):
+            begun, entry = len(self.moments), self.table.liveness.entry(part.span)
+            record = Record(part, tuple(state[version.tensor] for version in entry))
+            if part.wait:
+                may = last_read(self.table.liveness, part.span)
+                record.waits = tuple(state[version.tensor] for version in may if version.tensor in part.wait)
             self.keep(record.entry)
             records.append(record)
             if not needs_forward(part, body, redo):
@@ -216,11 +246,39 @@ class Machine:
                 self.held_bytes += record.bytes
                 self.advance(state, part.step, cost.keeps_made, record)
             self.held_bytes -= live_gradients
+            if number and not redo:
+                self.copied("to host", records[-2], begun)
+                self.put_away(records[-2])
 
-    def backward(self, records: list[_Record]) -> None:
+    # What waits in host memory: `planner.schedules.offload` says when it moves.
+
+    def waiting_bytes(self, record: Record) -> int:
+        """How much of a record waits."""
+        more = 0
+        if RECORD in record.part.wait:
+            assert isinstance(record.part, Run)
+            more = record_bytes(self.cost(record.part))
+        return more + self.table.bytes_of(record.waits)
+
+    def copied(self, phase: Phase, record: Record, begun: int) -> None:
+        """A copy that has gone on since a moment is waited for."""
+        size, bandwidth = self.waiting_bytes(record), self.table.host_bandwidth
+        if size and bandwidth is not None:
+            beside = sum(moment.seconds for moment in self.moments[begun:])
+            self.moment(phase, self.moments[-1].step, 0, max(0.0, size / bandwidth - beside))
+
+    def put_away(self, record: Record) -> None:
+        """What waits of a record is not on the device any longer."""
+        self.held_bytes -= self.waiting_bytes(record)
+
+    def take_back(self, record: Record) -> None:
+        """There is room for it again, into which it is copied."""
+        self.held_bytes += self.waiting_bytes(record)
+
+    def backward(self, records: list[Record]) -> None:
         record = records.pop()
         if isinstance(record.part, Checkpoint):
-            inner: list[_Record] = []
+            inner: list[Record] = []
             state = {version.tensor: version for version in record.entry}
             self.keep(state.values())
             self.forward(record.part.body, state, inner, redo=True)

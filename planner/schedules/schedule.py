@@ -2,7 +2,8 @@
 
     Schedule = Run(step, strategy) | Sequence(parts) | Checkpoint(body, discard)
 
-Everything else interprets it: the replay costs it, the executor runs it, the report prints it.
+Everything else interprets it: the replay costs it, the executor runs it, the report prints it. What a part of
+the first pass keeps may wait in host memory until its backward (`planner.schedules.offload`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
 from evoplan.model.running.kernels import is_opaque
 from evoplan.model.running.strategy import Strategy
+
+RECORD = "record"  # among what waits: what a run keeps besides the state
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,14 @@ class Run:
     Attributes:
         away: state tensors that lie in host memory while it runs; only in inference (see
             `planner.schedules.waiting`).
+        wait: what leaves the device after its forward and is back for its backward: state tensors by name,
+            and RECORD; only on the first pass of a training step (see `planner.schedules.offload`).
     """
 
     step: int
     strategy: Strategy
     away: tuple[str, ...] = ()
+    wait: tuple[str, ...] = ()
 
     @property
     def span(self) -> range:
@@ -44,10 +50,12 @@ class Checkpoint:
     Attributes:
         body: how they run the second time.
         discard: each step's strategy the first time.
+        wait: as a run's; there is no record.
     """
 
     body: Sequence
     discard: tuple[Strategy, ...]
+    wait: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.discard) != len(self.body.span):
@@ -56,6 +64,8 @@ class Checkpoint:
             )
         if any(isinstance(part, Run) and part.away for part in self.body.parts):
             raise ValueError("state may wait in host memory in inference only, not in a checkpoint")
+        if any(part.wait for part in self.body.parts):
+            raise ValueError("what a redo keeps does not wait in host memory, only what the first pass keeps")
 
     @property
     def span(self) -> range:
@@ -213,8 +223,10 @@ def shortened(schedule: Sequence, steps: int) -> Sequence:
             break
         if isinstance(part, Checkpoint) and part.span.stop > steps:
             body = shortened(part.body, steps)
-            part = Checkpoint(body, part.discard[: len(body.span)])
+            part = Checkpoint(body, part.discard[: len(body.span)], part.wait)
         parts.append(part)
+    # After the last part nothing runs while a copy goes on.
+    parts[-1] = replace(parts[-1], wait=())
     return Sequence(tuple(parts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from evoplan.model.running.strategy import Strategy
@@ -13,33 +14,39 @@ LONGEST_STRATEGY = 2000  # characters
 def schedule_to_json(schedule: Sequence) -> list[Any]:
     """Parts in order: [step, "strategy"], or {"checkpoint": parts, "discard": ["strategy", ...]}.
 
-    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]].
+    A step with state in host memory has a third element, the tensors' names: [3, "whole", ["z"]]. A part of
+    which something waits there until backward is {"wait": ["m", "record"], "part": it without}.
     """
-    return [
-        [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
-        if isinstance(part, Run)
-        else {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
-        for part in schedule.parts
-    ]
+    return [_part_to_json(part) for part in schedule.parts]
+
+
+def _part_to_json(part: Run | Checkpoint) -> Any:
+    if part.wait:
+        return {"wait": list(part.wait), "part": _part_to_json(replace(part, wait=()))}
+    if isinstance(part, Run):
+        return [part.step, str(part.strategy), *([list(part.away)] if part.away else [])]
+    return {"checkpoint": schedule_to_json(part.body), "discard": [str(s) for s in part.discard]}
 
 
 def schedule_from_json(parts: list[Any]) -> Sequence:
     """The inverse of `schedule_to_json`; ValueError says what is wrong."""
-    built: list[Run | Checkpoint] = []
-    for part in parts:
-        match part:
-            case [bool(), *_]:
-                raise ValueError(f"{short(part)} is no part of a schedule")
-            case [int(step), str(strategy)]:
-                built.append(Run(step, _strategy(strategy)))
-            case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
-                built.append(Run(step, _strategy(strategy), tuple(away)))
-            case {"checkpoint": list(body), "discard": list(discard)}:
-                strategies = tuple(map(_strategy, discard))
-                built.append(Checkpoint(schedule_from_json(body), strategies))
-            case _:
-                raise ValueError(f"{short(part)} is no part of a schedule")
-    return Sequence(tuple(built))
+    return Sequence(tuple(map(_part_from_json, parts)))
+
+
+def _part_from_json(part: Any) -> Run | Checkpoint:
+    match part:
+        case [bool(), *_]:
+            pass
+        case [int(step), str(strategy)]:
+            return Run(step, _strategy(strategy))
+        case [int(step), str(strategy), [*away]] if away and all(isinstance(n, str) for n in away):
+            return Run(step, _strategy(strategy), tuple(away))
+        case {"checkpoint": list(body), "discard": list(discard)}:
+            return Checkpoint(schedule_from_json(body), tuple(map(_strategy, discard)))
+        case {"wait": [*wait], "part": inner} if wait and all(isinstance(name, str) for name in wait):
+            if not (isinstance(inner, dict) and "wait" in inner):
+                return replace(_part_from_json(inner), wait=tuple(wait))
+    raise ValueError(f"{short(part)} is no part of a schedule")
 
 
 def _strategy(text: Any) -> Strategy:

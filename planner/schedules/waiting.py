@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from evoplan.cost_model.liveness import INPUT, Liveness
-from evoplan.model.running.chain import State
 from evoplan.planner.schedules.schedule import Run, Sequence, all_runs
 
 
@@ -54,44 +50,3 @@ def check_away(schedule: Sequence, liveness: Liveness) -> None:
             elif name in reads:
                 why = "the step reads it"
             raise ValueError(f"step {run.step} cannot have {name} in host memory: {why}; plan again")
-
-
-class Host:
-    """Host memory, and the state tensors in it."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[Tensor, torch.device]] = {}
-
-    def move(self, state: State, put: tuple[str, ...], take: tuple[str, ...]) -> None:
-        """Put some tensors of the state here, then take some back."""
-        for name in put:
-            self.put(name, state.pop(name))
-        for name in take:
-            state[name] = self.take(name)
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a copy."""
-        if tensor.is_cuda:  # torch keeps pinned memory for reuse, since pinning is slow
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        else:  # the processor stands in for a device: its host is memory that torch's allocator doesn't count
-            kept = torch.frombuffer(bytearray(tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
-        self._kept[name] = kept.copy_(tensor), tensor.device
-
-    def take(self, name: str) -> Tensor:
-        """The tensor, on its device again."""
-        kept, device = self._kept.pop(name)
-        return kept.to(device, copy=True)
-
-
-class FakeHost(Host):
-    """A host for tensors without data, which would count as the device's memory if they were kept."""
-
-    def __init__(self) -> None:
-        self._shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        self._shapes[name] = tensor.shape, tensor.dtype
-
-    def take(self, name: str) -> Tensor:
-        shape, dtype = self._shapes.pop(name)
-        return torch.empty(shape, dtype=dtype)

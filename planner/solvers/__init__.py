@@ -12,6 +12,7 @@ from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.solvers import baselines
 from evoplan.planner.solvers.frontier import Frontier, InfeasibleError
 from evoplan.planner.solvers.inference import inference_schedule
+from evoplan.planner.solvers.offload_frontier import OffloadFrontier
 from evoplan.planner.solvers.seed_dp import SeedProgram
 
 Find = Callable[[CostTable, int | None], Sequence]
@@ -24,10 +25,12 @@ class Solver:
     Attributes:
         find: from a table and a budget in bytes (None: no limit); raises InfeasibleError.
         exact_in_inference: whether no schedule on offer is faster in inference, where that is proven.
+        uses_host: whether in training it lets wait in host memory what may.
     """
 
     find: Find
     exact_in_inference: bool = False
+    uses_host: bool = False
 
     def __call__(self, table: CostTable, budget_bytes: int | None) -> Sequence:
         """A schedule within the budget."""
@@ -38,6 +41,8 @@ def dynamic_program(table: CostTable, budget_bytes: int | None) -> Sequence:
     """`dp`: the fastest schedule within the budget."""
     if not table.training:
         return inference_schedule(table, budget_bytes)
+    if table.host_bytes:
+        return OffloadFrontier(table, table.host_bytes).schedule(budget_bytes)
     return Frontier(table).schedule(budget_bytes)
 
 
@@ -89,7 +94,7 @@ def _of_any_budget(make: Callable[[CostTable], Sequence]) -> Find:
 
 # In inference three of them are one: a shortest path (`solvers.inference`). A bare function claims nothing.
 SOLVERS: dict[str, Solver | Find] = {
-    "dp": Solver(dynamic_program, exact_in_inference=True),
+    "dp": Solver(dynamic_program, exact_in_inference=True, uses_host=True),
     "cp-sat": Solver(by_cp_sat, exact_in_inference=True),
     **{name: _of_any_budget(make) for name, make in BASELINES.items()},
     "seed-dp": Solver(flat_program, exact_in_inference=True),

@@ -95,7 +95,7 @@ class Program:
         self.size = self.units + 1
         self.costs = GridCosts(self.table, self.unit_bytes, self.size, self.optimistic)
         self._spare = np.empty(self.size)
-        self._over_groups, self._way_finder = SegmentCosts(self.costs), WayFinder(self.costs)
+        self.over_groups, self._way_finder = SegmentCosts(self.costs), WayFinder(self.costs)
         self._runs, self._numbers = different_segments(tuple(self.costs.kinds))
         most = sum(self.costs.units(size) for size in self.table.state_bytes.values())  # of what is kept
 
@@ -221,7 +221,7 @@ class Program:
     ) -> Segments:
         return Segments(
             range(group + 1, last + 1),
-            self._over_groups.kept(group, last, which),
+            self.over_groups.kept(group, last, which),
             self._twice[self.below(depth), which],
             self._numbers[group, group + 1 : last + 1],
             after,
@@ -264,7 +264,7 @@ class Program:
         self._redo[depth].fill(number, times, self._numbers[group, end - 1], entry)
         for (level, which), table in self._twice.items():
             if level == depth:
-                discard = self._over_groups.discard_pass(group, end, which)
+                discard = self.over_groups.discard_pass(group, end, which)
                 table.fill(number, times + discard, self._numbers[group + 1, end])
 
     def _race(self) -> Race:

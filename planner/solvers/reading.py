@@ -32,6 +32,16 @@ class Reader:
             group, memory = self._take(parts, group, memory, after, segments, FIRST, program.max_depth)
         return Sequence(tuple(parts))
 
+    def checkpoint(self, steps: range, memory: int) -> Checkpoint:
+        """The best one on the first pass, over some steps of one group or over whole groups."""
+        groups, depth = self.program.table.groups, self.program.max_depth
+        group = next(number for number, own in enumerate(groups) if steps.start in own)
+        own = groups[group]
+        if steps.stop <= own.stop:
+            return self._inside(group, steps.start - own.start, steps.stop - own.start, memory, FIRST, depth)
+        end = next(number for number, other in enumerate(groups) if other.stop == steps.stop) + 1
+        return self._over_groups(group, end, memory, FIRST, depth)
+
     def _redo_body(self, group: int, end: int, memory: int, depth: Depth) -> Sequence:
         parts: Parts = []
         program = self.program
@@ -66,9 +76,7 @@ class Reader:
             spans = segments.at(memory)
             best = int(spans.argmin())
             if spans[best] < seconds:
-                body = self._redo_body(group, segments.ends[best], memory, self.program.below(depth))
-                discard = self.program.costs.discard_strategies(body.span, memory, which)
-                parts.append(Checkpoint(body, discard))
+                parts.append(self._over_groups(group, segments.ends[best], memory, which, depth))
                 return segments.ends[best], memory - int(segments.kept[best])
         if way is not None:
             self._follow(parts, group, way, memory, which, depth)
@@ -86,6 +94,11 @@ class Reader:
                 left = memory - self.program.costs.units(kept)
                 parts.append(self._inside(group, at, part.stop, left, which, depth))
             at, kept = part.stop, kept + part.preserved
+
+    def _over_groups(self, group: int, end: int, memory: int, which: Pass, depth: Depth) -> Checkpoint:
+        """The best checkpoint over whole groups."""
+        body = self._redo_body(group, end, memory, self.program.below(depth))
+        return Checkpoint(body, self.program.costs.discard_strategies(body.span, memory, which))
 
     def _inside(
         self, group: int, start: int, stop: int, memory: int, which: Pass, depth: Depth

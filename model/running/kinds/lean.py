@@ -15,7 +15,7 @@ from evoplan.model.running.submodule import Submodule
 class LeanRun(WholeRun):
     """Remembers how cheap tensors were made in their place (`model.running.remake`)."""
 
-    def keeping(self) -> AbstractContextManager[object]:
+    def keeping(self, movable: bool) -> AbstractContextManager[object]:
         return Remaking(self.context)
 
     def check(self) -> None:

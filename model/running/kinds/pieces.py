@@ -29,6 +29,7 @@ class InPieces(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        movable: bool = False,
     ) -> tuple[Record, Tensor]:
         with torch.no_grad(), using(strategy.kernel):
             kept = self.run(submodule, strategy, tensors, wanted, owner)

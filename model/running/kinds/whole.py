@@ -31,6 +31,7 @@ class Whole(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        movable: bool = False,
     ) -> tuple[Record, Tensor]:
-        run = self.run(submodule, strategy, tensors, wanted, owner)
+        run = self.run(submodule, strategy, tensors, wanted, owner, movable)
         return run, run.take_output()
