@@ -55,6 +55,11 @@ class OffloadFrontier:
         first, last = self.least_replay.peak_bytes, self.most_bytes + self.output_bytes
         return sorted({int(budget) for budget in np.geomspace(first, last, count)} | {first, last})
 
+    def solve(self) -> None:
+        """Solve every grid now; else each is when a budget first asks for it."""
+        for span in self._spans:
+            self._program(span)
+
     def _program(self, span: int) -> OffloadProgram:
         if span not in self._programs:
             unit = dividing_unit(self.table, span, UNITS)
