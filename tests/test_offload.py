@@ -406,6 +406,31 @@ def test_written_in_place_is_noticed_where_it_waits(stack: EvoformerStack) -> No
         loss.backward()
 
 
+def _keep(kept: list[Any], model: PlannedModule, inputs: dict[str, torch.Tensor]) -> None:
+    kept.append(model(**inputs, dropout_seed=3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_and_memory_on_a_gpu(stack: EvoformerStack, seed: int) -> None:
+    """Streams, events and pinned memory: the same gradients, and less on the device at the loss."""
+    stack.cuda().eval()
+    inputs = {name: tensor.detach().cuda() for name, tensor in random_inputs(TINY).items()}
+    inputs |= {name: inputs[name].requires_grad_() for name in ("m", "z")}
+    expected = loss_and_gradients(stack, stack, inputs)
+    schedule = all_waiting(stack, seed)
+    bare = Sequence(tuple(replace(part, wait=()) for part in schedule.parts))
+    left = []
+    for one in (bare, schedule):
+        planned, kept = PlannedModule(stack, one), []
+        left.append(measure.usage(partial(_keep, kept, planned, inputs), "cuda").left)
+        kept.clear()
+        for _ in range(3):  # memory is used again while copies go on
+            assert_same(loss_and_gradients(planned, stack, inputs), expected)
+    assert left[1] < left[0]
+
+
 # --- the solver ---------------------------------------------------------------------------------
 
 

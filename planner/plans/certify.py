@@ -14,9 +14,9 @@ from evoplan.planner.schedules.schedule import Sequence, depth
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
+from evoplan.planner.solvers.grid import MANY
 from evoplan.planner.solvers.offload_frontier import offload_bound
 from evoplan.planner.solvers.proof import best_proof
-from evoplan.planner.solvers.ways import MANY
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"

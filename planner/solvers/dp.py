@@ -24,10 +24,10 @@ import numpy as np
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.solvers.grid import FIRST, GridCosts, Pass, Times
+from evoplan.planner.solvers.grid import FIRST, MANY, GridCosts, Pass, Times
 from evoplan.planner.solvers.segments import Race, SegmentCosts, Segments, Through, different_segments
 from evoplan.planner.solvers.tables import Integers, TimesTable
-from evoplan.planner.solvers.ways import MANY, WayFinder, Ways
+from evoplan.planner.solvers.ways import WayFinder, Ways
 
 Depth = int | None  # how many checkpoints may still nest; None for any number
 

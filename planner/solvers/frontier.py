@@ -20,9 +20,8 @@ from evoplan.planner.schedules.replay import Replay, replay
 from evoplan.planner.schedules.schedule import Run, Sequence, allow_depth
 from evoplan.planner.sizes import exact_size
 from evoplan.planner.solvers.dp import Program
-from evoplan.planner.solvers.grid import Times, unit_bytes
+from evoplan.planner.solvers.grid import MANY, Times, unit_bytes
 from evoplan.planner.solvers.reading import Reader
-from evoplan.planner.solvers.ways import MANY
 
 # Steps of one grid; rounding costs a schedule at most one per preserved part. The last grid, where
 # schedules hold the most parts, has up to three times as many.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
 from evoplan.model.running.strategy import Strategy
+
+MANY = 256  # groups; shorter chains have few parts on any grid
+WASTE, FINEST = 0.01, 0.55  # of the state that rounding may add there, and shares of the usual grid step
 
 Made = TypeVar("Made")
 Times = NDArray[np.float64]  # seconds by memory left, in grid units; inf where it does not fit
@@ -186,7 +190,8 @@ class GridCosts:
 def unit_bytes(span: int, units: int, table: CostTable) -> int:
     """A grid step of about span / units, such that what schedules hold rounds up to little more than it is.
 
-    What they hold is state, most of all, and what steps that run whole preserve.
+    What they hold is state, most of all, and what steps that run whole preserve. Chains of many groups hold
+    so much state that a grid twice as fine is worth its time where that divides it and no other step does.
     """
     smallest = max(1, -(-span // units))
     candidates = np.unique(np.linspace(smallest, max(smallest, 1.1 * smallest), 256).astype(np.int64))
@@ -195,7 +200,13 @@ def unit_bytes(span: int, units: int, table: CostTable) -> int:
     sizes = np.array([*state, *steps])
     weights = np.array([len(steps)] * len(state) + [1] * len(steps))
     waste = (-sizes[:, None] % candidates * weights[:, None]).sum(axis=0) / candidates
-    return int(candidates[waste.argmin()])
+    best = int(candidates[waste.argmin()])
+    if len(table.groups) > MANY and sum(-size % best for size in state) > WASTE * sum(state):
+        divisor = math.gcd(*state)
+        exact = -(-divisor // max(1, round(divisor / smallest)))
+        if FINEST * smallest <= exact <= divisor:
+            return exact
+    return best
 
 
 def group_kinds(table: CostTable) -> list[int]:

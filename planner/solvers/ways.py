@@ -15,8 +15,6 @@ import numpy as np
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.solvers.grid import GridCosts, Pass, Times
 
-MANY = 256  # groups; shorter chains have few parts on any grid
-
 
 @dataclass(frozen=True)
 class Part:
