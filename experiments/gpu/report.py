@@ -95,6 +95,8 @@ def _good(results: Results) -> dict[str, Row]:
 
 def _draw_fidelity(parts: Mapping[str, Mapping[str, Row]]) -> Figure:
     """Measured over predicted against the predicted peak: activations, and reserved of the process."""
+    from matplotlib.ticker import ScalarFormatter
+
     from evoplan.planner.reports.plot import plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
@@ -112,7 +114,8 @@ def _draw_fidelity(parts: Mapping[str, Mapping[str, Row]]) -> Figure:
                     *zip(*points, strict=True), marker, color=f"C{index}", label=label, fillstyle="none"
                 )
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("predicted peak, MiB")
     axes.set_ylabel("measured / predicted")
     axes.grid(alpha=0.3)

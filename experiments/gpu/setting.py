@@ -173,4 +173,5 @@ def free_up() -> None:
 
 def named(size: Size) -> str:
     """A size in the name of a run."""
-    return f"s={size[0]} r={size[1]} {size[2]} blocks"
+    s, r, blocks = size
+    return f"s={s} r={r} {blocks} block{'s' * (blocks != 1)}"

@@ -23,6 +23,7 @@ from evoplan.planner.checking.trial import (
     available_bytes,
     beyond_rounding,
     errors,
+    inputs_between_steps,
     kind_here,
     random_inputs,
     random_stack,
@@ -105,9 +106,11 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     with simulated(where) as trace:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        planned = PlannedModule(model, plan.schedule, host=FakeHost)
+        planned = PlannedModule(model, plan.schedule, FakeHost, problem.donate)
         step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
         step.casting = casting_of(where.kind, problem.autocast)
+        if problem.donate:  # the step has copies, and these are nobody's
+            before += sum(where.in_blocks(tensor.nbytes) for tensor in step.state.values())
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
@@ -172,7 +175,7 @@ def verify_plan(
         progress("making the model")
         stack = random_stack(problem, kind)
     torch.manual_seed(1)  # ranks make the same inputs
-    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), kind)
+    inputs = inputs_between_steps(problem, kind)
     planned = apply_plan(stack, plan, ranks)
     share = planned.stack if isinstance(planned.stack, ParallelEvoformer) else None
     own = inputs if share is None else inputs | share.own(inputs)
@@ -185,10 +188,11 @@ def verify_plan(
 
     plain, plain_peak = None, None
     wrong: tuple[float | None, float | None, float | None] = None, None, None
-    if unplanned and plan.baselines["none"].peak_bytes * problem.ranks <= available:
+    without = plan.baselines["none"].peak_bytes + problem.donate * sum(x.nbytes for x in inputs.values())
+    if unplanned and without * problem.ranks <= available:
         progress("running without the plan")
-        plain = Trial(stack, problem, inputs, loss=loss)
-        alone = share is None and 3 * plan.baselines["none"].peak_bytes <= available
+        plain = Trial(stack, problem, {name: x.to(kind) for name, x in inputs.items()}, loss=loss)
+        alone = share is None and 3 * without <= available
         wrong = _errors(plain, step, problem, alone, progress)
         progress("measuring its memory")
         beside = plain.live_bytes() + live_before - step.live_bytes()

@@ -31,6 +31,7 @@ def make_plan(
     autocast: torch.dtype | None = None,
     loss: Loss | None = None,
     reserve: str | int = 0,
+    donate: bool = False,
 ) -> Plan:
     """Plan a model for inputs like these.
 
@@ -49,6 +50,8 @@ def make_plan(
         loss: takes what forward returns and returns a scalar; it is traced, and the plan's peak holds for it.
             Without it the peak holds for `model.programs.loss.mean_square`: it makes its gradient alone.
         reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
+        donate: in inference, let a step have the state that it is given: it writes over it and lets go of it,
+            and the caller's tensors are empty as soon as the model is called. Masks stay the caller's.
 
     Raises:
         NoPlanError: nothing fits; its `least_feasible_bytes` is the least budget that has a plan.
@@ -74,6 +77,7 @@ def make_plan(
         mixed=_mixed(autocast),
         loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
         given=tuple(_given(tensors, dtype)),
+        donate=donate,
     )
     return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
 

@@ -161,6 +161,7 @@ def cost_problem(
         loss,
         # A rank is given shards, which lie as they were made.
         {given.name: (given.dtype, given.stride if problem.ranks == 1 else None) for given in problem.given},
+        problem.donate,
     )
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     outputs = table.bytes_of(table.liveness.outputs)

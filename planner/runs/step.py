@@ -80,7 +80,8 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
     with simulated(where) as trace:
         model = fake_copy(plain, dtype).train(problem.training)
         assert isinstance(model.stack, Plannable)  # a copy of the one that was built
-        planned = PlannedModule(planned_model(problem, rank, model.stack), plan.schedule, host=FakeHost)
+        share = planned_model(problem, rank, model.stack)
+        planned = PlannedModule(share, plan.schedule, FakeHost, problem.donate)
         model.stack = planned
         batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         for parameter in model.parameters() if problem.training else ():
