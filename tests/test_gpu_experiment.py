@@ -6,18 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from evoplan.experiments.gpu import parts
+from evoplan.experiments.gpu import capped, parts
 from evoplan.experiments.gpu.__main__ import gpu
 from evoplan.experiments.gpu.parts import PARTS, Part, run_part
 from evoplan.experiments.gpu.results import Results
-from evoplan.experiments.gpu.setting import Setting
+from evoplan.experiments.gpu.setting import Setting, plan_at
 from evoplan.experiments.gpu.worker import run_elsewhere
+from evoplan.planner.checking.trial import Trial
 from evoplan.planner.commands.terminal import run_command
+from evoplan.planner.execution.apply import PlannedModule
 
 SMALL = "--device", "cpu", "--small"
 
@@ -143,6 +146,60 @@ def test_a_process_of_its_own_keeps_to_the_time(tmp_path: Path, capfd: pytest.Ca
     assert "cap: skipped: only CUDA's" in capfd.readouterr().out
     assert not run_elsewhere(PARTS["against"], setting, tmp_path, 0.1)
     assert "against: ended when the time was over" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("needs", "lives_under"), [(1.0, 1.03), (1.05, 1.06), (2.0, None)])
+def test_a_cap_that_a_plan_lives_under_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, needs: float, lives_under: float | None
+) -> None:
+    """With an allocator that is only told: the plan takes so much of its prediction, the plain model more."""
+    caps = [2.0**40]
+    memory = SimpleNamespace(total_memory=2**40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda x: caps.append(x * 2**40))
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 5)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 3})
+    problem = Setting("cpu", True).problem((5, 7, 2), "fp32")
+    predicted = plan_at(problem, 0.0).predicted.peak_bytes
+
+    def run(trial: Trial) -> None:
+        takes = needs * predicted if isinstance(trial.module, PlannedModule) else 3 * predicted
+        if takes > caps[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(Trial, "run", run)
+    row = capped.capped(problem, 0.0)
+    assert row["cap_over_predicted"] == lives_under
+    assert row["at_first_cap"] == ("lives" if needs <= 1.03 else "CUDA out of memory")
+    assert row["plain"] == "CUDA out of memory"
+    assert caps[-1] == 2**40
+    assert row.get("retries") == (None if lives_under is None else 3)
+    said = capped.in_words(row)
+    assert ("dies under every cap" if lives_under is None else f"lives under {lives_under:.2f}") in said
+    assert "the plain model dies under 1.03" in said
+
+
+def test_the_allocator_s_setting_and_the_time_are_told_to_that_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[list[str], dict[str, Any]]] = []
+
+    def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        told.append((command, how))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("cap", "cap-expandable"):
+        assert run_elsewhere(PARTS[name], Setting("cuda", False, "times"), tmp_path, 100)
+    for (command, how), expandable in zip(told, (False, True), strict=True):
+        assert how["env"]["PYTORCH_CUDA_ALLOC_CONF"] == f"expandable_segments:{expandable}"
+        assert how["timeout"] == 100
+        assert 0 < float(command[command.index("--seconds") + 1]) < 100
+        assert command[-2:] == ["--cache", "times"]
+        assert "--small" not in command
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -54,7 +54,7 @@ def gpu(
         draw_all(found, folder)
         click.echo(f"written: {folder}")
     if left:
-        click.echo(f"not complete for want of time: {', '.join(left)}; the same command goes on from here")
+        click.echo(f"not complete: {', '.join(left)}; the same command goes on from here")
     failed = [f"{name}: {run}" for name, results in found.items() for run in results.failed]
     if failed:
         click.echo(f"failed: {'; '.join(failed)}", err=True)

@@ -35,8 +35,8 @@ def capped(problem: Problem, share: float) -> Row:
     """Some steps under a plan and a cap, then the plain model under the first cap."""
     plan = plan_at(problem, share)
     predicted = plan.predicted.peak_bytes
-    stack = random_stack(problem, "cuda")
-    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), "cuda")
+    stack = random_stack(problem, problem.device)
+    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), problem.device)
     planned, plain = Trial(apply_plan(stack, plan), problem, inputs), Trial(stack, problem, inputs)
     row: Row = {"predicted_peak_bytes": predicted, "cap_over_predicted": None}
     for cap in CAPS:

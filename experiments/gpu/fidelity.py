@@ -64,13 +64,14 @@ def _whole_process(device: str, predicted: int) -> Row:
     """The most that the process has had from the allocator, and the allocator from the device."""
     if device != "cuda":
         return {"allocated_bytes": None, "reserved_bytes": None, "reserved": "only CUDA's allocator reserves"}
+    settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {
         "allocated_bytes": allocated,
         "reserved_bytes": reserved,
         "allocated_over_predicted": allocated / predicted,
         "reserved_over_predicted": reserved / predicted,
-        "expandable_segments": torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"],
+        "expandable_segments": settings.get("expandable_segments"),
     }
 
 

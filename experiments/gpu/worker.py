@@ -19,20 +19,26 @@ from evoplan.experiments.gpu.setting import Setting
 from evoplan.planner.commands.flags import cache_option
 from evoplan.planner.commands.terminal import CHECK_FAILED, run_command
 
+STARTING = 12  # seconds until a process has torch and a driver: its runs have the rest
+
 
 def run_elsewhere(part: Part, setting: Setting, folder: Path, seconds: float) -> bool:
     """`run_part` in a process of its own, which is ended when the time is over; what it has done is kept."""
     command = [sys.executable, "-m", "evoplan.experiments.gpu.worker", part.name, str(folder)]
-    command += ["--device", setting.device, "--seconds", str(seconds), *["--small"] * setting.small]
+    command += ["--device", setting.device, "--seconds", str(max(0.0, seconds - STARTING))]
+    command += ["--small"] * setting.small
     command += ["--cache", setting.cache] if setting.cache else []
     conf = f"expandable_segments:{part.expandable}"
     # torch 2.9 knows the first name, later ones prefer the second.
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf}
     try:
-        return subprocess.run(command, env=environment, timeout=seconds, check=False).returncode == 0
+        code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         click.echo(f"{part.name}: ended when the time was over; the run that it was at is lost")
         return False
+    if code not in (0, CHECK_FAILED):
+        click.echo(f"{part.name}: its process ended with {code}; the run that it was at is lost")
+    return code == 0
 
 
 @click.command(help=__doc__)
