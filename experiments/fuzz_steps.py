@@ -134,9 +134,7 @@ class FuzzStep:
         self.inputs, self.leaves = given, {name: given[name] for name in self.leaves}
 
     def live_bytes(self) -> int:
-        """Bytes of parameters, their gradients and inputs: of a slice, what lies between its ends; of what the
-        step takes, none.
-        """
+        """Bytes of parameters, gradients and inputs that are not taken: of a slice, what it spans."""
         tensors: list[Tensor] = list(self.module.parameters())
         tensors += [p.grad for p in self.parameters.values() if p.grad is not None]
         inputs = (tensor for name, tensor in self.inputs.items() if name not in self.taken)
