@@ -168,8 +168,7 @@ def verify_plan(
             f"`torchrun --nproc_per_node={problem.ranks} -m evoplan.planner verify`"
         )
     kind = kind_here(problem)
-    if ranks is not None:
-        plan = _for_rank(plan, ranks.rank)
+    plan = plan if ranks is None else _for_rank(plan, ranks.rank)
     available = _room_for(plan, kind, ranks)
     if stack is None:
         progress("making the model")
@@ -178,14 +177,12 @@ def verify_plan(
     inputs = inputs_between_steps(problem, kind)
     planned = apply_plan(stack, plan, ranks)
     share = planned.stack if isinstance(planned.stack, ParallelEvoformer) else None
-    own = inputs if share is None else inputs | share.own(inputs)
-    step = Trial(planned, problem, own, share, loss)
+    step = Trial(planned, problem, inputs | (share.own(inputs) if share else {}), share, loss)
     progress("running the plan")
     step.run()
     live_before = step.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
     progress("measuring its memory")
     peak = live_before + measure.peak_bytes(step.run, kind)
-
     plain, plain_peak = None, None
     wrong: tuple[float | None, float | None, float | None] = None, None, None
     without = plan.baselines["none"].peak_bytes + problem.donate * sum(x.nbytes for x in inputs.values())
@@ -198,8 +195,8 @@ def verify_plan(
         beside = plain.live_bytes() + live_before - step.live_bytes()
         plain_peak = beside + measure.peak_bytes(plain.run, kind)
     planned_time, plain_time = _times(step, plain, repeats, kind, progress)
-    static, backend = sum(plan.static.values()), f"{kind}-allocator"
-    return _judged(plan, backend, peak, static, planned_time, plain_peak, plain_time, *wrong)
+    about = f"{kind}-allocator", peak, sum(plan.static.values()), planned_time, plain_peak, plain_time
+    return _judged(plan, *about, *wrong)
 
 
 def _room_for(plan: Plan, kind: str, ranks: Ranks | None) -> int:
