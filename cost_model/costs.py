@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from evoplan.cost_model.devices import Device
-from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.liveness import Liveness, Version
 from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies
@@ -34,10 +34,12 @@ class CostTable:
         training: False where nothing is preserved.
         outputs: state tensors that are wanted at the end; None for all.
         units: steps that people take for one: a submodule and what leads in to it; empty: each for itself.
-        input_bytes: what forward is given and the constants made from it, live throughout.
+        input_bytes: what forward is given and the constants made from it, live throughout; where the state is
+            donated, without the state.
         host_bandwidth: bytes per second between the device and the host, either way; None where the state
             cannot wait there.
         host_bytes: of host memory, for what training keeps for backward; 0: none of that waits there.
+        donated: whether the chain owns the state that it starts from.
     """
 
     options: tuple[tuple[StepCost, ...], ...]
@@ -52,6 +54,7 @@ class CostTable:
     host_bandwidth: float | None = None
     host_bytes: int = 0
     step_makes: tuple[tuple[str, ...], ...] | None = None
+    donated: bool = False
 
     @cached_property
     def makes(self) -> tuple[tuple[str, ...], ...]:
@@ -61,15 +64,15 @@ class CostTable:
     @cached_property
     def liveness(self) -> Liveness:
         """Who holds which version of the state."""
-        return Liveness(self.step_reads, self.outputs, self.makes)
+        return Liveness(self.step_reads, self.outputs, self.makes, self.donated)
 
     def made_bytes(self, step: int) -> int:
         """Size of all that a step makes."""
         return sum(self.state_bytes[name] for name in self.makes[step])
 
     def bytes_of(self, versions: Iterable[Version]) -> int:
-        """Size of some versions of the state; the chain's inputs are not its own and count nothing."""
-        return sum(self.state_bytes[name] for name, maker in versions if maker != INPUT)
+        """Size of some versions of the state; inputs that are not the chain's own count nothing."""
+        return sum(self.state_bytes[v.tensor] for v in versions if self.liveness.owns(v))
 
     @cached_property
     def _gradient_bytes(self) -> tuple[int, ...]:
@@ -102,6 +105,7 @@ def build_cost_table(
     autocast: str | None = None,
     loss: Loss | None = None,
     given: Given | None = None,
+    donated: bool = False,
 ) -> CostTable:
     """Trace every distinct step of a model under every strategy it offers.
 
@@ -116,13 +120,14 @@ def build_cost_table(
         loss: of forward's results; the mean of their squares if not given.
         given: dtype by name and strides of arguments where they are not as the model wants them.
         autocast: dtype by name that torch.autocast runs products in; None: as `dtype` says.
+        donated: whether the chain owns the state that it starts from, in inference.
 
     Raises:
         MissingTimesError: some step has no time under any strategy.
         ValueError: the loss cannot be traced; says why.
     """
     tracer, chain = Tracer(device, dtype, training, autocast), Chain.of(model)
-    state, constants, input_bytes = prepared(model, shapes, dtype, device, given or {})
+    state, constants, input_bytes = prepared(model, shapes, dtype, device, given or {}, donated)
     sizes = {name: [spec.nbytes] for name, spec in state.items()}  # ranks' shards may change theirs
 
     def timed(step: Step, offered: Sequence[Strategy], here: Here) -> tuple[StepCost, ...]:
@@ -131,8 +136,9 @@ def build_cost_table(
         return tuple(_timed(tracer.step(step), offered, here, tracer, source, strategies is None))
 
     offer = strategies or partial(_offered, device, training)
+    liveness = Liveness([step.reads for step in chain.steps], chain.outputs, donated=donated)
     options = []
-    for costs, target, changed in _walked(chain, state, constants, training, offer, timed):
+    for costs, target, changed in _walked(chain, liveness, state, constants, training, offer, timed):
         options.append(costs)
         sizes[target].append(changed.nbytes)
     state_bytes = {name: device.in_blocks(max(found)) for name, found in sizes.items()}
@@ -150,11 +156,13 @@ def build_cost_table(
         units=chain.units,
         input_bytes=input_bytes,
         host_bandwidth=device.host_bandwidth,
+        donated=donated,
     )
 
 
 def _walked(
     chain: Chain,
+    liveness: Liveness,
     state: Specs,
     constants: Specs,
     training: bool,
@@ -166,7 +174,6 @@ def _walked(
     Args:
         state: that the chain starts from; the one that it ends with, afterwards.
     """
-    liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
     known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
     for step in chain.steps:
         # What is live is so in the layout of the moment: ranks may share the state one way or another.

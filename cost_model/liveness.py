@@ -30,6 +30,7 @@ class Liveness:
         step_reads: for each step, the tensors it reads.
         outputs: the tensors whose last versions are wanted at the end; None for all.
         step_makes: for each step, the tensors that it makes anew; the first it reads if not given.
+        donated: whether the versions that the chain starts from are its own, to write over and to let go.
 
     Attributes:
         graph: edges from each version to the steps that read it, and from each step to what it makes.
@@ -41,7 +42,9 @@ class Liveness:
         step_reads: Iterable[tuple[str, ...]],
         outputs: Iterable[str] | None = None,
         step_makes: Iterable[tuple[str, ...]] | None = None,
+        donated: bool = False,
     ) -> None:
+        self.donated = donated
         step_reads = list(step_reads)
         makes_of = [reads[:1] for reads in step_reads] if step_makes is None else step_makes
         self.end = len(step_reads)
@@ -105,9 +108,13 @@ class Liveness:
         """The versions that a step makes."""
         return self._made_by[step]
 
+    def owns(self, version: Version) -> bool:
+        """Whether a version is the chain's own: made by it, or given to it for good."""
+        return self.donated or version.maker != INPUT
+
     def owns_target(self, step: int) -> bool:
         """Whether the version that the step replaces is the chain's own, not the caller's input."""
-        return self._reads[step][0].maker != INPUT
+        return self.owns(self._reads[step][0])
 
     @cached_property
     def _last_reads(self) -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost, trace_step
 from evoplan.cost_model.trace import fake_copy
 from evoplan.model.running.chain import Plannable, Step
+from evoplan.model.running.internals import storage_key
 from evoplan.model.running.strategy import Strategy
 
 Specs = dict[str, TensorSpec]
@@ -94,15 +95,26 @@ class Tracer:
 
 
 def prepared(
-    model: Plannable, shapes: Mapping[str, tuple[int, ...]], dtype: str, device: Device, given: Given
+    model: Plannable,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    device: Device,
+    given: Given,
+    donated: bool = False,
 ) -> tuple[Specs, Specs, int]:
-    """The state that the chain starts from, its constants, and the bytes of both and of what was given."""
+    """The state that the chain starts from, its constants, and the bytes of both and of what was given.
+
+    Args:
+        donated: the state counts among its versions, and not here.
+    """
     inputs = {
         name: _spec(shape, dtype, *given.get(name, (None, None))).empty("meta")
         for name, shape in shapes.items()
     }
     state, constants = model.prepare(**inputs)
-    storages = [t.untyped_storage() for t in (*inputs.values(), *state.values(), *constants.values())]
+    there = [*inputs.values(), *state.values(), *constants.values()]
+    own = set(map(storage_key, state.values())) if donated else set()
+    storages = [tensor.untyped_storage() for tensor in there if storage_key(tensor) not in own]
     sizes = {storage._cdata: device.in_blocks(storage.nbytes()) for storage in storages}
     specs = ({n: TensorSpec.of(t) for n, t in tensors.items()} for tensors in (state, constants))
     return *specs, sum(sizes.values())  # type: ignore[return-value]

@@ -6,12 +6,13 @@ By hand: `none`, `sqrt`, `small` and `large` with attention as the formula is wr
 again with each step's fastest kernel (`+kernels`). Each is run and its peak measured; then a plan is made
 for exactly that many bytes, and one more for half of what `large` takes. All of them run interleaved in one
 process; the ratios are of medians, with the quartiles of the ratios by round.
-With --cap a GPU's memory is limited to that many bytes, and a plan for it has to run.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,12 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.machine import local_name
 from evoplan.experiments.benchmark_report import draw, print_size
 from evoplan.experiments.interleaved import interleaved
+from evoplan.experiments.strategies import last_choices
 from evoplan.model.config import InputShape
 from evoplan.model.families import EvoformerConfig
 from evoplan.planner.checking.profiling import profile_problem
 from evoplan.planner.checking.trial import Trial, random_inputs, random_stack
-from evoplan.planner.commands.flags import REPEATS, Size
+from evoplan.planner.commands.flags import REPEATS
 from evoplan.planner.commands.terminal import Progress, console_for_output, progress, run_command
 from evoplan.planner.execution.applying import apply_plan
 from evoplan.planner.files import STDOUT, check_writable, write_json
@@ -113,15 +115,27 @@ class Bench:
 
 
 def run_size(
-    problem: Problem, cache: str | None, rounds: int, compiled: bool, say: Progress
+    problem: Problem,
+    cache: str | None,
+    rounds: int,
+    compiled: bool,
+    say: Progress,
+    names: Collection[str] | None = None,
+    repeats: int = 5,
+    max_pieces: int = MAX_PIECES,
 ) -> dict[str, Any]:
-    """Everything about one size."""
-    profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
+    """Everything about one size.
+
+    Args:
+        names: of the schedules by hand that are run; None for all.
+        repeats, max_pieces: of the profile of the steps.
+    """
+    profile_problem(problem, cache, repeats, max_pieces, compiled=compiled, progress=say)
     size = f"s={problem.shape.n_seq}, r={problem.shape.n_res}"
     say.done(f"{size}: steps measured")
     costed = cost_with_times(problem, "measured", cache)
     bench = Bench(costed, problem.device)
-    hand = by_hand(costed)
+    hand = {name: found for name, found in by_hand(costed).items() if names is None or name in names}
     for name, schedule in hand.items():
         say(f"measuring {name}")
         bench.add(name, plan_of(costed, schedule, SolverReport(name=name, seconds=0.0)))
@@ -141,7 +155,7 @@ def run_size(
     times = interleaved(runs, rounds, problem.device, told)
     return {
         "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
-        "dtype": problem.dtype, "compiled": compiled, "rounds": rounds,
+        "dtype": problem.precision, "compiled": compiled, "rounds": rounds,
         "runs": {
             name: {
                 "peak_bytes": bench.peaks[name],
@@ -149,6 +163,7 @@ def run_size(
                 "seconds": float(np.median(seconds)),
                 "quartiles": [float(np.percentile(seconds, q)) for q in (25, 75)],
                 "predicted_seconds": bench.plans[name].predicted.step_seconds,
+                "kernels": dict(Counter(each.kernel for each in last_choices(bench.plans[name].schedule))),
             }
             for name, seconds in times.items()
         },
@@ -182,7 +197,6 @@ def _comparisons(
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also offer torch.compile on each submodule.")
-@click.option("--cap", type=Size(), help="Hard limit of the GPU's memory; plan for it and run.")
 @click.option("--redraw", is_flag=True, help="Only the picture, from the figures that are there.")
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
@@ -197,7 +211,6 @@ def benchmark(
     device: str,
     dtype: str,
     compiled: bool,
-    cap: int | None,
     redraw: bool,
     cache: str | None,
     json_path: str | None,
@@ -217,9 +230,6 @@ def benchmark(
             model="alphafold2", config=config, shape=InputShape(s, r), dtype=dtype, device=device,
             optimizer="none",
         )  # fmt: skip
-        if cap is not None:
-            document["sizes"].append(under_cap(problem, cap, cache, rounds))
-            continue
         with progress("measuring") as say:
             found = run_size(problem, cache, rounds, compiled, say)
         document["sizes"].append(found)
@@ -227,7 +237,7 @@ def benchmark(
     if picture is not None:
         document["sizes"] = _with_earlier(path, document)
     write_json(path, document)
-    if picture is not None and all("runs" in found for found in document["sizes"]):
+    if picture is not None:
         _save(document, picture)
 
 
@@ -255,7 +265,7 @@ def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
 
     def size(found: dict[str, Any]) -> tuple[Any, ...]:
         compiled = bool(found.get("compiled"))
-        return (*(found.get(key) for key in ("s", "r", "blocks", "dtype", "cap_bytes")), compiled)
+        return (*(found.get(key) for key in ("s", "r", "blocks", "dtype")), compiled)
 
     new: list[dict[str, Any]] = document["sizes"]
     try:
@@ -266,26 +276,6 @@ def _with_earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
         return sorted([*kept, *new], key=lambda found: size(found)[:3])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or something else
         return new
-
-
-def under_cap(problem: Problem, cap: int, cache: str | None, rounds: int) -> dict[str, Any]:
-    """Train under a hard limit of the GPU's memory, by a plan for it.
-
-    Raises:
-        ValueError: this is no GPU.
-    """
-    if problem.device != "cuda":
-        raise ValueError("--cap limits a GPU's memory: use it with --device cuda")
-    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
-    costed = cost_with_times(problem.model_copy(update={"budget_bytes": cap}), "auto", cache)
-    bench = Bench(costed, "cuda")
-    bench.add("plan", solve(costed))
-    seconds = interleaved({"plan": bench.trials["plan"].run}, rounds, "cuda")["plan"]
-    return {
-        "blocks": problem.config.n_block, "s": problem.shape.n_seq, "r": problem.shape.n_res,
-        "dtype": problem.dtype, "cap_bytes": cap, "peak_bytes": bench.peaks["plan"],
-        "reserved_bytes": torch.cuda.max_memory_reserved(), "seconds": float(np.median(seconds)),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

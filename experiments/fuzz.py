@@ -175,6 +175,7 @@ class Check:
             times="roofline",
             autocast=getattr(torch, plan.problem.autocast) if plan.problem.autocast else None,
             loss=squares if family.own_loss else None,
+            donate=plan.problem.donate,
         )
         if (theirs.problem, theirs.schedule) != (plan.problem, plan.schedule):
             self._fault("wrong", f"make_plan makes another plan: {theirs.problem} for {plan.problem}")

@@ -154,7 +154,8 @@ class Case:
         given = {name: layout for name, layout in self.family.layouts.items() if layout != "plain"}
         masks = {name: (self.contents[name], dtype) for name, dtype in self.family.mask_dtypes.items()}
         return (
-            f"{problem.config}, {problem.shape}, {problem.precision}, {problem.mode}, {problem.optimizer}, "
+            f"{problem.config}, {problem.shape}, {problem.precision}, {problem.mode}"
+            f"{' of donated inputs' * problem.donate}, {problem.optimizer}, "
             f"trained: {self.family.trained.which} ({self.family.trained.number}), layouts {given}, masks "
             f"{masks}, gradients of {self.differentiated}, loss of {self.reach}, budget {self.budget} "
             f"({self.share:.3f}), {'own loss' if self.family.own_loss else 'mean square'}, "
@@ -184,6 +185,9 @@ def draw_family(seed: int, number: int) -> Family:
         problem = problem.model_copy(update={"loss": squares.__qualname__})
     masks = [name for name in config.masks if rng.random() < 0.75]
     layouts = {name: rng.choice(LAYOUTS) for name in problem.state_shapes()}
+    if not problem.training and random.Random(f"donated {seed} {number}").random() < 0.5:
+        problem = problem.model_copy(update={"donate": True})
+        layouts = dict.fromkeys(layouts, "plain")  # others would be copied
     layouts |= {name: rng.choice([at for at in LAYOUTS if at != "channels first"]) for name in masks}
     mask_dtypes = {name: rng.choice(MASK_DTYPES) or problem.dtype for name in masks}
     trained = Trained(rng.choice(TRAINED), rng.randrange(10**6))

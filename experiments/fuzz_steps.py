@@ -13,6 +13,7 @@ from evoplan.experiments.fuzz_cases import Case, squares
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.context import autocast
 from evoplan.planner.checking.verify import TOLERANCES
+from evoplan.planner.execution.apply import PlannedModule
 
 TWICE = 2  # as far off as the plain model may a plan be, besides the tolerance
 
@@ -53,6 +54,8 @@ class FuzzStep:
         self.autocast = self.problem.autocast
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.leaves = {name: inputs[name] for name in case.differentiated}
+        donated = isinstance(module, PlannedModule) and module.donated
+        self.taken = set(self.problem.state_shapes()) if donated else set()
 
     def prepare(self) -> None:
         """Allocate the parameters' gradients, as a plan counts on."""
@@ -60,7 +63,8 @@ class FuzzStep:
             parameter.grad = torch.zeros_like(parameter)
 
     def _forward(self) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.module(**self.inputs, dropout_seed=SEED)
+        given = {name: x.clone() if name in self.taken else x for name, x in self.inputs.items()}
+        outputs: tuple[Tensor, ...] = self.module(**given, dropout_seed=SEED)
         return outputs
 
     def _loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
@@ -130,10 +134,11 @@ class FuzzStep:
         self.inputs, self.leaves = given, {name: given[name] for name in self.leaves}
 
     def live_bytes(self) -> int:
-        """Bytes of parameters, their gradients and inputs: of a slice, what lies between its ends."""
+        """Bytes of parameters, gradients and inputs that are not taken: of a slice, what it spans."""
         tensors: list[Tensor] = list(self.module.parameters())
         tensors += [p.grad for p in self.parameters.values() if p.grad is not None]
-        return sum(t.nbytes for t in tensors) + sum(map(_extent_bytes, self.inputs.values()))
+        inputs = (tensor for name, tensor in self.inputs.items() if name not in self.taken)
+        return sum(t.nbytes for t in tensors) + sum(map(_extent_bytes, inputs))
 
 
 def _shaken(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.liveness import INPUT
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
@@ -239,7 +238,9 @@ def test_a_host_keeps_tensors_off_the_device() -> None:
 
 @st.composite
 def inference_tables(draw: st.DrawFn) -> CostTable:
-    """Random chains over two or three tensors; one or two strategies per step; some devices have no host."""
+    """Random chains over two or three tensors, some of them donated, one or two strategies per step, and in
+    some a host.
+    """
     rng = Random(draw(st.integers(0, 2**32)))
     streams = draw(st.sampled_from(["mz", "emz"]))
     state = {name: rng.randint(1, 9) for name in streams}
@@ -263,6 +264,7 @@ def inference_tables(draw: st.DrawFn) -> CostTable:
         training=False,
         outputs=tuple(name for name in streams if rng.random() < 0.8),
         host_bandwidth=rng.choice([None, 0.5, 2.0, 2.0, 5.0]),
+        donated=rng.random() < 0.5,
     )
 
 
@@ -271,7 +273,8 @@ def every_schedule(table: CostTable) -> Iterator[Replay]:
     per_step = []
     for step, options in enumerate(table.options):
         read = set(table.step_reads[step])
-        own = [v.tensor for v in table.liveness.alive(step) if v.maker != INPUT and v.tensor not in read]
+        alive = table.liveness.alive(step)
+        own = [v.tensor for v in alive if (table.donated or v.maker >= 0) and v.tensor not in read]
         own = own if table.host_bandwidth else []
         sets = [c for n in range(len(own) + 1) for c in combinations(own, n)]
         per_step.append([Run(step, cost.strategy, away) for cost in options for away in sets])

@@ -19,6 +19,7 @@ from evoplan.model.running.internals import (
     has_data,
     has_hooks,
     has_saving_hooks,
+    holders,
     is_plain,
     members,
     on_meta,
@@ -89,6 +90,21 @@ def test_backward_passes_in_each_other_and_in_other_threads_have_numbers_of_thei
     thread.start()
     thread.join()
     assert not {number for number, _ in Noted.notes} & {number for number, _ in notes}
+
+
+def test_holders_of_a_storage_are_counted() -> None:
+    tensor = torch.ones(3, 4)
+    assert holders(tensor) == 1
+    storage = tensor.untyped_storage()
+    assert holders(tensor) == 1
+    view, again = tensor[1:], tensor.detach()
+    assert holders(tensor) == holders(view) == 3
+    del view, again, storage
+    assert holders(tensor) == 1
+    with torch.no_grad():
+        taken = tensor.detach()
+        tensor.set_()
+    assert (holders(taken), tensor.numel()) == (1, 0)
 
 
 HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {

@@ -67,6 +67,13 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
+def holders(tensor: Tensor) -> int:
+    """How many tensors share a tensor's storage, itself among them."""
+    storage = tensor.untyped_storage()  # one more, while it is asked
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count - 1
+
+
 class Members(NamedTuple):
     """A module and those within it, each once; their parameters and buffers by the names that
     `named_parameters` and `named_buffers` give them.

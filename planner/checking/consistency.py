@@ -53,7 +53,8 @@ def check_consistent(plan: Plan) -> None:
                 raise ValueError(f"schedule: {steps[index].name}: {error}; make it again") from None
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     shapes = input_shapes(problem, model)
-    least = sum(prod(shapes[name]) for name in state) * DTYPES[problem.dtype]
+    counted = () if problem.donate else state
+    least = sum(prod(shapes[name]) for name in counted) * DTYPES[problem.dtype]
     expected = static_bytes(sizes, 0, 0, problem.dtype, device, problem.optimizer, problem.training)
     for name in ("parameters", "gradients", "optimizer"):
         if plan.static[name] != expected[name]:

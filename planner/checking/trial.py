@@ -49,6 +49,12 @@ def random_inputs(
     return inputs
 
 
+def inputs_between_steps(problem: Problem, kind: str) -> dict[str, Tensor]:
+    """All of them; a state that steps take waits on the host, and each step has a copy on the device."""
+    state = random_inputs(problem, problem.state_shapes(), "cpu" if problem.donate else kind)
+    return state | random_inputs(problem, problem.mask_shapes(), kind)
+
+
 def _laid_out(values: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The values in a tensor with these strides; where one is 0, those at the first index count."""
     first = tuple(slice(1) if step == 0 else slice(None) for step in stride)
@@ -79,7 +85,7 @@ class Trial:
     """A step that can be run again and again; gradients of parameters stay allocated between.
 
     Args:
-        module: the model, planned or not.
+        module: the model, planned or not. One that takes the state that it is given gets copies.
         inputs: forward's arguments by name; those of the state get gradients.
         share: the rank's share that `module` runs, where ranks share the model.
         loss: of the results; the mean of their squares if not given.
@@ -94,7 +100,8 @@ class Trial:
         loss: Loss | None = None,
     ) -> None:
         self.module, self.training, self.share, self.inputs = module, problem.training, share, inputs
-        kind = next(iter(inputs.values())).device.type
+        self.donated = isinstance(module, PlannedModule) and module.donated
+        kind = next(module.parameters()).device.type
         self.casting: Casting = partial(autocast, kind, problem.autocast)
         self.own_loss = loss
         whole = problem.state_shapes()
@@ -108,9 +115,19 @@ class Trial:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 
+    def given(self) -> dict[str, Tensor]:
+        """Forward's arguments: of a state that is taken, copies on the module's device, part of the step."""
+        if not self.donated:
+            return self.inputs
+        device = next(self.module.parameters()).device
+        return {
+            name: tensor.to(device, copy=True) if name in self.state else tensor
+            for name, tensor in self.inputs.items()
+        }
+
     def outputs(self) -> tuple[Tensor, ...]:
         """The results, with the same dropout every time."""
-        outputs: tuple[Tensor, ...] = self.module(**self.inputs, dropout_seed=0)
+        outputs: tuple[Tensor, ...] = self.module(**self.given(), dropout_seed=0)
         return outputs
 
     def loss(self, outputs: tuple[Tensor, ...]) -> Tensor:
@@ -123,7 +140,7 @@ class Trial:
         """The step."""
         if not self.training:
             with torch.no_grad(), self.casting():
-                self.module(**self.inputs)
+                self.module(**self.given())
             return
         self._drop_gradients()
         with self.casting():  # backward outside, as torch has it
@@ -144,7 +161,7 @@ class Trial:
         """
         if not self.training:
             with torch.no_grad(), self.casting():
-                return list(self.module(**self.inputs)), []
+                return list(self.module(**self.given())), []
         leaves = [*self.state.values(), *self.parameters]
         with self.casting():
             loss = self.loss(self.outputs())
@@ -156,8 +173,9 @@ class Trial:
         return [loss], gradients
 
     def live_bytes(self) -> int:
-        """Bytes of parameters, gradients and inputs."""
-        tensors = [*self.module.parameters(), *self.inputs.values()]
+        """Bytes of parameters, gradients and inputs that are there between steps; taken ones are not."""
+        inputs = (x for name, x in self.inputs.items() if not (self.donated and name in self.state))
+        tensors = [*self.module.parameters(), *inputs]
         if self.training:
             tensors += [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

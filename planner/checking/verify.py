@@ -24,6 +24,7 @@ from evoplan.planner.checking.trial import (
     available_bytes,
     beyond_rounding,
     errors,
+    inputs_between_steps,
     kind_here,
     random_inputs,
     random_stack,
@@ -106,9 +107,11 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     with simulated(where) as trace:
         model = fake_copy(planned_model(problem, rank), dtype).train(problem.training)
         before = trace.live_bytes
-        planned = PlannedModule(model, plan.schedule, host=partial(FakeHost, trace))
+        planned = PlannedModule(model, plan.schedule, partial(FakeHost, trace), problem.donate)
         step = Trial(planned, problem, random_inputs(problem, input_shapes(problem, model)))
         step.casting = casting_of(where.kind, problem.autocast)
+        if problem.donate:  # the step has copies, and these are nobody's
+            before += sum(where.in_blocks(tensor.nbytes) for tensor in step.state.values())
         # What is there before the step: as live as in a real run, except the optimizer's states.
         trace.reset()
         step.run()
@@ -166,37 +169,35 @@ def verify_plan(
             f"`torchrun --nproc_per_node={problem.ranks} -m evoplan.planner verify`"
         )
     kind = kind_here(problem)
-    if ranks is not None:
-        plan = _for_rank(plan, ranks.rank)
+    plan = plan if ranks is None else _for_rank(plan, ranks.rank)
     available = _room_for(plan, kind, ranks)
     if stack is None:
         progress("making the model")
         stack = random_stack(problem, kind)
     torch.manual_seed(1)  # ranks make the same inputs
-    inputs = random_inputs(problem, problem.state_shapes() | problem.mask_shapes(), kind)
+    inputs = inputs_between_steps(problem, kind)
     planned = apply_plan(stack, plan, ranks)
     share = planned.stack if isinstance(planned.stack, ParallelEvoformer) else None
-    own = inputs if share is None else inputs | share.own(inputs)
-    step = Trial(planned, problem, own, share, loss)
+    step = Trial(planned, problem, inputs | (share.own(inputs) if share else {}), share, loss)
     progress("running the plan")
     step.run()
     live_before = step.live_bytes() + plan.static["optimizer"] + plan.static["workspace"]
     progress("measuring its memory")
     peak = live_before + measure.peak_bytes(step.run, kind)
-
     plain, plain_peak = None, None
     wrong: tuple[float | None, float | None, float | None] = None, None, None
-    if unplanned and plan.baselines["none"].peak_bytes * problem.ranks <= available:
+    without = plan.baselines["none"].peak_bytes + problem.donate * sum(x.nbytes for x in inputs.values())
+    if unplanned and without * problem.ranks <= available:
         progress("running without the plan")
-        plain = Trial(stack, problem, inputs, loss=loss)
-        alone = share is None and 3 * plan.baselines["none"].peak_bytes <= available
+        plain = Trial(stack, problem, {name: x.to(kind) for name, x in inputs.items()}, loss=loss)
+        alone = share is None and 3 * without <= available
         wrong = _errors(plain, step, problem, alone, progress)
         progress("measuring its memory")
         beside = plain.live_bytes() + live_before - step.live_bytes()
         plain_peak = beside + measure.peak_bytes(plain.run, kind)
     planned_time, plain_time = _times(step, plain, repeats, kind, progress)
-    static, backend = sum(plan.static.values()), f"{kind}-allocator"
-    return _judged(plan, backend, peak, static, planned_time, plain_peak, plain_time, *wrong)
+    about = f"{kind}-allocator", peak, sum(plan.static.values()), planned_time, plain_peak, plain_time
+    return _judged(plan, *about, *wrong)
 
 
 def _room_for(plan: Plan, kind: str, ranks: Ranks | None) -> int:

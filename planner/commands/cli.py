@@ -58,6 +58,11 @@ cli.add_command(fit_table)
 @click.option("--certify", is_flag=True, help="Also prove how far from optimal the plan may be.")
 @times_option
 @cache_option
+@click.option(
+    "--donate",
+    is_flag=True,
+    help="In inference, a step takes the state that it is given, writes over it and lets go of it.",
+)
 @click.option("--from", "source", metavar="FILE.py:FUNCTION", help="Plan a model that somebody wrote.")
 @click.option("--out", type=click.Path(), help="Write the plan here.")
 @json_option
@@ -76,6 +81,8 @@ def plan(
     if source is not None:
         plan_from(source, flags, out, json_path, certify)
         return
+    if flags["donate"] and flags["mode"] != "inference":
+        raise ValueError("--donate is for inference: add --mode inference, or leave it out")
     auto = flags["ranks"] == AUTO
     problem = problem_of(**flags | {"ranks": 1} if auto else flags)
     with loading():

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.regions import region
 from evoplan.model.running.view import View
 from evoplan.planner.execution.departures import Departures, StateAway
+from evoplan.planner.execution.donating import check_there, taken
 from evoplan.planner.execution.host import Host
 from evoplan.planner.execution.shapes import Fit, Fits, cropped, padded
 from evoplan.planner.execution.submodules import SubmoduleRuns
@@ -34,6 +36,8 @@ from evoplan.planner.plans.plan import Plan
 from evoplan.planner.schedules.offload import check_waits, waits
 from evoplan.planner.schedules.schedule import RECORD, Sequence, actions, all_runs
 from evoplan.planner.schedules.waiting import check_away, moves
+
+_INFERENCE = "the plan is for inference: call the model under torch.no_grad()"
 
 
 class PlannedModule(View):
@@ -46,6 +50,9 @@ class PlannedModule(View):
         stack: the model, or one rank's share of it.
         schedules: one that covers all its steps, for inputs of any shape; or several for different ones.
         host: makes where what is off the device waits, for each forward.
+        donated: take the state that forward is given, in inference: the caller's tensors are empty as soon as
+            it runs, their memory is written over and let go of, and results may lie in it. After an error in
+            a step they are lost.
 
     Attributes:
         plans: that it runs under, as `apply_plan` was given them.
@@ -57,12 +64,18 @@ class PlannedModule(View):
     stack: Plannable
     plans: tuple[Plan, ...] = ()
 
-    def __init__(self, stack: Plannable, schedules: Sequence | Fits, host: Callable[[], Host] = Host) -> None:
+    def __init__(
+        self,
+        stack: Plannable,
+        schedules: Sequence | Fits,
+        host: Callable[[], Host] = Host,
+        donated: bool = False,
+    ) -> None:
         super().__init__(stack)
         self.fits = Fits([Fit(schedules)]) if isinstance(schedules, Sequence) else schedules
-        self.host = host
+        self.host, self.donated = host, donated
         chain = Chain.of(stack)
-        self.liveness = Liveness([step.reads for step in chain.steps], chain.outputs)
+        self.liveness = Liveness([step.reads for step in chain.steps], chain.outputs, donated=donated)
         for fit in self.fits.all:
             _check_covers(fit.schedule, chain)
             check_away(fit.schedule, self.liveness)
@@ -73,16 +86,28 @@ class PlannedModule(View):
     def forward(
         self, *tensors: Tensor, dropout_seed: int | None = None, **named: Tensor
     ) -> tuple[Tensor, ...]:
-        """As the stack's own forward."""
+        """As the stack's own forward.
+
+        Raises:
+            ValueError: inputs that no schedule is for, that take more than is planned, or that cannot be
+                donated where they are to be.
+        """
+        if self.donated and torch.is_grad_enabled():
+            raise ValueError(_INFERENCE)
+        if self.donated:
+            check_there(self._arguments(*tensors, **named), self.stack.config.state)
         state, constants = self.stack.prepare(*tensors, **named)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         fit = self.fits.find(self.stack, shapes)
         pads = self.fits.other_shapes == "pad" and fit.shapes not in (None, shapes)
         if pads and fit.shapes is not None:
-            arguments = inspect.signature(self.stack.prepare).bind(*tensors, **named).arguments
+            arguments = self._arguments(*tensors, **named)
             state, constants = self.stack.prepare(**padded(self.stack, arguments, fit.shapes))
             del arguments
-        fit.check_room((*tensors, *named.values()), (*state.values(), *constants.values()))
+        if self.donated:
+            state = self._taken(fit, state, constants, self._arguments(*tensors, **named))
+        else:
+            fit.check_room((*tensors, *named.values()), (*state.values(), *constants.values()))
         del tensors, named
         self._run(fit.schedule, state, constants, self.stack.draw_seed(dropout_seed))
         results = self.stack.results(state)
@@ -90,6 +115,20 @@ class PlannedModule(View):
             names = self.stack.outputs
             return tuple(cropped(tensor, shapes[n]) for n, tensor in zip(names, results, strict=True))
         return results
+
+    def _arguments(self, *tensors: Tensor, **named: Tensor) -> dict[str, Any]:
+        """Forward's arguments by name."""
+        whole = getattr(self.stack, "stack", self.stack)  # of which ranks have shares
+        return inspect.signature(whole.prepare).bind(*tensors, **named).arguments
+
+    def _taken(
+        self, fit: Fit, state: State, constants: Mapping[str, Tensor], given: Mapping[str, Any]
+    ) -> State:
+        """The state, taken from forward's arguments."""
+        others = [tensor for name, tensor in given.items() if name not in state and tensor is not None]
+        fit.check_room(others, constants.values())
+        own = (*constants.values(), *self.stack.parameters(), *self.stack.buffers())
+        return taken(state, {name: given[name] for name in state}, (*others, *own))
 
     def report_html(self, path: str | Path, index: int = 0) -> None:
         """Write one page about a plan: what is done with each step, memory over time, the frontier.
@@ -113,7 +152,7 @@ class PlannedModule(View):
         _check_covers(schedule, chain)
         if torch.is_grad_enabled():
             if any(run.away for run in all_runs(schedule)):
-                raise ValueError("the plan is for inference: call the model under torch.no_grad()")
+                raise ValueError(_INFERENCE)
             self._record(chain, constants, seed, schedule, state)
         else:
             with Context.of_steps():
@@ -122,7 +161,7 @@ class PlannedModule(View):
     def _infer(
         self, chain: Chain, schedule: Sequence, state: State, tensors: Callable[[Step, State], State]
     ) -> None:
-        """Every step once. What the chain itself has made is written over and may leave the device."""
+        """Every step once. What is the chain's own is written over and may leave the device."""
         host = StateAway(self.host())
         # A hook may keep what it sees, so that nothing may be written over.
         owned = not _has_hooks(chain)

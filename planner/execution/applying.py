@@ -37,6 +37,10 @@ def apply_plan(
             that plan's shapes, masked, and crops the outputs, exact wherever masks are 1; "plan" plans for
             them under the same budget, which takes seconds, and keeps the plan.
 
+    A plan with donated inputs takes the state that the model is called with: those tensors are empty as soon
+    as it runs, and results may lie in their memory. One that cannot be taken is refused before any is: a view
+    or a part of another tensor, one that requires a gradient, two inputs in one memory.
+
     Raises:
         ValueError: a plan is for another model, dtype or number of ranks.
     """
@@ -45,6 +49,10 @@ def apply_plan(
         raise ValueError("apply_plan needs at least one plan")
     for each in plans:
         check_model(stack, each)
+        if each.problem.donate != plans[0].problem.donate:
+            raise ValueError("some plans have their inputs donated and some have not; give plans of one kind")
+    if plans[0].problem.donate and other_shapes == "pad":
+        raise ValueError("donated inputs are not padded, which copies them; use other_shapes='clip'")
     planned = _applied(stack, plans, ranks, other_shapes)
     planned.plans = tuple(plans)
     return planned
@@ -56,7 +64,7 @@ def _applied(
     first = plans[0].problem
     if first.ranks == 1 and ranks is None:
         on_demand = partial(_planned_for, plans[0])
-        return PlannedModule(stack, Fits(map(_fit, plans), other_shapes, on_demand))
+        return PlannedModule(stack, Fits(map(_fit, plans), other_shapes, on_demand), donated=first.donate)
     if ranks is None:
         raise ValueError(f"the plan is for {first.ranks} ranks; give their process group")
     if len(plans) > 1 or other_shapes != "refuse":
@@ -64,7 +72,8 @@ def _applied(
     shared = ParallelEvoformer(stack, ranks, first.shape, whole=False)
     if shared.ranks.size != first.ranks:
         raise ValueError(f"the plan is for {first.ranks} ranks, not {shared.ranks.size}; plan for those")
-    return PlannedModule(shared, Fits([Fit(plans[0].schedule, shared.input_shapes)]))
+    fits = Fits([Fit(plans[0].schedule, shared.input_shapes)])
+    return PlannedModule(shared, fits, donated=first.donate)
 
 
 def check_model(stack: Plannable, plan: Plan) -> None:

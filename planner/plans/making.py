@@ -32,6 +32,7 @@ def make_plan(
     loss: Loss | None = None,
     reserve: str | int = 0,
     host_memory: str | int | None = None,
+    donate: bool = False,
 ) -> Plan:
     """Plan a model for inputs like these.
 
@@ -52,6 +53,8 @@ def make_plan(
         reserve: of the budget, kept free for what is not in the plan: a head, a loss that is not given.
         host_memory: such as "64GiB", or bytes, in which what training keeps may wait for backward, of a
             device apart from the host.
+        donate: in inference, let a step have the state that it is given: it writes over it and lets go of it,
+            and the caller's tensors are empty as soon as the model is called. Masks stay the caller's.
 
     Raises:
         NoPlanError: nothing fits; its `least_feasible_bytes` is the least budget that has a plan.
@@ -78,6 +81,7 @@ def make_plan(
         mixed=_mixed(autocast),
         loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
         given=tuple(_given(tensors, dtype)),
+        donate=donate,
     )
     return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
 

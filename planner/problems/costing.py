@@ -162,6 +162,7 @@ def cost_problem(
         loss,
         # A rank is given shards, which lie as they were made.
         {given.name: (given.dtype, given.stride if problem.ranks == 1 else None) for given in problem.given},
+        problem.donate,
     )
     if problem.host_bytes and table.host_bandwidth is None:
         raise ValueError(

@@ -89,6 +89,7 @@ class Problem(BaseModel):
         host_bytes: of host memory, in which what training keeps may wait for backward; None: nothing waits.
         loss: what the peak holds for: `mean_square` of all outputs, or the name of the user's own.
         given: inputs that are not as the model wants them.
+        donate: whether a step takes the state that it is given, to write over and to let go; in inference.
         device: a name of the device table, or cuda for this machine's GPU.
         own_device: the device itself where the table does not have it.
         ranks: devices that share one input (dynamic axial parallelism).
@@ -113,6 +114,7 @@ class Problem(BaseModel):
     host_bytes: int | None = Field(default=None, ge=1, le=MOST)
     loss: Name = MEAN_SQUARE
     given: tuple[Given, ...] = Field(default=(), max_length=16)
+    donate: bool = False
 
     @field_validator("dtype")
     @classmethod
@@ -159,9 +161,21 @@ class Problem(BaseModel):
             )
         if self.config.n_block > MOST_BLOCKS:
             raise ValueError(f"{self.config.n_block} blocks are too many to plan for; at most {MOST_BLOCKS}")
+        if self.donate:
+            self._check_donated()
         if self.ranks > 1 and not self.config.ranks:
             raise ValueError(f"inputs of {family_of(config).name} are not shared by ranks; plan for 1 rank")
         return self
+
+    def _check_donated(self) -> None:
+        if self.training:
+            raise ValueError("inputs are donated in inference only: choose that mode, or leave donate out")
+        for given in self.given:
+            if given.name in self.config.state:
+                raise ValueError(
+                    f"{given.name} cannot be donated: it is laid out otherwise or of another dtype than the "
+                    "model's, and would be copied; make it as the model has it, or leave donate out"
+                )
 
     @property
     def precision(self) -> str:

@@ -22,9 +22,10 @@ def describe_problem(problem: Problem) -> str:
     config, shape = problem.config, problem.shape
     budget = "no budget" if problem.budget_bytes is None else f"budget {exact_size(problem.budget_bytes)}"
     ranks = f" on each of {problem.ranks} ranks" if problem.ranks > 1 else ""
+    donated = " of donated inputs" * problem.donate
     return (
         f"{problem.model}: {config.n_block} blocks, {shape}, "
-        f"{problem.precision} {problem.mode} on {problem.device}, {budget}{ranks}"
+        f"{problem.precision} {problem.mode}{donated} on {problem.device}, {budget}{ranks}"
     )
 
 

@@ -81,8 +81,8 @@ def simulated_peak_bytes(plan: Plan, batch: Batch, rank: int = 0) -> int:
     with simulated(where) as trace:
         model = fake_copy(plain, dtype).train(problem.training)
         assert isinstance(model.stack, Plannable)  # a copy of the one that was built
-        stack, host = planned_model(problem, rank, model.stack), partial(FakeHost, trace)
-        planned = PlannedModule(stack, plan.schedule, host=host)
+        share = planned_model(problem, rank, model.stack)
+        planned = PlannedModule(share, plan.schedule, partial(FakeHost, trace), problem.donate)
         model.stack = planned
         batch = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         for parameter in model.parameters() if problem.training else ():

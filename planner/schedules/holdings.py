@@ -137,7 +137,7 @@ class _Watched(Machine):
 
     def keep(self, versions: Iterable[Version]) -> None:
         versions = list(versions)
-        new = [v for v in versions if not self.holders[v] and v.maker != INPUT]
+        new = [v for v in versions if not self.holders[v] and self.table.liveness.owns(v)]
         super().keep(versions)
         for version in new:
             self.born.setdefault(version, len(self.moments))
@@ -174,7 +174,8 @@ class _Watched(Machine):
         first, last = self.born.pop(version), len(self.moments) - 1 if last is None else last
         if first <= last:
             size = self.table.state_bytes[version.tensor]
-            maker = self.makers[version.maker - 1]  # versions count moments from 1
+            # Versions count moments from 1.
+            maker = INPUT if version.maker == INPUT else self.makers[version.maker - 1]
             self.states.append(Held("state", version.tensor, maker, size, first, last))
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.liveness import INPUT, Version
+from evoplan.cost_model.liveness import Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.offload import check_waits, last_read, record_bytes, waits
@@ -32,7 +32,7 @@ class Moment:
 
     Attributes:
         phase, step: what runs; step is None for the loss, and for copies after the last step.
-        held_bytes: live before it starts, inputs excluded.
+        held_bytes: live before it starts, inputs excluded unless they are the chain's own.
         peak_bytes: most that is live during it.
         seconds: its predicted time.
     """
@@ -46,7 +46,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a schedule costs. Bytes are above the model's parameters, gradients, optimizer and inputs.
+    """What a schedule costs. Bytes are above the model's parameters, gradients, optimizer and inputs that are
+    not the chain's own.
 
     Attributes:
         moments: everything that runs, in order.
@@ -175,13 +176,13 @@ class Machine:
     def keep(self, versions: Iterable[Version]) -> None:
         for version in versions:
             self.holders[version] += 1
-            if self.holders[version] == 1 and version.maker != INPUT:
+            if self.holders[version] == 1 and self.table.liveness.owns(version):
                 self.held_bytes += self.table.state_bytes[version.tensor]
 
     def release(self, versions: Iterable[Version]) -> None:
         for version in versions:
             self.holders[version] -= 1
-            if self.holders[version] == 0 and version.maker != INPUT:
+            if self.holders[version] == 0 and self.table.liveness.owns(version):
                 self.held_bytes -= self.table.state_bytes[version.tensor]
 
     def advance(

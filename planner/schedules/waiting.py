@@ -1,21 +1,22 @@
 """State that waits in host memory: between which steps, and where it lies meanwhile.
 
 In inference a tensor of the state that some steps don't read may leave the device while they run. The
-caller's inputs stay where they are: they would not leave the device, since the caller holds them.
+caller's inputs stay where they are unless they are donated: they would not leave the device, since the caller
+holds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evoplan.cost_model.liveness import INPUT, Liveness
+from evoplan.cost_model.liveness import Liveness
 from evoplan.planner.schedules.schedule import Run, Sequence, all_runs
 
 
 def may_wait(liveness: Liveness, step: int) -> tuple[str, ...]:
     """State tensors that may lie on the host while a step runs: the chain's own, read by later steps only."""
     read = liveness.entry(range(step, step + 1))
-    return tuple(v.tensor for v in liveness.alive(step) if v.maker != INPUT and v not in read)
+    return tuple(v.tensor for v in liveness.alive(step) if liveness.owns(v) and v not in read)
 
 
 def moves(schedule: Sequence) -> Iterator[tuple[Run | None, tuple[str, ...], tuple[str, ...]]]:

@@ -57,7 +57,8 @@ def inference_schedule(table: CostTable, budget_bytes: int | None) -> Sequence:
                 seconds, before = _arrive(table, paths, away)
                 reached[away] = _Path(seconds + cost.discard_seconds, Run(step, cost.strategy, away), before)
         paths = reached
-    if not paths or table.bytes_of(table.liveness.outputs) > budget:
+    ends = table.liveness.alive(0), table.liveness.outputs  # of both, all is on the device
+    if not paths or max(map(table.bytes_of, ends)) > budget:
         raise InfeasibleError(int(budget), replay(least_schedule(table), table))
     _, last = _arrive(table, paths, ())  # everything comes back
     return Sequence(tuple(last.runs()))
