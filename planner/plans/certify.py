@@ -14,12 +14,12 @@ from evoplan.planner.schedules.schedule import Sequence, depth
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.any_order import MANY_STEPS, any_order_bound
 from evoplan.planner.solvers.bounds import LowerBound
-from evoplan.planner.solvers.grid import MANY
 from evoplan.planner.solvers.offload_frontier import offload_bound
 from evoplan.planner.solvers.proof import best_proof
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"
+MOST_PROVEN = 256  # groups, for which the relaxed program takes seconds
 ANY_ORDER = "runs that are owed, memory at a price"
 
 Told = Callable[[str], None]
@@ -102,7 +102,7 @@ def proven(
 def least_possible(table: CostTable, budget: int) -> float:
     """Seconds below which no persistent schedule can be; inf if none fits."""
     bound = LowerBound(table).seconds(budget)
-    if len(table.groups) > MANY:
+    if len(table.groups) > MOST_PROVEN:
         return bound
     seconds = best_proof(table, budget).seconds
     return np.inf if seconds is None else max(bound, float(seconds))

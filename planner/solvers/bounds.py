@@ -22,9 +22,12 @@ from evoplan.planner.solvers.grid import FIRST, GridCosts, Times
 from evoplan.planner.solvers.segments import SegmentCosts
 
 PRICES = 160
+MOST_UNITS = 32_768
 CANDIDATES = 512  # grid steps that are looked at
 WASTE = 0.02  # of the state: so little is not worth a finer grid
 FINER = 3
+# Where so few states fit, times change fast with memory, and so many times as many grid steps are worth it.
+FEW_STATES, FINER_THERE = 24, 16
 
 
 class LowerBound:
@@ -57,7 +60,9 @@ class LowerBound:
     def _on_grid(self, memory: int) -> float:
         span = next((span for span in self._spans if span >= memory), memory)
         if span not in self._programs:
-            unit = dividing_unit(self.table, span, self.units, FINER)
+            few = span < FEW_STATES * sum(self.table.state_bytes.values())
+            units = self.units * FINER_THERE if few else self.units
+            unit = dividing_unit(self.table, span, min(units, MOST_UNITS), FINER)
             program = Program(self.table, unit, span // unit, self.max_depth, optimistic=True)
             self._programs[span] = unit, program.times.copy()
         unit, times = self._programs[span]

@@ -13,7 +13,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
 from evoplan.model.running.strategy import Strategy
 
-MANY = 256  # groups; shorter chains have few parts on any grid
+MANY = 96  # groups; shorter chains have few parts on any grid
 WASTE, FINEST = 0.01, 0.55  # of the state that rounding may add there, and shares of the usual grid step
 
 Made = TypeVar("Made")
