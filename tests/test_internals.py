@@ -23,6 +23,7 @@ from evoplan.model.running.internals import (
     members,
     on_meta,
     other_forwards,
+    own_view,
     parametrization_cache,
     put_buffer,
     put_parameter,
@@ -369,3 +370,14 @@ def test_what_is_made_on_meta_is_nobodys_business() -> None:
     assert not seen
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.zeros(1).is_meta
+
+
+def test_a_view_of_ones_own_may_be_written_into_at_no_cost() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    made = own_view(x * 3.0, (2, 3, 2))
+    assert made.shape == (2, 3, 2)
+    assert not made._is_view()
+    made.mul_(2.0)
+    assert "CopySlices" not in type(made.grad_fn).__name__
+    made.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 6.0))

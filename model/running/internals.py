@@ -67,6 +67,12 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
+def own_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor, which nobody else has, in another shape: no view to autograd, free to be written into."""
+    viewed: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return viewed
+
+
 class Members(NamedTuple):
     """A module and those within it, each once; their parameters and buffers by the names that
     `named_parameters` and `named_buffers` give them.

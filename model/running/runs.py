@@ -19,6 +19,7 @@ from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 from evoplan.model.running.unchanged import ChangedError, check, marks
+from evoplan.model.running.unread import results_unread
 
 Option = str | int | bool | Callable[..., Any]  # of torch.compile
 
@@ -79,7 +80,11 @@ class Run:
 
 
 class WholeRun(Run):
-    """A run that is not in pieces, recorded by autograd."""
+    """A run that is not in pieces, recorded by autograd.
+
+    Args:
+        unread: nobody will read the new target, nor does backward: its last product is not made.
+    """
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class WholeRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        unread: bool = False,
     ) -> None:
         super().__init__(submodule, strategy, tensors, wanted, owner)
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in self.wanted}
@@ -95,7 +101,8 @@ class WholeRun(Run):
         # Inputs that no gradient is wanted of are for the message alone, if somebody still has them.
         self._read = WeakValueDictionary({name: tensors[name] for name in submodule.reads})
         self._marks = marks(self._read)
-        with torch.enable_grad(), using(strategy.kernel), self.keeping():
+        reading = results_unread() if unread else nullcontext()
+        with torch.enable_grad(), using(strategy.kernel), self.keeping(), reading:
             output = new_target(strategy, submodule, {**tensors, **others, **self.leaves})
         # An edge, not the tensor: the output belongs to whoever reads it next.
         self.edge = torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None

@@ -100,6 +100,17 @@ class Kind:
         """The record that backward is computed from, and the new target."""
         raise NotImplementedError
 
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> Record:
+        """The record alone, of a run whose new target nobody reads: of it only what backward needs runs."""
+        raise NotImplementedError
+
 
 KINDS: dict[str, Kind] = {}  # by name
 

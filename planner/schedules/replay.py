@@ -16,7 +16,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import INPUT, Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, needs_forward
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, all_runs, ends_redo, needs_forward
 from evoplan.planner.schedules.waiting import check_away, moves
 
 Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
@@ -209,9 +209,9 @@ class Machine:
                 self.discard(part.first_pass(), state, "redo discard" if redo else "discard")
             else:
                 cost = self.cost(part)
-                self.moment(
-                    "redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds
-                )
+                run = cost.ending if ends_redo(part, body, redo) else cost.forward
+                assert run is not None  # of what needs a forward
+                self.moment("redo" if redo else "forward", part.step, run.bytes, run.seconds)
                 record.bytes = cost.preserved_bytes
                 self.held_bytes += record.bytes
                 self.advance(state, part.step, cost.keeps_made, record)

@@ -31,5 +31,15 @@ class InPieces(Kind):
         owner: str,
     ) -> tuple[Record, Tensor]:
         with torch.no_grad(), using(strategy.kernel):
-            kept = self.run(submodule, strategy, tensors, wanted, owner)
+            kept = self.unread(submodule, strategy, tensors, wanted, owner)
             return kept, self.discarded(submodule, strategy, tensors, in_place=False)
+
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> Record:
+        return self.run(submodule, strategy, tensors, wanted, owner)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
+from evoplan.model.running.affine import leaves_results_unread
 from evoplan.model.running.runs import WholeRun, new_target
 from evoplan.model.running.strategy import Kind, Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
@@ -34,3 +35,15 @@ class Whole(Kind):
     ) -> tuple[Record, Tensor]:
         run = self.run(submodule, strategy, tensors, wanted, owner)
         return run, run.take_output()
+
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+    ) -> Record:
+        run = self.run(submodule, strategy, tensors, wanted, owner, leaves_results_unread(submodule))
+        run.take_output()
+        return run
