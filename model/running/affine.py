@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from evoplan.model.running.internals import members
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.submodule import Submodule
 from evoplan.model.running.unread import is_affine_at_the_end
@@ -17,5 +18,5 @@ def leaves_results_unread(submodule: Submodule) -> bool:
     own = type(submodule)
     said = is_affine_at_the_end(own.piece) and is_affine_at_the_end(own.finish)
     as_here = own.update is Submodule.update and own.new_target is Submodule.new_target
-    others = any(_STAGES & inner.__dict__.keys() for inner in submodule.modules())
+    others = any(_STAGES & inner.__dict__.keys() for inner in members(submodule).modules)
     return said and as_here and not others and not any(altered_layers(submodule))

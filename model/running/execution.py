@@ -11,6 +11,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from evoplan.model.running.kernels import using
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -35,10 +36,11 @@ def record_unread(
     tensors: Tensors,
     wanted: Collection[str] | None = None,
     owner: str = "a submodule",
+    parameters: Parameters | None = None,
 ) -> Record:
     """The record that `record` makes, where nobody reads the new target; in pieces, the input alone."""
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.unread(submodule, strategy, tensors, wanted, owner)
+    return strategy.way.unread(submodule, strategy, tensors, wanted, owner, parameters)
 
 
 def record(
@@ -47,7 +49,8 @@ def record(
     tensors: Tensors,
     wanted: Collection[str] | None = None,
     owner: str = "a submodule",
+    parameters: Parameters | None = None,
 ) -> tuple[Record, Tensor]:
     """Run forward for a later backward: the record to call `vjp` on, and the new target."""
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner)
+    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters)

@@ -5,7 +5,7 @@ Checked with torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -100,6 +100,21 @@ def members(module: nn.Module) -> Members:
                 if tensor is not None and id(tensor) not in known:
                     known.add(id(tensor))
                     there[path + name] = tensor
+    return found
+
+
+def gradients_of(
+    edge: torch.autograd.graph.GradientEdge, inputs: Sequence[Tensor], grad: Tensor, keep: bool
+) -> tuple[Any, ...]:
+    """torch.autograd.grad of one edge, whose gradient fits, without its questions: steps ask it often.
+
+    Args:
+        keep: the graph, for another time.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    found: tuple[Any, ...] = engine.run_backward(
+        (edge,), (grad,), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
     return found
 
 

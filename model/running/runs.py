@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
-from evoplan.model.running.internals import has_data, without_hooks
+from evoplan.model.running.internals import gradients_of, has_data, without_hooks
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import COMPILED, Strategy
@@ -52,6 +52,7 @@ class Run:
         tensors: everything the stages read, by the submodule's own names.
         wanted: state tensors that a gradient is wanted of; None: all that are read.
         owner: whose tensors they are, where one of them turns out to be changed.
+        parameters: the submodule's, where they have been looked up.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class Run:
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
     ) -> None:
         self.submodule, self.strategy, self.owner = submodule, strategy, owner
         self.wanted = tuple(name for name in submodule.reads if wanted is None or name in wanted)
-        self.parameters = Parameters(submodule)
-        self.context = Context.of_steps()
+        self.parameters = Parameters(submodule) if parameters is None else parameters
 
     def vjp(self, grad: Tensor, keep: bool = False) -> tuple[OfState, OfParameters]:
         """Gradients of the wanted state tensors and of the parameters, from that of the new target.
@@ -93,9 +94,10 @@ class WholeRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
         unread: bool = False,
     ) -> None:
-        super().__init__(submodule, strategy, tensors, wanted, owner)
+        super().__init__(submodule, strategy, tensors, wanted, owner, parameters)
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in self.wanted}
         others = {name: tensors[name].detach() for name in submodule.reads if name not in self.leaves}
         # Inputs that no gradient is wanted of are for the message alone, if somebody still has them.
@@ -112,6 +114,10 @@ class WholeRun(Run):
         """What forward runs in: it may have autograd keep something else than it would."""
         return nullcontext()
 
+    def as_forward(self) -> AbstractContextManager[object]:
+        """What backward runs in: autograd has the parameters themselves."""
+        return self.parameters.as_trained()
+
     def check(self) -> None:
         """ChangedError where backward would run forward's operators again on something else."""
 
@@ -126,9 +132,9 @@ class WholeRun(Run):
             return {}, {}
         trained = self.parameters.trained
         inputs = [*self.leaves.values(), *trained.values()]
-        with self._named_changes(), self.parameters.installed(), without_hooks(trained.values()):
+        with self._named_changes(), self.as_forward(), without_hooks(trained.values()):
             self.check()
-            grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)
+            grads = gradients_of(self.edge, inputs, grad, keep)
         of_parameters = zip(trained, grads[len(self.leaves) :], strict=True)
         return dict(zip(self.leaves, grads, strict=False)), dict(of_parameters)
 
@@ -155,8 +161,10 @@ class PiecewiseRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
     ) -> None:
-        super().__init__(submodule, strategy, tensors, wanted, owner)
+        super().__init__(submodule, strategy, tensors, wanted, owner, parameters)
+        self.context = Context.of_steps()
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._marks = marks(self.tensors)
 

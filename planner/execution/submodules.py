@@ -81,7 +81,7 @@ class SubmoduleRuns:
         met, kept = self.met[step.index], None
         tensors = step.tensors(state, self.constants, self.seed)
         if recorded and met.differentiable:
-            kept, made = record(step.submodule, strategy, tensors, met.wanted, step.name)
+            kept, made = record(step.submodule, strategy, tensors, met.wanted, step.name, met.parameters)
         else:
             with torch.no_grad():
                 made = run_discarded(step.submodule, strategy, tensors)
@@ -115,7 +115,8 @@ class SubmoduleRuns:
         if action.unread and not _is_more_than_its_stages(step.submodule):
             with met.parameters.installed(), met.random or nullcontext():
                 tensors = step.tensors(state, self.constants, self.seed)
-                return record_unread(step.submodule, run.strategy, tensors, met.wanted, step.name), None
+                how = run.strategy, tensors, met.wanted, step.name, met.parameters
+                return record_unread(step.submodule, *how), None
 
         def again(*read: Tensor) -> Tensor:
             nonlocal kept

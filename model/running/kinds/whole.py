@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from evoplan.model.running.affine import leaves_results_unread
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.runs import WholeRun, new_target
 from evoplan.model.running.strategy import Kind, Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
@@ -32,8 +33,9 @@ class Whole(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        parameters: Parameters | None,
     ) -> tuple[Record, Tensor]:
-        run = self.run(submodule, strategy, tensors, wanted, owner)
+        run = self.run(submodule, strategy, tensors, wanted, owner, parameters)
         return run, run.take_output()
 
     def unread(
@@ -43,7 +45,9 @@ class Whole(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        parameters: Parameters | None,
     ) -> Record:
-        run = self.run(submodule, strategy, tensors, wanted, owner, leaves_results_unread(submodule))
+        unread = leaves_results_unread(submodule)
+        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, unread)
         run.take_output()
         return run
