@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evoplan.cost_model.kept import Store, key_of, surroundings
-from evoplan.cost_model.steps import AsWritten, StepCost
+from evoplan.cost_model.steps import AsWritten, Forward, StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.strategy import Strategy
@@ -71,12 +71,18 @@ def _is_ours(submodule: Submodule) -> bool:
 
 def cost_to_text(cost: StepCost) -> str:
     """A cost without its strategy and times, as JSON."""
-    works = [
-        [[[*key, n] for key, n in counted.items()] for counted in (work.kernels, work.collectives)]
-        for work in (getattr(cost, name) for name in _WORKS)
-    ]
-    held = [cost.keeps_made, cost.backward_held_bytes, cost.as_written]
+    works = [_plain(getattr(cost, name)) for name in _WORKS]
+    unread = cost.unread and (cost.unread.bytes, _plain(cost.unread.work))
+    held = [cost.keeps_made, cost.backward_held_bytes, cost.as_written, unread]
     return json.dumps([[getattr(cost, name) for name in _BYTES], works, *held])
+
+
+def _plain(work: Work) -> list[list[list[int]]]:
+    return [[[*key, n] for key, n in counted.items()] for counted in (work.kernels, work.collectives)]
+
+
+def _work(plain: list[list[list[int]]]) -> Work:
+    return Work(*(Counter({(a, b): n for a, b, n in counted}) for counted in plain))
 
 
 def cost_from_text(strategy: str, text: str) -> StepCost:
@@ -85,10 +91,11 @@ def cost_from_text(strategy: str, text: str) -> StepCost:
     Raises:
         ValueError, TypeError, KeyError: it is none.
     """
-    sizes, works, keeps_made, held_bytes, as_written = json.loads(text)
-    discard, forward, backward = (
-        Work(*(Counter({(a, b): n for a, b, n in counted}) for counted in work)) for work in works
-    )
+    sizes, works, keeps_made, held_bytes, as_written, unread = json.loads(text)
+    discard, forward, backward = map(_work, works)
+    if unread is not None:
+        unread_bytes, work = unread
+        unread = Forward(unread_bytes, _work(work))
     if as_written is not None:
         backward_bytes, backward_held_bytes, keeps_given = as_written
         as_written = AsWritten(backward_bytes, backward_held_bytes, tuple(keeps_given))
@@ -101,4 +108,5 @@ def cost_from_text(strategy: str, text: str) -> StepCost:
         keeps_made=tuple(keeps_made),
         backward_held_bytes=held_bytes,
         as_written=as_written,
+        unread=unread,
     )

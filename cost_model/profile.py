@@ -16,7 +16,7 @@ from evoplan.cost_model import measure
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.times_cache import MeasuredBytes, Timing
 from evoplan.model.running.chain import Step
-from evoplan.model.running.execution import record, run_discarded
+from evoplan.model.running.execution import record, record_unread, run_discarded
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import Submodule
@@ -69,7 +69,8 @@ def _phases(
     meter: Callable[[Callable[[], object], str], Any],
     casting: Casting,
 ) -> tuple[list[Any], int]:
-    """What a meter reads of a discarding run and, in training, of a recorded forward and its backward.
+    """What a meter reads of a discarding run and, in training, of a recorded forward, its backward, and a
+    forward whose results nobody reads.
 
     Returns:
         The readings, and the bytes of the new target.
@@ -86,6 +87,10 @@ def _phases(
         with casting():
             kept.extend(record(step.submodule, strategy, step.tensors(state, constants, seed)))
 
+    def unread() -> None:
+        with casting():
+            kept.append(record_unread(step.submodule, strategy, step.tensors(state, constants, seed)))
+
     readings = [meter(discard, kind)]
     target_bytes = kept.pop().untyped_storage().nbytes()
     if seed is not None:
@@ -95,6 +100,8 @@ def _phases(
         kept.clear()
         del output
         readings.append(meter(lambda: run.vjp(grad), kind))
+        del run
+        readings.append(meter(unread, kind))
     return readings, target_bytes
 
 
@@ -107,14 +114,15 @@ def _once(
 ) -> tuple[float, ...]:
     """Seconds of each phase; none for those that inference has not."""
     seconds, _ = _phases(step, strategy, state, constants, measure.seconds, casting)
-    return (*seconds, 0.0, 0.0)[:3]
+    return (*seconds, 0.0, 0.0, 0.0)[:4]
 
 
 def _timing(times: list[tuple[float, ...]]) -> Timing:
-    discard, forward, backward = (median(phase) for phase in zip(*times, strict=True))
-    totals = [sum(phases) for phases in times]
+    discard, forward, backward, unread = (median(phase) for phase in zip(*times, strict=True))
+    totals = [sum(phases[:3]) for phases in times]
     low, _, high = quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
-    return Timing(discard, forward, backward, (high - low) / median(totals))
+    # It does no more than the other, whatever was measured.
+    return Timing(discard, forward, backward, min(unread, forward), (high - low) / median(totals))
 
 
 def largest_error(
@@ -168,5 +176,5 @@ def bytes_taken(
     (discard, *recorded), target_bytes = _phases(step, strategy, state, constants, measure.usage, casting)
     if not recorded:
         return MeasuredBytes(discard.peak, 0, 0, 0)
-    forward, backward = recorded
+    forward, backward, _ = recorded
     return MeasuredBytes(discard.peak, forward.peak, max(0, forward.left - target_bytes), backward.peak)

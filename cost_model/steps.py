@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.trace import Trace, Work
+from evoplan.model.running.affine import leaves_results_unread
 from evoplan.model.running.chain import Step
-from evoplan.model.running.execution import kept_input, record, run_discarded
+from evoplan.model.running.execution import record, record_unread, run_discarded
 from evoplan.model.running.kernels import kernels_for
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import COMPILED, KINDS, Record, Strategy
@@ -22,6 +23,14 @@ FEW = 8  # pieces in which attention is run with another kernel, at most
 
 # The loss, its parts and its gradient: a few numbers, live whenever a step runs again.
 LOSS_NUMBERS, NUMBER_BYTES = 4, 128
+
+
+class Forward(NamedTuple):
+    """A forward that is recorded for backward: its peak in bytes, its work, and its time."""
+
+    bytes: int
+    work: Work
+    seconds: float = 0.0
 
 
 class AsWritten(NamedTuple):
@@ -54,6 +63,8 @@ class StepCost:
             preserved: something later in the step reads them.
         backward_held_bytes: peak of its backward above those where others hold them too: else they go early.
         as_written: of blocks of models that were written elsewhere: what differs where autograd has it.
+        unread: a recorded forward that leaves out what its backward does not read; None where that is
+            nothing. What it preserves, and its backward, are those of any other.
         discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
     """
 
@@ -71,6 +82,22 @@ class StepCost:
     keeps_made: tuple[int, ...] = ()
     backward_held_bytes: int = 0
     as_written: AsWritten | None = None
+    unread: Forward | None = None
+
+    @property
+    def forward(self) -> Forward:
+        """A forward that is recorded, all of it."""
+        return Forward(self.forward_bytes, self.forward_work, self.forward_seconds)
+
+    @property
+    def ending(self) -> Forward | None:
+        """What runs of it where it ends a redo, so that nobody reads its results: in pieces, nothing."""
+        return None if self.strategy.in_pieces else self.unread or self.forward
+
+    @property
+    def ending_seconds(self) -> float:
+        """The time of that."""
+        return 0.0 if self.ending is None else self.ending.seconds
 
     @property
     def inter_mem(self) -> int:
@@ -139,10 +166,18 @@ def trace_step(
     if not training:
         return StepCost(strategy, 0, 0, 0, discard_bytes, discard_work, Work(), Work())
 
+    unread = None
+    if not strategy.in_pieces and leaves_results_unread(step.submodule):
+        trace.reset()
+        with casting():
+            run: Record = record_unread(step.submodule, strategy, step.tensors(state, constants, seed))
+        unread = Forward(trace.peak_bytes - base + trace.kept_number_bytes, trace.work())
+        del run
+
     trace.reset()
     with casting():
         if strategy.in_pieces:  # recorded or not, the same runs: it need not be traced twice
-            run: Record = kept_input(step.submodule, strategy, step.tensors(state, constants, seed))
+            run = record_unread(step.submodule, strategy, step.tensors(state, constants, seed))
         else:
             run, output = record(step.submodule, strategy, step.tensors(state, constants, seed))
             del output
@@ -159,7 +194,7 @@ def trace_step(
     del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
     of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
-    return StepCost(strategy, *of_bytes, discard_work, forward_work, backward_work)
+    return StepCost(strategy, *of_bytes, discard_work, forward_work, backward_work, unread=unread)
 
 
 def _gradients(step: Step, state: Mapping[str, Tensor], live: Iterable[str]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from evoplan.cost_model.devices import Device, Link
 from evoplan.cost_model.roofline import seconds
-from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.steps import Forward, StepCost, opaque_strategies
 from evoplan.cost_model.times_cache import Shapes, TimesCache, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.chain import Step
@@ -59,6 +59,8 @@ class Roofline:
             discard_seconds=seconds(cost.discard_work, self.device, self.dtype, self.link),
             forward_seconds=seconds(cost.forward_work, self.device, self.dtype, self.link),
             backward_seconds=seconds(cost.backward_work, self.device, self.dtype, self.link),
+            unread=cost.unread
+            and cost.unread._replace(seconds=seconds(cost.unread.work, self.device, self.dtype, self.link)),
         )
 
     def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
@@ -92,6 +94,7 @@ class Measured:
             discard_seconds=found.discard,
             forward_seconds=found.forward,
             backward_seconds=found.backward,
+            unread=Forward(cost.ending.bytes, cost.ending.work, found.unread) if cost.ending else None,
         )
 
     def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:

@@ -27,13 +27,14 @@ from evoplan.model.running.strategy import Strategy
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-SCHEMA = 2  # of the file, and of what its times mean
+SCHEMA = 3  # of the file, and of what its times mean
 
 
 _TABLES = """
 create table if not exists times (
     device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
-    discard real not null, forward real not null, backward real not null, spread real not null,
+    discard real not null, forward real not null, backward real not null, unread real not null,
+    spread real not null,
     work text not null, bytes text,
     primary key (device, torch, dtype, step, shapes, strategy, mode)
 );
@@ -51,12 +52,14 @@ class Timing(NamedTuple):
     """Median seconds of a step's discarding run, recorded forward and backward.
 
     Attributes:
+        unread: of a recorded forward whose results nobody reads; no more than that of any other.
         spread: interquartile range of the sum, over its median.
     """
 
     discard: float
     forward: float
     backward: float
+    unread: float
     spread: float
 
 

@@ -58,6 +58,8 @@ def _moves(table: CostTable, budget: int, memory: Memory) -> Iterator[tuple[floa
                 yield cost.discard_seconds, (made, records, left)
             if held + live + cost.forward_bytes <= budget and (k, n) not in records:
                 yield cost.forward_seconds, (made, records | {(k, n)}, left)
+            if cost.ending and held + live + cost.ending.bytes <= budget and (k, n) not in records:
+                yield cost.ending.seconds, (versions, records | {(k, n)}, left)
     if left == count + 1:
         if count - 1 in versions and held + table.loss_bytes <= budget:
             yield 0.0, (versions, records, count)

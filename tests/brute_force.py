@@ -125,9 +125,10 @@ def by_charges(schedule: Sequence, table: CostTable) -> Judged:
             output = 0 if redo else size(outputs(part.step))
             peaks.append(held + cost.backward_bytes)
             seconds += cost.backward_seconds
-            if not ends or cost.strategy.kind == "whole":
-                peaks.append(held + gradients + cost.forward_bytes - output)
-                seconds += cost.forward_seconds
+            run = cost.ending if ends else cost.forward
+            if run is not None:
+                peaks.append(held + gradients + run.bytes - output)
+                seconds += run.seconds
                 held += cost.preserved_bytes + size(table.makes[part.step]) - output
         return held
 

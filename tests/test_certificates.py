@@ -19,6 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.steps import Forward
+from evoplan.cost_model.trace import Work
 from evoplan.planner.plans.certificate import certificate, decimal, sealed
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.bounds import dividing_unit
@@ -126,9 +128,12 @@ def least_of(table: dict[str, Any], budget: int) -> float:
     return float(least_seconds(read, max(0, memory), by_charges)[memory]) if memory >= 0 else np.inf
 
 
+def _ending(document: dict[str, Any] | None) -> Forward | None:
+    return document and Forward(document["forward_bytes"], Work(), document["forward_seconds"])
+
+
 def table_of(document: dict[str, Any]) -> CostTable:
     from evoplan.cost_model.steps import StepCost
-    from evoplan.cost_model.trace import Work
     from evoplan.model.running.strategy import Strategy
 
     options = [
@@ -136,8 +141,9 @@ def table_of(document: dict[str, Any]) -> CostTable:
             StepCost(
                 Strategy.parse(name),
                 discard_work=Work(), forward_work=Work(), backward_work=Work(),
-                **{key: value for key, value in cost.items() if key not in ("in_pieces", "keeps_made")},
+                **{key: value for key, value in cost.items() if key not in ("ending", "keeps_made")},
                 keeps_made=tuple(cost["keeps_made"]),
+                unread=_ending(cost["ending"]),
             )
             for name, cost in offered.items()
         )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.steps import Forward, StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
@@ -46,10 +46,12 @@ def step_options(
     options = []
     for strategy in strategies:
         preserved = rng.randint(0, 9) if strategy == WHOLE else 0
+        forward, seconds = new + preserved + rng.randint(0, 4), float(rng.randint(1, 9))
+        unread = Forward(rng.randint(preserved, forward), Work(), float(rng.randint(0, int(seconds))))
         options.append(
             StepCost(
                 strategy,
-                forward_bytes=new + preserved + rng.randint(0, 4),
+                forward_bytes=forward,
                 preserved_bytes=preserved,
                 backward_bytes=gradients + preserved + backward_from + rng.randint(0, 6),
                 discard_bytes=new + rng.randint(0, 6),
@@ -57,8 +59,9 @@ def step_options(
                 forward_work=Work(),
                 backward_work=Work(),
                 discard_seconds=float(rng.randint(1, 9)),
-                forward_seconds=float(rng.randint(1, 9)),
+                forward_seconds=seconds,
                 backward_seconds=float(rng.randint(1, 9) + 20 * (strategy != WHOLE) * rng.randint(0, 1)),
+                unread=unread if strategy == WHOLE and rng.randint(0, 1) else None,
             )
         )
     return tuple(options)

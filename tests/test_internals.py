@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from evoplan.cost_model.trace import fake_tensors
 from evoplan.model.running.internals import (
     backward_pass,
+    gradients_of,
     has_data,
     has_hooks,
     has_saving_hooks,
@@ -24,6 +25,7 @@ from evoplan.model.running.internals import (
     members,
     on_meta,
     other_forwards,
+    own_view,
     parametrization_cache,
     put_buffer,
     put_parameter,
@@ -385,3 +387,32 @@ def test_what_is_made_on_meta_is_nobodys_business() -> None:
     assert not seen
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.zeros(1).is_meta
+
+
+def test_a_view_of_ones_own_may_be_written_into_at_no_cost() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    made = own_view(x * 3.0, (2, 3, 2))
+    assert made.shape == (2, 3, 2)
+    assert not made._is_view()
+    made.mul_(2.0)
+    assert "CopySlices" not in type(made.grad_fn).__name__
+    made.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 6.0))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_of_an_edge_are_those_of_autograd(keep: bool) -> None:
+    x, w, other = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    made = (x @ w).sin()
+    grad = torch.randn_like(made)
+    expected = torch.autograd.grad(made, [x, w], grad, retain_graph=True)
+    edge = torch.autograd.graph.get_gradient_edge(made)
+    *found, none = gradients_of(edge, [x, w, other], grad, keep)
+    assert none is None
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert x.grad is None
+    if keep:
+        gradients_of(edge, [x], grad, False)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients_of(edge, [x], grad, False)

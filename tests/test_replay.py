@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import StepCost
+from evoplan.cost_model.steps import Forward, StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
@@ -105,6 +105,21 @@ def test_one_checkpoint() -> None:
         ("backward", 0, 10, 10 + 25, 2),
     ]
     assert (played.peak_bytes, played.seconds) == (53, 333 + 11)
+
+
+def test_a_redo_ends_with_what_its_backward_needs() -> None:
+    """Nobody reads what step 1 makes then; of step 0, which goes before, all is made."""
+    quick = [
+        replace(cost[0], unread=Forward(11, Work(), cost[0].forward_seconds / 2)) for cost in CHAIN.options
+    ]
+    table = replace(
+        CHAIN, options=tuple((one, *cost[1:]) for one, cost in zip(quick, CHAIN.options, strict=True))
+    )
+    _, plain = timeline(Sequence((again(*saved(0, 1)), *saved(2))), CHAIN)
+    played, moments = timeline(Sequence((again(*saved(0, 1)), *saved(2))), table)
+    assert moments[6] == ("redo", 1, 20 + 3 + 10, 33 + 11, 5)
+    assert moments[:6] + moments[7:] == plain[:6] + plain[7:]
+    assert played.seconds == 333 + 11 - 5
 
 
 def test_nested_checkpoints() -> None:

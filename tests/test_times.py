@@ -246,7 +246,7 @@ def put_many(path: str) -> None:
     cost = costed.table.options[0][0]
     for number in range(10**6):
         shapes = {name: (*shape, number) for name, shape in PROBLEM.state_shapes().items()}
-        cache.put(key_of(step, shapes, "float32", cost.strategy), Timing(1.0, 2.0, 3.0, 0.1), cost)
+        cache.put(key_of(step, shapes, "float32", cost.strategy), Timing(1.0, 2.0, 3.0, 2.0, 0.1), cost)
         print(number, flush=True)
 
 
@@ -267,6 +267,7 @@ def test_a_file_that_is_no_cache_is_named(capsys: pytest.CaptureFixture[str], tm
         "update times set forward = 'x'",
         "update times set backward = -5",
         "update times set discard = 9e999",
+        "update times set unread = -1",
         "update times set bytes = '[1, 2]' where bytes is not null",
         "update times set bytes = '[-1, 1, 1, 1]' where bytes is not null",
         "update times set work = 'zzz'",

@@ -50,10 +50,11 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
         chosen, kind = (part["discard"], "discard") if nested else (part[1:], "forward")
         steps = [(k, self.offers[k][strategy]) for k, strategy in enumerate(chosen, at)]
         needs = [v for k, _ in steps for v in self.alive[k] if v[1] < at and v[0] in self.steps[k]["reads"]]
-        entry, own, last = {state[name] for name, _ in needs}, set(), steps[-1][1]
+        entry, own, last, ends = {state[n] for n, _ in needs}, set(), steps[-1][1], not (b is None or rest)
         self.tape.append((entry, 0))
-        for k, o in steps if b is None or rest or not (nested or last["in_pieces"]) else ():
-            self.run(o[kind + "_bytes"] + live, o[kind + "_seconds"], state.values())
+        for k, o in steps if not ends or (last["ending"] and not nested) else ():
+            run = last["ending"] if ends else o
+            self.run(run[kind + "_bytes"] + live, run[kind + "_seconds"], state.values())
             made, alive = [(name, self.runs) for name in self.steps[k]["makes"]], dict(self.alive[k + 1])
             state = {name: v for name, v in (state | {v[0]: v for v in made}).items() if name in alive}
             if not nested:
@@ -73,8 +74,7 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
         self.unit, self.price, self.known, room = unit, price, {}, budget - self.size(self.alive[-1])
         self.length = max(0, room // unit + 1)
         ticks = self.cached(self.least, 0, None)[-1] if self.length else NEVER
-        paid = -TICKS * price * (room - self.loss) // 1
-        return None if ticks >= NEVER else (ticks + paid) / Fraction(TICKS)
+        return None if ticks >= NEVER else Fraction(ticks + -TICKS * price * (room - self.loss) // 1, TICKS)
 
     def cached(self, make, a, b, live=0):  # equal where the steps are equal
         key = make.__name__, self.kinds[a:b], b is None, live
@@ -102,9 +102,9 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
             kept = 0 if last else o["preserved_bytes"] + self.size((own | {*made} & self.alive[k + 1]) - done)
             again = o["backward_held_bytes"] + self.size(own - done) if own else 0
             need, seconds = max(o["backward_bytes"], again, kept), o["backward_seconds"]
-            if not (last and o["in_pieces"]):
-                need = max(need, o["forward_bytes"] + live - self.size(done.intersection(made)))
-                seconds += o["forward_seconds"]
+            if forward := o["ending"] if last else o:
+                need = max(need, forward["forward_bytes"] + live - self.size(done.intersection(made)))
+                seconds += forward["forward_seconds"]
             ways.append((k + 1, need, kept, self.flat(seconds, need)))
         for e in range(k + 1, end):
             if {k, e} <= self.cuts or self.cuts.isdisjoint(range(k + 1, e)):  # whole blocks, or inside one

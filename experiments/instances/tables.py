@@ -18,7 +18,7 @@ FIELDS = (
 
 
 def table_to_json(table: CostTable) -> dict[str, Any]:
-    """A table without what its times were made from."""
+    """A table without what its times were made from; a whole run that ends a redo costs as any other."""
     numbers: dict[int, int] = {}
     costs: list[list[list[Any]]] = []
     for options in table.options:

@@ -105,7 +105,8 @@ class _How:
 
     def recorded(self, tensors: Tensors, wanted: Sequence[str]) -> tuple[Record, Tensor]:
         """Its record, and what it makes."""
-        return self.strategy.way.recorded(self.submodule, self.strategy, tensors, wanted, self.owner)
+        how = self.submodule, self.strategy, tensors, wanted, self.owner, None
+        return self.strategy.way.recorded(*how)
 
 
 class _AsDeclared(torch.autograd.Function):

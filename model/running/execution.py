@@ -11,7 +11,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from evoplan.model.running.kernels import using
-from evoplan.model.running.kinds.pieces import InPieces
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -30,17 +30,17 @@ def run_discarded(
         return strategy.way.discarded(submodule, strategy, tensors, in_place)
 
 
-def kept_input(
+def record_unread(
     submodule: Submodule,
     strategy: Strategy,
     tensors: Tensors,
     wanted: Collection[str] | None = None,
     owner: str = "a submodule",
+    parameters: Parameters | None = None,
 ) -> Record:
-    """The record of a run in pieces, which is its input: for a forward that has run, or need not."""
+    """The record that `record` makes, where nobody reads the new target; in pieces, the input alone."""
     strategy = strategy.way.possible(submodule, strategy)
-    assert isinstance(strategy.way, InPieces)
-    return strategy.way.run(submodule, strategy, tensors, wanted, owner)
+    return strategy.way.unread(submodule, strategy, tensors, wanted, owner, parameters)
 
 
 def record(
@@ -49,6 +49,7 @@ def record(
     tensors: Tensors,
     wanted: Collection[str] | None = None,
     owner: str = "a submodule",
+    parameters: Parameters | None = None,
     movable: bool = False,
 ) -> tuple[Record, Tensor]:
     """Run forward for a later backward: the record to call `vjp` on, and the new target.
@@ -57,4 +58,4 @@ def record(
         movable: the record is to know its storages, which may be elsewhere until then.
     """
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner, movable)
+    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters, movable)

@@ -5,7 +5,7 @@ Checked with torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -74,6 +74,12 @@ def holders(tensor: Tensor) -> int:
     return count - 1
 
 
+def own_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor, which nobody else has, in another shape: no view to autograd, free to be written into."""
+    viewed: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return viewed
+
+
 class Members(NamedTuple):
     """A module and those within it, each once; their parameters and buffers by the names that
     `named_parameters` and `named_buffers` give them.
@@ -101,6 +107,21 @@ def members(module: nn.Module) -> Members:
                 if tensor is not None and id(tensor) not in known:
                     known.add(id(tensor))
                     there[path + name] = tensor
+    return found
+
+
+def gradients_of(
+    edge: torch.autograd.graph.GradientEdge, inputs: Sequence[Tensor], grad: Tensor, keep: bool
+) -> tuple[Any, ...]:
+    """torch.autograd.grad of one edge, whose gradient fits, without its questions: steps ask it often.
+
+    Args:
+        keep: the graph, for another time.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    found: tuple[Any, ...] = engine.run_backward(
+        (edge,), (grad,), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
     return found
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.running.in_place import add_over
-from evoplan.model.running.internals import has_hooks, is_plain
+from evoplan.model.running.internals import has_hooks, is_plain, members
 from evoplan.model.running.unread import is_unread, unread_product
 
 FULL = slice(None)
@@ -80,8 +80,8 @@ def times(part: slice, width: int) -> slice:
 
 def altered_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and layers of a module that are not what evoplan's models are made of."""
-    for name, child in module.named_modules():
+    for child in members(module).modules:
         own = type(child).__module__.startswith("evoplan.") or type(child) is nn.Sequential
         known = is_plain(child, nn.Linear) or is_plain(child, nn.LayerNorm) or (own and not has_hooks(child))
         if child is not module and type(child) not in _NEVER_CALLED and not known:
-            yield name, child
+            yield next(name for name, inner in module.named_modules() if inner is child), child

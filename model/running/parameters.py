@@ -46,11 +46,21 @@ class Parameters:
                 f"layers were replaced between forward and backward ({odd}); do so after backward"
             )
         others = {name: tensor for name, tensor in present.items() if tensor is not self.all[name]}
+        for name in others:
+            put_parameter(self.module, name, self.all[name])
+        try:
+            with self.as_trained():
+                yield
+        finally:
+            for name, tensor in others.items():
+                put_parameter(self.module, name, tensor)
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Those parameters trained as they were, whatever the module has now."""
         toggled = [
             tensor for name, tensor in self.all.items() if tensor.requires_grad != (name in self.trained)
         ]
-        for name in others:
-            put_parameter(self.module, name, self.all[name])
         for tensor in toggled:
             tensor.requires_grad_(not tensor.requires_grad)
         try:
@@ -58,5 +68,3 @@ class Parameters:
         finally:
             for tensor in toggled:
                 tensor.requires_grad_(not tensor.requires_grad)
-            for name, tensor in others.items():
-                put_parameter(self.module, name, tensor)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
-from evoplan.model.running.internals import has_data, storage_key, without_hooks
+from evoplan.model.running.internals import gradients_of, has_data, storage_key, without_hooks
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 from evoplan.model.running.unchanged import ChangedError, check, marks
+from evoplan.model.running.unread import results_unread
 
 Option = str | int | bool | Callable[..., Any]  # of torch.compile
 
@@ -52,6 +53,7 @@ class Run:
         tensors: everything the stages read, by the submodule's own names.
         wanted: state tensors that a gradient is wanted of; None: all that are read.
         owner: whose tensors they are, where one of them turns out to be changed.
+        parameters: the submodule's, where they have been looked up.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class Run:
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
     ) -> None:
         self.submodule, self.strategy, self.owner = submodule, strategy, owner
         self.wanted = tuple(name for name in submodule.reads if wanted is None or name in wanted)
-        self.parameters = Parameters(submodule)
-        self.context = Context.of_steps()
+        self.parameters = Parameters(submodule) if parameters is None else parameters
 
     def vjp(self, grad: Tensor, keep: bool = False) -> tuple[OfState, OfParameters]:
         """Gradients of the wanted state tensors and of the parameters, from that of the new target.
@@ -87,6 +89,7 @@ class WholeRun(Run):
     """A run that is not in pieces, recorded by autograd.
 
     Args:
+        unread: nobody will read the new target, nor does backward: its last product is not made.
         movable: it is to know its storages.
     """
 
@@ -97,15 +100,18 @@ class WholeRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
+        unread: bool = False,
         movable: bool = False,
     ) -> None:
-        super().__init__(submodule, strategy, tensors, wanted, owner)
+        super().__init__(submodule, strategy, tensors, wanted, owner, parameters)
         self.leaves = {name: tensors[name].detach().requires_grad_() for name in self.wanted}
         others = {name: tensors[name].detach() for name in submodule.reads if name not in self.leaves}
         # Inputs that no gradient is wanted of are for the message alone, if somebody still has them.
         self._read = WeakValueDictionary({name: tensors[name] for name in submodule.reads})
         self._marks = marks(self._read)
-        with torch.enable_grad(), using(strategy.kernel), self.keeping(movable) as kept:
+        reading = results_unread() if unread else nullcontext()
+        with torch.enable_grad(), using(strategy.kernel), self.keeping(movable) as kept, reading:
             output = new_target(strategy, submodule, {**tensors, **others, **self.leaves})
         given = (tensors[name] for name in (*submodule.reads, *submodule.constants))
         elsewhere = (*given, *submodule.parameters(), output)
@@ -124,6 +130,10 @@ class WholeRun(Run):
         own = {storage_key(t): t.untyped_storage() for t in tensors}
         return [storage for key, storage in own.items() if key not in self._not_its_own]
 
+    def as_forward(self) -> AbstractContextManager[object]:
+        """What backward runs in: autograd has the parameters themselves."""
+        return self.parameters.as_trained()
+
     def check(self) -> None:
         """ChangedError where backward would run forward's operators again on something else."""
 
@@ -138,9 +148,9 @@ class WholeRun(Run):
             return {}, {}
         trained = self.parameters.trained
         inputs = [*self.leaves.values(), *trained.values()]
-        with self._named_changes(), self.parameters.installed(), without_hooks(trained.values()):
+        with self._named_changes(), self.as_forward(), without_hooks(trained.values()):
             self.check()
-            grads = torch.autograd.grad(self.edge, inputs, grad, retain_graph=keep, allow_unused=True)
+            grads = gradients_of(self.edge, inputs, grad, keep)
         of_parameters = zip(trained, grads[len(self.leaves) :], strict=True)
         return dict(zip(self.leaves, grads, strict=False)), dict(of_parameters)
 
@@ -167,8 +177,10 @@ class PiecewiseRun(Run):
         tensors: Tensors,
         wanted: Collection[str] | None = None,
         owner: str = "a submodule",
+        parameters: Parameters | None = None,
     ) -> None:
-        super().__init__(submodule, strategy, tensors, wanted, owner)
+        super().__init__(submodule, strategy, tensors, wanted, owner, parameters)
+        self.context = Context.of_steps()
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._marks = marks(self.tensors)
 

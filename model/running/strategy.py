@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, UntypedStorage
 
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
 _PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
@@ -99,9 +100,22 @@ class Kind:
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        parameters: Parameters | None,
         movable: bool = False,
     ) -> tuple[Record, Tensor]:
         """The record that backward is computed from, and the new target; `movable`: it knows its storages."""
+        raise NotImplementedError
+
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+        parameters: Parameters | None,
+    ) -> Record:
+        """The record alone, of a run whose new target nobody reads: of it only what backward needs runs."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Products whose result no backward reads, left out where a piece runs again for its backward alone.
+"""Products whose result no backward reads, left out of what runs again for its backward alone.
 
 The last product of an attention or a transition is a good part of its arithmetic. Its backward reads what
 went into it; and where all that follows is affine - a transposition, a dropout mask, a division by counts -
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from evoplan.model.running.internals import own_view
 
 Stage = TypeVar("Stage", bound=Callable[..., Any])
 
@@ -36,7 +38,7 @@ def is_affine_at_the_end(stage: Callable[..., Any]) -> bool:
 
 @contextmanager
 def results_unread() -> Iterator[None]:
-    """Inside, what pieces make is differentiated, and not read."""
+    """Inside, what updates make is differentiated, and not read."""
     token = _unread.set(True)
     try:
         yield
@@ -52,25 +54,28 @@ def is_unread(x: Tensor) -> bool:
 
 
 def unread_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A tensor in the place of x W^T + b: its numbers are any, its backward is that of the product."""
-    made: Tensor = _Unread.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return made
+    """A tensor in the place of x W^T + b: its numbers are any, its backward is that of the product.
+
+    It keeps what the product keeps, and its backward takes as much.
+    """
+    made: Tensor = _Unread.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return own_view(made, (*x.shape[:-1], weight.shape[0]))
 
 
 class _Unread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
+        return rows.new_empty((len(rows), len(weight)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            (rows @ weight).view(x.shape) if of_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            grad @ weight if of_rows else None,
+            grad.t() @ rows if of_weight else None,
+            grad.sum(0) if of_bias else None,
         )

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from evoplan.model.running.chain import Chain, State, Step
 from evoplan.model.running.context import Context
-from evoplan.model.running.execution import kept_input, record, run_discarded
+from evoplan.model.running.execution import record, record_unread, run_discarded
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
+from evoplan.model.running.submodule import Submodule
 from evoplan.model.running.unchanged import Mark, check, mark, marks
 from evoplan.planner.execution.tape import Outputs
 from evoplan.planner.schedules.schedule import Action
@@ -88,7 +89,8 @@ class SubmoduleRuns:
         tensors = step.tensors(state, self.constants, self.seed)
         if recorded and met.differentiable:
             movable = step.index in self.waiting
-            kept, made = record(step.submodule, strategy, tensors, met.wanted, step.name, movable)
+            about = met.wanted, step.name, met.parameters, movable
+            kept, made = record(step.submodule, strategy, tensors, *about)
         else:
             with torch.no_grad():
                 made = run_discarded(step.submodule, strategy, tensors)
@@ -119,11 +121,11 @@ class SubmoduleRuns:
         run, met, kept = action.run, self.met[step.index], None
         assert run is not None
         met.parameters.check(step.name)
-        if not action.forward and not has_hooks(step.submodule):
-            # Nobody reads what it makes: its record is its input.
-            with met.parameters.installed():
+        if action.unread and not _is_more_than_its_stages(step.submodule):
+            with met.parameters.installed(), met.random or nullcontext():
                 tensors = step.tensors(state, self.constants, self.seed)
-                return kept_input(step.submodule, run.strategy, tensors, met.wanted, step.name), None
+                how = run.strategy, tensors, met.wanted, step.name, met.parameters
+                return record_unread(step.submodule, *how), None
 
         def again(*read: Tensor) -> Tensor:
             nonlocal kept
@@ -155,3 +157,9 @@ class SubmoduleRuns:
         """As `planner.execution.tape.Runs` has it."""
         with self.context:
             self.chain.walk(steps, state, perform)
+
+
+def _is_more_than_its_stages(submodule: Submodule) -> bool:
+    """Whether somebody has hung something on its call, who is to see what it makes whenever it runs."""
+    own = type(submodule).forward is Submodule.forward and "forward" not in submodule.__dict__
+    return not own or has_hooks(submodule)

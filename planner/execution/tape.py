@@ -73,7 +73,7 @@ class Runs(Protocol[SomeStep]):
     def again(
         self, step: SomeStep, action: Action, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs | None]:
-        """Run it once more as forward met it; None made where nobody reads it and its input is its record."""
+        """Run it once more as forward met it; None made where nobody reads it and its record does without."""
 
     def vjp(self, step: SomeStep, kept: Record, grads: Any, keep: bool) -> tuple[Tensor | None, ...]:
         """Gradients of the step's inputs from those of what it made."""

@@ -82,7 +82,8 @@ def _option(cost: StepCost) -> dict[str, Any]:
         "backward_seconds": float(cost.backward_seconds),
         "discard_seconds": float(cost.discard_seconds),
         "keeps_made": list(cost.keeps_made),
-        "in_pieces": cost.strategy.in_pieces,
+        "ending": cost.ending
+        and {"forward_bytes": cost.ending.bytes, "forward_seconds": float(cost.ending.seconds)},
     }
 
 

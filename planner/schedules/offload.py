@@ -16,6 +16,7 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.kernels import is_opaque
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.schedules.schedule import RECORD, Checkpoint, Run, Sequence, all_runs
+from evoplan.planner.schedules.waiting import check_away
 
 
 def waits(schedule: Sequence) -> bool:
@@ -63,6 +64,28 @@ def _sizes(part: Run | Checkpoint, table: CostTable) -> Iterator[int]:
             assert isinstance(part, Run)
             (cost,) = (cost for cost in table.options[part.step] if cost.strategy == part.strategy)
             yield record_bytes(cost)
+
+
+def check_host(schedule: Sequence, table: CostTable) -> None:
+    """Refuse what cannot be done with host memory, in inference and in training.
+
+    Raises:
+        ValueError: as `check_away` and `check_waits`; or there is no memory apart from the host's.
+    """
+    apart = table.host_bandwidth is not None
+    if any(run.away for run in all_runs(schedule)):
+        if table.training or not apart:
+            raise ValueError(
+                "state may wait in host memory in inference only, on a device apart from the host"
+            )
+        check_away(schedule, table.liveness)
+    if waits(schedule):
+        if not table.training or not apart:
+            raise ValueError(
+                "what is kept for backward may wait in host memory in training only, on a device apart from "
+                "the host"
+            )
+        check_waits(schedule, table.liveness)
 
 
 def check_waits(schedule: Sequence, liveness: Liveness) -> None:

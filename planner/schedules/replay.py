@@ -16,9 +16,16 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.schedules.offload import check_waits, last_read, record_bytes, waits
-from evoplan.planner.schedules.schedule import RECORD, Checkpoint, Run, Sequence, all_runs, needs_forward
-from evoplan.planner.schedules.waiting import check_away, moves
+from evoplan.planner.schedules.offload import check_host, last_read, record_bytes
+from evoplan.planner.schedules.schedule import (
+    RECORD,
+    Checkpoint,
+    Run,
+    Sequence,
+    ends_redo,
+    needs_forward,
+)
+from evoplan.planner.schedules.waiting import moves
 
 Phase = Literal["forward", "discard", "loss", "redo", "redo discard", "backward", "to host", "from host"]
 
@@ -90,19 +97,7 @@ def checked(schedule: Sequence, table: CostTable) -> Sequence:
     steps = range(len(table.options))
     if schedule.span != steps:
         raise ValueError(f"the schedule covers steps {schedule.span}, the chain has {steps}")
-    if any(run.away for run in all_runs(schedule)):
-        if table.training or table.host_bandwidth is None:
-            raise ValueError(
-                "state may wait in host memory in inference only, on a device apart from the host"
-            )
-        check_away(schedule, table.liveness)
-    if waits(schedule):
-        if not table.training or table.host_bandwidth is None:
-            raise ValueError(
-                "what is kept for backward may wait in host memory in training only, on a device apart from "
-                "the host"
-            )
-        check_waits(schedule, table.liveness)
+    check_host(schedule, table)
     return schedule
 
 
@@ -240,9 +235,9 @@ class Machine:
                 self.discard(part.first_pass(), state, "redo discard" if redo else "discard")
             else:
                 cost = self.cost(part)
-                self.moment(
-                    "redo" if redo else "forward", part.step, cost.forward_bytes, cost.forward_seconds
-                )
+                run = cost.ending if ends_redo(part, body, redo) else cost.forward
+                assert run is not None  # of what needs a forward
+                self.moment("redo" if redo else "forward", part.step, run.bytes, run.seconds)
                 record.bytes = cost.preserved_bytes
                 self.held_bytes += record.bytes
                 self.advance(state, part.step, cost.keeps_made, record)

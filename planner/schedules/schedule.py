@@ -165,7 +165,12 @@ def needs_forward(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
     not run before backward runs it again.
     """
     keeps_nothing = isinstance(part, Checkpoint) or part.strategy.in_pieces
-    return not (redo and part is body.parts[-1] and keeps_nothing)
+    return not (ends_redo(part, body, redo) and keeps_nothing)
+
+
+def ends_redo(part: Run | Checkpoint, body: Sequence, redo: bool) -> bool:
+    """Whether a part is the last of a redo: of what its forward makes, nobody reads the new state."""
+    return redo and part is body.parts[-1]
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Action:
         enters: checkpoints that begin here and keep the state before the step.
         run: how the step runs; None: it does not, before a checkpoint that has begun here runs it.
         recorded: whether it is kept for backward.
-        forward: whether its forward runs; else its record is its input.
+        unread: whether nobody reads what it makes: only what its record needs is run.
         leaves: the checkpoint of which it is the last step.
     """
 
@@ -184,17 +189,16 @@ class Action:
     enters: tuple[Checkpoint, ...] = ()
     run: Run | None = None
     recorded: bool = False
-    forward: bool = True
+    unread: bool = False
     leaves: Checkpoint | None = None
 
 
 def actions(body: Sequence, redo: bool = False) -> Iterator[Action]:
     """A pass over a schedule, step by step: forward's, or one that runs a checkpoint's body again."""
     for part in body.parts:
-        forward = needs_forward(part, body, redo)
         if isinstance(part, Run):
-            yield Action(part.step, run=part, recorded=True, forward=forward)
-        elif not forward:
+            yield Action(part.step, run=part, recorded=True, unread=ends_redo(part, body, redo))
+        elif not needs_forward(part, body, redo):
             yield Action(part.span.start, enters=(part,))
         else:
             for run in part.first_pass():

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import StepCost
 
 PRICES = 24
 ROUNDING = 1e-9
@@ -36,14 +35,14 @@ def any_order_bound(table: CostTable, budget_bytes: int) -> float:
         budget_bytes: of what is live at any moment, as the replay counts it.
     """
     room = budget_bytes - table.bytes_of(table.liveness.outputs)
-    count, prices = len(table.options), _prices(table)
-    present = np.array([_present(table, step, prices) for step in range(count)])
+    count, prices, needed = len(table.options), _prices(table), _needed(table)
+    present = np.array([_present(table, step, prices, needed[step]) for step in range(count)])
     ending = np.array([_ending(table, step, prices, room) for step in range(count)])
     first = np.array([min(min(c.forward_seconds, c.discard_seconds) for c in o) for o in table.options])
-    total = np.concatenate([[0.0], np.cumsum(np.where(_needed(table), first, 0.0))])
+    total = np.concatenate([[0.0], np.cumsum(np.where(needed, first, 0.0))])
     owed = np.zeros((count, count))
 
-    def ways(start: int, runs: np.ndarray) -> Iterator[np.ndarray]:
+    def ways(start: int, runs: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:
         """Least seconds and prices of all that is present or owed from `start` on, up to each step."""
         after = np.empty((count - start + 1, len(prices)))  # where the step before is present, or none is
         after[0] = 0.0
@@ -57,10 +56,10 @@ def any_order_bound(table: CostTable, budget_bytes: int) -> float:
         yield least
 
     for start in reversed(range(count)):
-        for step, least in zip(range(start, count), ways(start, total), strict=False):
+        for step, least in zip(range(start, count), ways(start, total, present), strict=False):
             owed[start, step] = (least + ending[step]).max()
     every = np.concatenate([[0.0], np.cumsum(first)])  # before the loss each step runs
-    *_, least = ways(0, every)
+    *_, least = ways(0, every, np.array([_present(table, step, prices, True) for step in range(count)]))
     # Sums of the same times in another order differ by less.
     return float((least - prices * (room - table.loss_bytes)).max()) * (1 - ROUNDING)
 
@@ -72,16 +71,27 @@ def _prices(table: CostTable) -> np.ndarray:
     return np.concatenate([[0.0], np.geomspace(1e-2, 1e5, PRICES) * slowest / most])
 
 
-def _present(table: CostTable, step: int, prices: np.ndarray) -> np.ndarray:
-    """Its runs and the price of what is there of it: its record, or something that it made."""
+def _present(table: CostTable, step: int, prices: np.ndarray, needed: bool) -> np.ndarray:
+    """Its runs and the price of what is there of it: its record, or something that it made.
+
+    Args:
+        needed: whether what it makes must have been made too: a run whose results nobody reads does not do.
+    """
     outputs = table.liveness.outputs
     made = table.liveness.made_by(step)
     # An output is there in any case.
     size = 0 if any(v in outputs for v in made) else min(table.state_bytes[v.tensor] for v in made)
     options = table.options[step]
     first = min(min(c.forward_seconds, c.discard_seconds) for c in options)
-    recorded = [c.forward_seconds + c.backward_seconds + prices * c.preserved_bytes for c in options]
-    again = min(_again(c) for c in options)
+    before = first if needed else 0.0
+    record = [
+        c.forward_seconds if c.ending is None else min(c.forward_seconds, before + c.ending.seconds)
+        for c in options
+    ]
+    recorded = [
+        s + c.backward_seconds + prices * c.preserved_bytes for s, c in zip(record, options, strict=True)
+    ]
+    again = min(c.backward_seconds + c.ending_seconds for c in options)
     least: np.ndarray = np.min([*recorded, first + again + prices * size], axis=0)
     return least
 
@@ -89,13 +99,9 @@ def _present(table: CostTable, step: int, prices: np.ndarray) -> np.ndarray:
 def _ending(table: CostTable, step: int, prices: np.ndarray, room: int) -> np.ndarray:
     """The runs of a step of which nothing is there, and the price of its backward's memory above the room."""
     options = table.options[step]
-    least: np.ndarray = np.min([_again(c) + prices * (c.backward_bytes - room) for c in options], axis=0)
+    runs = [c.backward_seconds + c.ending_seconds + prices * (c.backward_bytes - room) for c in options]
+    least: np.ndarray = np.min(runs, axis=0)
     return least
-
-
-def _again(cost: StepCost) -> float:
-    """Backward of a step whose inputs alone are there."""
-    return cost.backward_seconds + (0.0 if cost.strategy.in_pieces else cost.forward_seconds)
 
 
 def _needed(table: CostTable) -> list[bool]:

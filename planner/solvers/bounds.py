@@ -78,13 +78,10 @@ def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:
     most = max(1, sum(max(row.preserved for row in options) for options in rows))
     prices = np.concatenate([[0.0], np.geomspace(1e-4, 1e4, PRICES) * slowest / most])
 
-    # A checkpoint takes a discarding pass and a redo. Its last step need not run forward on the redo if
-    # its backward does so anyway; nor need the last step of a checkpoint nested there, for one pass more.
+    # A checkpoint takes a discarding pass and a redo. Its last step runs forward on the redo as far as its
+    # backward needs it; so does the last step of a checkpoint nested there, for one pass more.
     forward = [min(cost.discard_seconds for cost in options) for options in table.options]
-    last = [
-        min(c.backward_seconds + c.forward_seconds * (not c.strategy.in_pieces) for c in options)
-        for options in table.options
-    ]
+    last = [min(c.backward_seconds + c.ending_seconds for c in options) for options in table.options]
     both = [min(c.forward_seconds + c.backward_seconds for c in options) for options in table.options]
     again = [min(alone, once + end) for alone, once, end in zip(both, forward, last, strict=True)]
     twice = np.concatenate([[0.0], np.cumsum(np.add(forward, again))])

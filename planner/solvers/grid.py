@@ -111,14 +111,16 @@ class GridCosts:
             for cost in table.options[step]:
                 own = {made[at].tensor for at in cost.keeps_made}
                 new = sum(table.state_bytes[name] for name in own.union(needed))
-                forward, preserved = cost.forward_bytes - counted, cost.preserved_bytes + new - counted
+                preserved = cost.preserved_bytes + new - counted
                 backward = cost.backward_bytes
                 if own:  # somebody else may hold them too
                     more = sum(table.state_bytes[name] for name in own - {*outputs})
                     backward = max(backward, cost.backward_held_bytes + more)
-                seconds = cost.forward_seconds + cost.backward_seconds
-                if ends_redo and cost.strategy.in_pieces:  # its backward runs it again
+                run = cost.ending if ends_redo else cost.forward
+                if run is None:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds
+                else:
+                    forward, seconds = run.bytes - counted, run.seconds + cost.backward_seconds
                 need = self.units(forward) + (which.gradients if forward else 0)
                 kept = self.units(preserved)
                 rows.append(Recorded(max(need, self.units(backward), kept), kept, seconds, cost.strategy))

@@ -81,7 +81,7 @@ class Relaxed:
         ] = {}  # numbers of different runs of steps: (kind, number of rest)
         self._numbers: dict[int, list[int]] = {}
         self._known: dict[Hashable, Ticks] = {}
-        self._costs: dict[int, tuple[int, int]] = {}
+        self._costs: dict[int, tuple[int, int, int]] = {}
         self._options: dict[tuple[int, int | None], list[tuple[int, int, int, int]]] = {}
 
     def seconds(self, price: Fraction) -> Fraction | None:
@@ -131,22 +131,27 @@ class Relaxed:
         for cost in table.options[k]:
             own = {made[place] for place in cost.keeps_made}
             kept = cost.preserved_bytes + table.bytes_of({*own, *(v for v in made if v in alive)} - left)
-            backward, forward = cost.backward_bytes, cost.forward_bytes + live
+            ends = k + 1 == b
+            backward, run = cost.backward_bytes, cost.ending if ends else cost.forward
             if own:  # somebody else may hold them too
                 backward = max(backward, cost.backward_held_bytes + table.bytes_of(own - left))
-            ticks = self._ticks(cost)[1]
-            if k + 1 == b:  # nothing follows that would see what is kept
+            if ends:  # nothing follows that would see what is kept
                 kept = 0
-                if cost.strategy.in_pieces:  # its backward runs it again
-                    forward, ticks = 0, ticks_of(exact(cost.backward_seconds))
-            need = max(backward, forward, kept)
-            yield need // self.unit_bytes, kept // self.unit_bytes, ticks, kept
+            need = max(backward, 0 if run is None else run.bytes + live, kept)
+            yield need // self.unit_bytes, kept // self.unit_bytes, self._ticks(cost)[1 + ends], kept
 
-    def _ticks(self, cost: StepCost) -> tuple[int, int]:
-        """Of a discarding run, and of forward and backward."""
+    def _ticks(self, cost: StepCost) -> tuple[int, int, int]:
+        """Of a discarding run, and of backward with a forward, or with what of that ends a redo."""
         if id(cost) not in self._costs:
-            both = exact(cost.forward_seconds) + exact(cost.backward_seconds)
-            self._costs[id(cost)] = ticks_of(exact(cost.discard_seconds)), ticks_of(both)
+            forward, ending, backward, discard = map(
+                exact,
+                (cost.forward_seconds, cost.ending_seconds, cost.backward_seconds, cost.discard_seconds),
+            )
+            self._costs[id(cost)] = (
+                ticks_of(discard),
+                ticks_of(forward + backward),
+                ticks_of(ending + backward),
+            )
         return self._costs[id(cost)]
 
     def _discarding(self, k: int, held: int) -> Ticks:

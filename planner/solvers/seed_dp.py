@@ -64,8 +64,9 @@ class SeedProgram:
                     options.append(Option(inter, preserved, seconds, cost.strategy, False))
                 whole = next(cost for cost in costs if cost.strategy == WHOLE)
                 # The second run makes its target beside the first one, which may be an output.
-                inter = max(whole.discard_bytes, whole.forward_bytes + gradients, whole.backward_bytes)
-                seconds = whole.discard_seconds + whole.forward_seconds + whole.backward_seconds
+                assert whole.ending is not None  # it is not in pieces
+                inter = max(whole.discard_bytes, whole.ending.bytes + gradients, whole.backward_bytes)
+                seconds = whole.discard_seconds + whole.ending.seconds + whole.backward_seconds
                 options.append(Option(inter, new, seconds, WHOLE, True))
                 made[key] = tuple(options)
             chosen.append(made[key])

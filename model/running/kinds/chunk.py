@@ -8,15 +8,15 @@ from functools import partial
 
 from torch import Tensor
 
+from evoplan.model.running.affine import leaves_results_unread
 from evoplan.model.running.gradients import Gradients
 from evoplan.model.running.kinds.pieces import InPieces
-from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.pieces import spans
 from evoplan.model.running.runs import PiecewiseRun
 from evoplan.model.running.slices import add, buffer, cut, cuts_of, pick, put, view
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.submodule import Axis, IndependentAxis, Submodule, Tensors
-from evoplan.model.running.unread import is_affine_at_the_end, results_unread
+from evoplan.model.running.unread import results_unread
 
 # Long axes are cut into more chunks, down to such pieces: one attention map of 2,048 residues takes 16 MiB
 # per head in float32.
@@ -71,7 +71,7 @@ def chunked_vjp(
     axis = submodule.axis_of(IndependentAxis, strategy.axis)
     target, cuts = submodule.target, cuts_of(submodule, axis.cuts)
     context = _context_in_slices(submodule, strategy.n, tensors)
-    inputs, unread = pick(tensors, _read(submodule)), _leaves_results_unread(submodule)
+    inputs, unread = pick(tensors, _read(submodule)), leaves_results_unread(submodule)
 
     def one_piece(span: slice) -> Tensor | None:
         piece = cut(inputs, cuts, span)
@@ -108,17 +108,6 @@ def chunked_vjp(
         )
         gradients.add_slices(grads, submodule.context_cuts, span)
         del piece, grads
-
-
-def _leaves_results_unread(submodule: Submodule) -> bool:
-    """Whether the backward of an update reads nothing of what its last product makes.
-
-    So as the class says it of its own stages, all layers being what they were made to be.
-    """
-    own = type(submodule)
-    said = is_affine_at_the_end(own.piece) and is_affine_at_the_end(own.finish)
-    others = any({"forward", "piece", "finish"} & inner.__dict__.keys() for inner in submodule.modules())
-    return said and own.update is Submodule.update and not others and not any(altered_layers(submodule))
 
 
 def _read(submodule: Submodule) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from evoplan.model.running.context import Context
 from evoplan.model.running.kinds.whole import Whole
 from evoplan.model.running.remake import Remaking
 from evoplan.model.running.runs import WholeRun
@@ -16,7 +17,10 @@ class LeanRun(WholeRun):
     """Remembers how cheap tensors were made in their place (`model.running.remake`)."""
 
     def keeping(self, movable: bool) -> AbstractContextManager[object]:
-        return Remaking(self.context)
+        return Remaking(Context.of_steps())
+
+    def as_forward(self) -> AbstractContextManager[object]:
+        return self.parameters.installed()  # recipes call normalisations
 
     def check(self) -> None:
         self.parameters.check(self.owner)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.kernels import using
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.runs import PiecewiseRun
 from evoplan.model.running.strategy import Kind, Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
@@ -29,8 +30,20 @@ class InPieces(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        parameters: Parameters | None,
         movable: bool = False,
     ) -> tuple[Record, Tensor]:
         with torch.no_grad(), using(strategy.kernel):
-            kept = self.run(submodule, strategy, tensors, wanted, owner)
+            kept = self.unread(submodule, strategy, tensors, wanted, owner, parameters)
             return kept, self.discarded(submodule, strategy, tensors, in_place=False)
+
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+        parameters: Parameters | None,
+    ) -> Record:
+        return self.run(submodule, strategy, tensors, wanted, owner, parameters)

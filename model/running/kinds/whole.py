@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
+from evoplan.model.running.affine import leaves_results_unread
+from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.runs import WholeRun, new_target
 from evoplan.model.running.strategy import Kind, Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
@@ -31,7 +33,22 @@ class Whole(Kind):
         tensors: Tensors,
         wanted: Collection[str] | None,
         owner: str,
+        parameters: Parameters | None,
         movable: bool = False,
     ) -> tuple[Record, Tensor]:
-        run = self.run(submodule, strategy, tensors, wanted, owner, movable)
+        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, movable=movable)
         return run, run.take_output()
+
+    def unread(
+        self,
+        submodule: Submodule,
+        strategy: Strategy,
+        tensors: Tensors,
+        wanted: Collection[str] | None,
+        owner: str,
+        parameters: Parameters | None,
+    ) -> Record:
+        unread = leaves_results_unread(submodule)
+        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, unread)
+        run.take_output()
+        return run
