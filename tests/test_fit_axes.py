@@ -233,7 +233,9 @@ def test_slices_give_results_and_gradients_of_the_whole(name: str, n: int) -> No
         got = gradients(module, in_slices(module, child, dim, n), *args)
         for one, other in zip(expected, got, strict=True):
             assert one.stride() == other.stride()
-            torch.testing.assert_close(one, other, rtol=1e-5 if "single" in name else 1e-12, atol=1e-12)
+            # Of products in single precision processors add up the terms in another order for other shapes.
+            close = (1e-5, 1e-5) if "single" in name else (1e-12, 1e-12)
+            torch.testing.assert_close(one, other, rtol=close[0], atol=close[1])
 
 
 def test_gradients_that_are_one_tensor_are_summed_apart() -> None:

@@ -468,9 +468,10 @@ def charged(schedule: Sequence, table: CostTable) -> tuple[int, float]:
             cost = costs[part.step][part.strategy]
             peaks.append(held + cost.backward_bytes)
             seconds += cost.backward_seconds
-            if not ends or not cost.strategy.in_pieces:
-                peaks.append(held + gradients + cost.forward_bytes)
-                seconds += cost.forward_seconds
+            run = cost.ending if ends else cost.forward
+            if run is not None:
+                peaks.append(held + gradients + run.bytes)
+                seconds += run.seconds
                 held += cost.preserved_bytes + size(table.makes[part.step])
         return seconds
 
