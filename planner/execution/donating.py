@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import has_data, holders, storage_key
+from evoplan.model.running.internals import handles, has_data, holders, storage_key
 
 
 def check_there(given: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -76,6 +76,6 @@ def _why_not(tensor: Tensor, made: Tensor, elsewhere: set[int]) -> str | None:
     if not has_data(tensor):
         return None
     in_shared_memory = tensor.device.type == "cpu" and tensor.is_shared()
-    if in_shared_memory or not storage.resizable() or holders(tensor) > 1:
-        return "something else holds its memory, such as a view of it or an array"
+    if in_shared_memory or not storage.resizable() or holders(tensor) > 1 or handles(tensor) > 1:
+        return "something else holds its memory, such as a view of it, an array or a graph for backward"
     return None
