@@ -654,6 +654,14 @@ def test_it_is_never_slower_than_without_and_keeps_to_host_memory() -> None:
         found.schedule(found.least_replay.peak_bytes // 2)
 
 
+def test_nothing_waits_where_there_is_room() -> None:
+    table = cost_problem(asked()).table
+    found = OffloadFrontier(table, 2**30)
+    room = found.most_bytes + found.output_bytes
+    for budget in (room, 2 * room, None):
+        assert replay(found.schedule(budget), table).host_bytes == 0
+
+
 # --- plans and commands --------------------------------------------------------------------------
 
 
