@@ -16,6 +16,8 @@ def parse_size(text: str | int, least: int = 1) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         if text < least:
             raise ValueError(f"a size must be at least {exact_size(least)}, not {text}")
+        if text > MOST:
+            raise ValueError(f"{text} bytes is more memory than there is; write it like 16GiB")
         return text
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None

@@ -139,6 +139,21 @@ def test_pieces_write_the_first_update_into_what_was_given() -> None:
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("donated", [False, True])
+def test_what_hooks_on_norms_have_seen_is_not_written_over(donated: bool) -> None:
+    """A norm is given the state itself."""
+    stack, inputs = stack_and_inputs()
+    names = [next(iter(s.submodule.axes)).name for s in Chain.of(stack).steps]
+    schedule = Sequence(tuple(Run(i, Strategy("chunk", name, 2)) for i, name in enumerate(names)))
+    seen: list[tuple[Tensor, Tensor]] = []
+    norm = stack.blocks[0].msa_transition.norms["m"]
+    norm.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0].clone())))
+    with torch.no_grad():
+        PlannedModule(stack, schedule, donated=donated)(**inputs)
+    assert seen
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
 # --- what cannot be taken -------------------------------------------------------------------
 
 
@@ -200,6 +215,10 @@ def test_tensors_that_others_look_at_are_refused() -> None:
         given = {"m": inputs["m"], "z": square, "pair_mask": mask}
         with pytest.raises(ValueError, match="z cannot be donated: it shares its memory with another input"):
             planned(**given)
+        array = np.from_dlpack(inputs["m"])
+        with pytest.raises(ValueError, match="m cannot be donated: something else holds its memory"):
+            planned(**inputs)
+        del array
         own = stack.blocks[0].pair_transition.norms["z"].weight
         stack.register_buffer("remembered", inputs["m"])
         with pytest.raises(ValueError, match="m cannot be donated: it shares its memory"):
@@ -208,6 +227,30 @@ def test_tensors_that_others_look_at_are_refused() -> None:
         planned(**inputs)
     assert own.numel()
     assert [tensor.numel() for tensor in inputs.values()] == [0, 0]
+
+
+def test_what_a_graph_needs_for_its_backward_is_refused() -> None:
+    stack, inputs = stack_and_inputs()
+    planned = apply_plan(stack, plan_of_stack())
+    weight = torch.ones(24, dtype=torch.float64, requires_grad=True)
+    loss = (inputs["m"] * weight).sum()
+    with torch.no_grad(), pytest.raises(ValueError, match="m cannot be donated: something else holds"):
+        planned(**inputs)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, inputs["m"].sum((0, 1, 2)))
+    with torch.no_grad():
+        planned(**inputs)
+
+
+def test_tensors_of_another_dtype_are_not_taken() -> None:
+    """The first step would fail, and they would be gone."""
+    stack, inputs = stack_and_inputs()
+    planned = apply_plan(stack, plan_of_stack())
+    single = {name: tensor.float() for name, tensor in inputs.items()}
+    before = {name: tensor.clone() for name, tensor in single.items()}
+    with torch.no_grad(), pytest.raises(ValueError, match=r"m cannot be donated: it is torch\.float32"):
+        planned(**single)
+    assert all(torch.equal(single[name], before[name]) for name in single)
 
 
 def test_one_tensor_is_not_taken_twice() -> None:

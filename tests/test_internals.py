@@ -17,6 +17,7 @@ from evoplan.cost_model.trace import fake_tensors
 from evoplan.model.running.internals import (
     backward_pass,
     gradients_of,
+    handles,
     has_data,
     has_hooks,
     has_saving_hooks,
@@ -107,6 +108,19 @@ def test_holders_of_a_storage_are_counted() -> None:
         taken = tensor.detach()
         tensor.set_()
     assert (holders(taken), tensor.numel()) == (1, 0)
+
+
+def test_handles_on_a_tensor_are_counted() -> None:
+    tensor = torch.ones(3, 4)
+    names = [tensor, tensor]
+    assert handles(tensor) == 1
+    capsule = torch.utils.dlpack.to_dlpack(tensor)
+    assert handles(tensor) == 2
+    del capsule
+    product = (tensor * torch.ones(4, requires_grad=True)).sum()
+    assert handles(tensor) == 2
+    del product
+    assert handles(names[0]) == 1
 
 
 HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.casting import casting_of
@@ -394,6 +395,78 @@ def test_what_a_hook_has_seen_stays(stack: EvoformerStack) -> None:
     handle.remove()
 
 
+class Seeing(torch.nn.Module):
+    """A layer that keeps what it is given and gives, and scales by a buffer and by a tensor that is none."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, layer.out_features, dtype=torch.float64))
+        self.other = torch.linspace(1.5, 0.5, layer.out_features, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x, self.layer(x) * self.scale * self.other
+        return self.seen[1]
+
+
+def test_what_layers_keep_stays(stack: EvoformerStack) -> None:
+    """A record's own is what nobody else holds: neither buffers nor what a layer or a hook on it keeps."""
+    stack.eval()
+    seen: list[torch.Tensor] = []
+    for block in stack.blocks:
+        for name, layer in list(block.named_modules()):
+            if name.endswith("linear_q"):
+                owner, _, last = name.rpartition(".")
+                setattr(block.get_submodule(owner), last, Seeing(layer))
+            elif isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda module, args, result: seen.extend((*args, result)))
+    inputs = random_inputs(TINY)
+    expected = loss_and_gradients(stack, stack, inputs)
+    whole = Sequence(tuple(Run(step, WHOLE) for step in range(18)))
+    planned = PlannedModule(
+        stack, with_waits(whole, PlannedModule(stack, whole).liveness, random.Random(0), 1.0)
+    )
+    seen.clear()
+    loss = mean_square(*planned(**inputs, dropout_seed=3))
+    kept = [tensor for layer in stack.modules() if isinstance(layer, Seeing) for tensor in layer.seen]
+    for tensor in (*stack.buffers(), *kept, *seen):
+        assert tensor.untyped_storage().nbytes() >= tensor.nbytes
+    with torch.no_grad():
+        torch.testing.assert_close(mean_square(*planned(**inputs)), expected[0], rtol=0, atol=1e-12)
+    leaves = [inputs["m"], inputs["z"], *stack.parameters()]
+    assert_same([loss, *torch.autograd.grad(loss, leaves)], expected)
+
+
+def test_what_a_hook_on_a_norm_has_seen_stays(stack: EvoformerStack) -> None:
+    stack.eval()
+    planned, seen = PlannedModule(stack, all_waiting(stack)), []
+    norm = stack.blocks[0].msa_transition.norms["m"]
+    norm.register_forward_hook(lambda module, args, result: seen.append(args[0]))
+    with pytest.warns(UserWarning, match="nothing waits in host memory"):
+        planned(**random_inputs(TINY))
+    assert all(tensor.untyped_storage().nbytes() for tensor in seen)
+
+
+def test_a_checkpoint_around_it_keeps_the_state(stack: EvoformerStack) -> None:
+    """What runs forward again there is not what runs backward: nothing of it may be elsewhere then."""
+    stack.eval()
+    inputs = random_inputs(TINY)
+    expected = loss_and_gradients(stack, stack, inputs)
+    whole = Sequence(tuple(Run(step, WHOLE) for step in range(18)))
+    liveness = PlannedModule(stack, whole).liveness
+    parts = [
+        replace(part, wait=tuple(version.tensor for version in last_read(liveness, part.span)))
+        for part in whole.parts[:-1]
+    ]
+    planned = PlannedModule(stack, Sequence((*parts, whole.parts[-1])))
+
+    def around(**arguments: Any) -> Any:
+        return checkpoint(planned, use_reentrant=False, **arguments)
+
+    with pytest.warns(UserWarning, match=r"nothing waits in host memory.*torch\.utils\.checkpoint"):
+        assert_same(loss_and_gradients(around, stack, inputs), expected)
+
+
 def test_written_in_place_is_noticed_where_it_waits(stack: EvoformerStack) -> None:
     """The state between two steps is nobody's but the chain's; a parameter that is written is named."""
     stack.eval()
@@ -580,6 +653,14 @@ def test_it_is_never_slower_than_without_and_keeps_to_host_memory() -> None:
     assert gained
     with pytest.raises(InfeasibleError):
         found.schedule(found.least_replay.peak_bytes // 2)
+
+
+def test_nothing_waits_where_there_is_room() -> None:
+    table = cost_problem(asked()).table
+    found = OffloadFrontier(table, 2**30)
+    room = found.most_bytes + found.output_bytes
+    for budget in (room, 2 * room, None):
+        assert replay(found.schedule(budget), table).host_bytes == 0
 
 
 # --- plans and commands --------------------------------------------------------------------------

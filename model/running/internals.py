@@ -67,6 +67,12 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
+def handles(tensor: Tensor) -> int:
+    """How many hold the tensor itself, besides names in Python: it is one; DLPack and graphs add theirs."""
+    count: int = tensor._use_count()  # type: ignore[attr-defined]
+    return count
+
+
 def holders(tensor: Tensor) -> int:
     """How many tensors share a tensor's storage, itself among them."""
     storage = tensor.untyped_storage()  # one more, while it is asked

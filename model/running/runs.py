@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
-from evoplan.model.running.internals import gradients_of, has_data, storage_key, without_hooks
+from evoplan.model.running.internals import (
+    gradients_of,
+    has_data,
+    holders,
+    storage_key,
+    without_hooks,
+)
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.remake import Keeping
@@ -127,8 +134,10 @@ class WholeRun(Run):
 
     def storages(self) -> list[torch.UntypedStorage]:
         tensors = [] if self._kept is None else self._kept.tensors()
-        own = {storage_key(t): t.untyped_storage() for t in tensors}
-        return [storage for key, storage in own.items() if key not in self._not_its_own]
+        kept = Counter(map(storage_key, tensors))
+        own = {storage_key(t): t for t in tensors if storage_key(t) not in self._not_its_own}
+        # What has more holders is somebody else's too: a layer's buffer, or what a hook has seen of it.
+        return [t.untyped_storage() for key, t in own.items() if holders(t) == kept[key]]
 
     def as_forward(self) -> AbstractContextManager[object]:
         """What backward runs in: autograd has the parameters themselves."""

@@ -21,7 +21,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import Chain, Plannable, State, Step
 from evoplan.model.running.context import Context
 from evoplan.model.running.execution import run_discarded
-from evoplan.model.running.internals import has_hooks
+from evoplan.model.running.internals import has_hooks, has_saving_hooks
 from evoplan.model.running.regions import region
 from evoplan.model.running.view import View
 from evoplan.planner.execution.departures import Departures, StateAway
@@ -128,7 +128,9 @@ class PlannedModule(View):
         others = [tensor for name, tensor in given.items() if name not in state and tensor is not None]
         fit.check_room(others, constants.values())
         own = (*constants.values(), *self.stack.parameters(), *self.stack.buffers())
-        return taken(state, {name: given[name] for name in state}, (*others, *own))
+        kind = next(iter(state.values())).device.type
+        dtype = None if torch.is_autocast_enabled(kind) else next(self.stack.parameters()).dtype
+        return taken(state, {name: given[name] for name in state}, (*others, *own), dtype)
 
     def report_html(self, path: str | Path, index: int = 0) -> None:
         """Write one page about a plan: what is done with each step, memory over time, the frontier.
@@ -195,10 +197,11 @@ class PlannedModule(View):
         """A forward for a backward."""
         departures = None
         if waits(schedule):
-            if _has_hooks(chain):
+            onlooker = _onlooker(chain)
+            if onlooker is not None:
                 warnings.warn(
-                    "nothing waits in host memory, and the step may need more than was planned: a submodule "
-                    "or a block has hooks, which may keep what they see; plan without host memory",
+                    "nothing waits in host memory, and the step may need more than was planned: "
+                    f"{onlooker}; plan without host memory",
                     stacklevel=3,
                 )
             else:
@@ -230,8 +233,21 @@ class PlannedModule(View):
 
 
 def _has_hooks(chain: Chain) -> bool:
-    """Whether something hangs on what the chain calls, that may look on and keep what it sees."""
-    return any(has_hooks(step.submodule) or has_hooks(step.block) for step in chain.steps)
+    """Whether something hangs on what sees the state, and may keep it: blocks, submodules, their norms."""
+    found = ((step.block, step.submodule, *step.submodule.norms.modules()) for step in chain.steps)
+    return any(has_hooks(module) for modules in found for module in modules)
+
+
+def _onlooker(chain: Chain) -> str | None:
+    """Who may keep what training is to let wait; None: nobody."""
+    if _has_hooks(chain):
+        return "a submodule, its norm or a block has hooks, which may keep what they see"
+    if has_saving_hooks():
+        return (
+            "something around the model keeps in its own way what autograd saves (torch.utils.checkpoint, "
+            "save_on_cpu, saved_tensors_hooks)"
+        )
+    return None
 
 
 def _check_covers(schedule: Sequence, chain: Chain) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import has_data, holders, storage_key
+from evoplan.model.running.internals import handles, has_data, holders, storage_key
 
 
 def check_there(given: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -26,13 +26,16 @@ def check_there(given: Mapping[str, Tensor], names: Iterable[str]) -> None:
             raise ValueError(f"{name} is empty: a call has taken it; give another tensor")
 
 
-def taken(state: State, given: Mapping[str, Tensor], others: Iterable[Tensor]) -> State:
+def taken(
+    state: State, given: Mapping[str, Tensor], others: Iterable[Tensor], dtype: torch.dtype | None = None
+) -> State:
     """The state in tensors that nobody else holds.
 
     Args:
         state: as the model makes it of what is given.
         given: by the caller, under the same names; empty afterwards.
         others: what is given besides, and the model's own tensors.
+        dtype: that the model computes in, where autocast does not see to it.
 
     Raises:
         ValueError: one cannot be taken; none has been, then.
@@ -40,6 +43,8 @@ def taken(state: State, given: Mapping[str, Tensor], others: Iterable[Tensor]) -
     elsewhere = set(map(storage_key, others))
     for name, tensor in given.items():
         reason = _why_not(tensor, state[name], elsewhere)
+        if dtype is not None and tensor.dtype != dtype:
+            reason = f"it is {tensor.dtype}, and the model {dtype}"
         if reason is not None:
             raise ValueError(
                 f"{name} cannot be donated: {reason}; give a contiguous tensor that nobody else looks at "
@@ -76,6 +81,6 @@ def _why_not(tensor: Tensor, made: Tensor, elsewhere: set[int]) -> str | None:
     if not has_data(tensor):
         return None
     in_shared_memory = tensor.device.type == "cpu" and tensor.is_shared()
-    if in_shared_memory or not storage.resizable() or holders(tensor) > 1:
-        return "something else holds its memory, such as a view of it or an array"
+    if in_shared_memory or not storage.resizable() or holders(tensor) > 1 or handles(tensor) > 1:
+        return "something else holds its memory, such as a view of it, an array or a graph for backward"
     return None

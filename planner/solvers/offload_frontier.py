@@ -97,7 +97,10 @@ class OffloadFrontier:
             if self.least_replay.peak_bytes <= budget_bytes:
                 return self.least
             raise InfeasibleError(budget_bytes, self.least_replay)
-        return min(schedules, key=lambda schedule: replay(schedule, self.table).seconds)
+        replays = [replay(schedule, self.table) for schedule in schedules]
+        # Of the equally fast, the one that moves less: where there is room, nothing waits.
+        best = min(range(len(replays)), key=lambda n: (replays[n].seconds, replays[n].host_bytes))
+        return schedules[best]
 
     def _within_host(self, span: int, units: int) -> Sequence | None:
         """The fastest schedule on a grid that host memory holds; None where no price was found for that."""
