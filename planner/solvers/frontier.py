@@ -30,7 +30,7 @@ SPAN = 4  # each grid's range over the last
 ROUNDING = 1e-9  # more than sums of the same times in another order differ by, as a share
 # Beyond the first grid, checkpoints hold at most so many groups, or this often as many as there are for each
 # state that fits, whichever is more.
-LONG, SHARE = 96, 12
+LONG, SHARE = 48, 8
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
