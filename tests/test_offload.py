@@ -467,6 +467,26 @@ def test_a_checkpoint_around_it_keeps_the_state(stack: EvoformerStack) -> None:
         assert_same(loss_and_gradients(around, stack, inputs), expected)
 
 
+class Keeps(torch.nn.LayerNorm):
+    """A norm of somebody's own, which keeps what it was given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x.detach()
+        return super().forward(x)
+
+
+def test_what_a_norm_of_ones_own_keeps_stays(stack: EvoformerStack) -> None:
+    stack.eval()
+    norms = stack.blocks[0].msa_transition.norms
+    width = norms["m"].normalized_shape
+    norms["m"] = Keeps(width).double()
+    planned = PlannedModule(stack, all_waiting(stack))
+    with pytest.warns(UserWarning, match="a norm was replaced"):
+        loss = mean_square(*planned(**random_inputs(TINY)))
+    assert norms["m"].last.untyped_storage().nbytes()
+    loss.backward()
+
+
 def test_written_in_place_is_noticed_where_it_waits(stack: EvoformerStack) -> None:
     """The state between two steps is nobody's but the chain's; a parameter that is written is named."""
     stack.eval()

@@ -22,6 +22,7 @@ from evoplan.model.running.chain import Chain, Plannable, State, Step
 from evoplan.model.running.context import Context
 from evoplan.model.running.execution import run_discarded
 from evoplan.model.running.internals import has_hooks, has_saving_hooks
+from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.regions import region
 from evoplan.model.running.view import View
 from evoplan.planner.execution.departures import Departures, StateAway
@@ -242,6 +243,8 @@ def _onlooker(chain: Chain) -> str | None:
     """Who may keep what training is to let wait; None: nobody."""
     if _has_hooks(chain):
         return "a submodule, its norm or a block has hooks, which may keep what they see"
+    if any(any(altered_layers(step.submodule.norms)) for step in chain.steps):
+        return "a norm was replaced, and may keep what it sees"
     if has_saving_hooks():
         return (
             "something around the model keeps in its own way what autograd saves (torch.utils.checkpoint, "
