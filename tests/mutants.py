@@ -761,7 +761,7 @@ MUTANTS = [
         "return sum(max(own, copy) for own in both)",
         "return sum(both)",
         "the solver takes copies for free, however little runs beside them",
-        ("offload.py",),
+        ("offload_solver.py",),
     ),
     Mutant(
         "offload-window",
@@ -769,7 +769,7 @@ MUTANTS = [
         "room, copy = memory - leaves, self.copy_seconds(leaves)",
         "room, copy = memory, self.copy_seconds(leaves)",
         "what leaves is forgotten while it is still there",
-        ("offload.py",),
+        ("offload_solver.py",),
     ),
     Mutant(
         "offload-replay-frees-at-once",
@@ -786,7 +786,7 @@ MUTANTS = [
         "            self._host.there(self._coming.pop(coming))",
         "            self._coming.pop(coming)",
         "backward reads what is still on its way back",
-        ("offload.py",),
+        ("offload_running.py",),
     ),
     Mutant(
         "offload-past-parts",
@@ -794,7 +794,7 @@ MUTANTS = [
         "for late in [n for n in self._away if n >= number]:",
         "for late in [n for n in self._away if n == number]:",
         "backward that comes past a part leaves its state on the host, which earlier parts read",
-        ("offload.py",),
+        ("offload_running.py",),
     ),
     Mutant(
         "donated-in-two-hands",

@@ -26,6 +26,7 @@ from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.probing import Probe, Ran, Shapes
 from evoplan.model.foreign.slices import not_as_planned, warn_of
+from evoplan.model.running.execution import record
 from evoplan.model.running.internals import backward_pass, other_forwards, storage_key
 from evoplan.model.running.kernels import kernels_for, using
 from evoplan.model.running.kinds import LEAN, WHOLE
@@ -105,8 +106,7 @@ class _How:
 
     def recorded(self, tensors: Tensors, wanted: Sequence[str]) -> tuple[Record, Tensor]:
         """Its record, and what it makes."""
-        how = self.submodule, self.strategy, tensors, wanted, self.owner, None
-        return self.strategy.way.recorded(*how)
+        return record(self.submodule, self.strategy, tensors, wanted, self.owner)
 
 
 class _AsDeclared(torch.autograd.Function):

@@ -40,7 +40,8 @@ def record_unread(
 ) -> Record:
     """The record that `record` makes, where nobody reads the new target; in pieces, the input alone."""
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.unread(submodule, strategy, tensors, wanted, owner, parameters)
+    kept, _ = strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters, unread=True)
+    return kept
 
 
 def record(
@@ -58,4 +59,6 @@ def record(
         movable: the record is to know its storages, which may be elsewhere until then.
     """
     strategy = strategy.way.possible(submodule, strategy)
-    return strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters, movable)
+    kept, made = strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters, movable)
+    assert made is not None  # somebody reads it
+    return kept, made

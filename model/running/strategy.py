@@ -102,20 +102,14 @@ class Kind:
         owner: str,
         parameters: Parameters | None,
         movable: bool = False,
-    ) -> tuple[Record, Tensor]:
-        """The record that backward is computed from, and the new target; `movable`: it knows its storages."""
-        raise NotImplementedError
+        unread: bool = False,
+    ) -> tuple[Record, Tensor | None]:
+        """The record that backward is computed from, and the new target.
 
-    def unread(
-        self,
-        submodule: Submodule,
-        strategy: Strategy,
-        tensors: Tensors,
-        wanted: Collection[str] | None,
-        owner: str,
-        parameters: Parameters | None,
-    ) -> Record:
-        """The record alone, of a run whose new target nobody reads: of it only what backward needs runs."""
+        Args:
+            movable: the record knows its storages.
+            unread: nobody reads the new target: only what backward needs runs, and there may be none.
+        """
         raise NotImplementedError
 
 

@@ -6,7 +6,7 @@ autograd above all, need not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -125,6 +125,3 @@ class FakeHost(Host):
 
     def there(self, waiting: Iterable[Waiting]) -> None:
         pass
-
-
-MakeHost = Callable[[], Host]

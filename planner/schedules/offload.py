@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.liveness import INPUT, Liveness, Version
+from evoplan.cost_model.liveness import Liveness, Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.kernels import is_opaque
 from evoplan.model.running.strategy import Strategy
@@ -38,7 +38,7 @@ def last_read(liveness: Liveness, span: range) -> tuple[Version, ...]:
     The caller's inputs are not among them: they would not leave the device, since the caller holds them.
     """
     after = liveness.alive(span.stop)
-    return tuple(v for v in liveness.entry(span) if v.maker != INPUT and v not in after)
+    return tuple(v for v in liveness.entry(span) if liveness.owns(v) and v not in after)
 
 
 def has_record(strategy: Strategy) -> bool:

@@ -32,18 +32,10 @@ class InPieces(Kind):
         owner: str,
         parameters: Parameters | None,
         movable: bool = False,
-    ) -> tuple[Record, Tensor]:
+        unread: bool = False,
+    ) -> tuple[Record, Tensor | None]:
+        kept = self.run(submodule, strategy, tensors, wanted, owner, parameters)
+        if unread:
+            return kept, None
         with torch.no_grad(), using(strategy.kernel):
-            kept = self.unread(submodule, strategy, tensors, wanted, owner, parameters)
             return kept, self.discarded(submodule, strategy, tensors, in_place=False)
-
-    def unread(
-        self,
-        submodule: Submodule,
-        strategy: Strategy,
-        tensors: Tensors,
-        wanted: Collection[str] | None,
-        owner: str,
-        parameters: Parameters | None,
-    ) -> Record:
-        return self.run(submodule, strategy, tensors, wanted, owner, parameters)

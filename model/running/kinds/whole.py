@@ -35,20 +35,8 @@ class Whole(Kind):
         owner: str,
         parameters: Parameters | None,
         movable: bool = False,
-    ) -> tuple[Record, Tensor]:
-        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, movable=movable)
+        unread: bool = False,
+    ) -> tuple[Record, Tensor | None]:
+        unread = unread and leaves_results_unread(submodule)
+        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, unread, movable)
         return run, run.take_output()
-
-    def unread(
-        self,
-        submodule: Submodule,
-        strategy: Strategy,
-        tensors: Tensors,
-        wanted: Collection[str] | None,
-        owner: str,
-        parameters: Parameters | None,
-    ) -> Record:
-        unread = leaves_results_unread(submodule)
-        run = self.run(submodule, strategy, tensors, wanted, owner, parameters, unread)
-        run.take_output()
-        return run
