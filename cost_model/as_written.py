@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
+from evoplan.cost_model.later_gradients import LaterGradients
 from evoplan.cost_model.trace import Trace
 from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import distinct
@@ -25,7 +25,7 @@ class AutogradsRun(CallRun):
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """None: gradients come of a node of the graph, which holds them no longer than their readers do."""
         if wanted := [tensor for tensor in made if tensor.requires_grad]:
-            self.root = _Gradients.apply(*wanted)  # type: ignore[no-untyped-call]
+            self.root = LaterGradients.of(wanted)
         return []
 
     def vjp(
@@ -72,16 +72,3 @@ class Entered:
         }
         held = {storage: self.kept[at] for at, (storage, _) in self._storages.items()}
         return sum(held.values())
-
-
-class _Gradients(torch.autograd.Function):
-    """Makes gradients of what it is given, as they come out of what is later in a model."""
-
-    @staticmethod
-    def forward(ctx: Any, *made: Tensor) -> Tensor:
-        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in made]
-        return made[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=where) for shape, dtype, where in ctx.like)

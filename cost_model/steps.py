@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from evoplan.cost_model.casting import Casting
+from evoplan.cost_model.later_gradients import LaterGradients
 from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.running.affine import leaves_results_unread
 from evoplan.model.running.chain import Step
-from evoplan.model.running.execution import record, record_unread, run_discarded
+from evoplan.model.running.execution import record, record_unread, run_discarded, write
 from evoplan.model.running.kernels import kernels_for
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import COMPILED, KINDS, Record, Strategy
@@ -33,17 +34,25 @@ class Forward(NamedTuple):
     seconds: float = 0.0
 
 
+class Backward(NamedTuple):
+    """Peaks of a backward, in bytes: in any case, and where others hold what the step has made."""
+
+    bytes: int
+    held_bytes: int
+
+
 class AsWritten(NamedTuple):
-    """A step in autograd's own graph, which adds gradients of parameters to what they have as they come.
+    """A step in autograd's own graph, which adds gradients of parameters to what they have as they come, and
+    holds a gradient no longer than its readers do.
 
     Attributes:
         backward_bytes, backward_held_bytes: as those of a `StepCost`.
-        keeps_given: positions of the arguments that are held to its backward: others may go before.
+        keeps_given: positions of the arguments that are held to its backward, where others may go before.
     """
 
     backward_bytes: int
-    backward_held_bytes: int
-    keeps_given: tuple[int, ...]
+    backward_held_bytes: int = 0
+    keeps_given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class StepCost:
         keeps_made: which of the tensors that it makes are held to its backward as well, beside what is
             preserved: something later in the step reads them.
         backward_held_bytes: peak of its backward above those where others hold them too: else they go early.
-        as_written: of blocks of models that were written elsewhere: what differs where autograd has it.
+        as_written: what differs where autograd has the run in its own graph, as it has on the first pass
+            those that are not in pieces; None of others.
         unread: a recorded forward that leaves out what its backward does not read; None where that is
             nothing. What it preserves, and its backward, are those of any other.
         discard_seconds, forward_seconds, backward_seconds: time of each; a backward recomputes pieces.
@@ -98,6 +108,16 @@ class StepCost:
     def ending_seconds(self) -> float:
         """The time of that."""
         return 0.0 if self.ending is None else self.ending.seconds
+
+    def backward(self, in_graph: bool) -> Backward:
+        """Peaks of its backward.
+
+        Args:
+            in_graph: it was recorded where autograd may have it in its own graph.
+        """
+        if in_graph and self.as_written is not None:
+            return Backward(self.as_written.backward_bytes, self.as_written.backward_held_bytes)
+        return Backward(self.backward_bytes, self.backward_held_bytes)
 
     @property
     def inter_mem(self) -> int:
@@ -194,7 +214,45 @@ def trace_step(
     del run, result, gradients, loss
     assert trace.live_bytes == base, f"{step.name} under {strategy} leaves tensors behind"
     of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
-    return StepCost(strategy, *of_bytes, discard_work, forward_work, backward_work, unread=unread)
+    works = discard_work, forward_work, backward_work
+    in_graph = None
+    if not strategy.in_pieces:
+        in_graph = _as_written(step, strategy, state, constants, trace, live, casting)
+    return StepCost(strategy, *of_bytes, *works, as_written=in_graph, unread=unread)
+
+
+def _as_written(
+    step: Step,
+    strategy: Strategy,
+    state: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    trace: Trace,
+    live: Iterable[str] | None,
+    casting: Casting,
+) -> AsWritten:
+    """The same in autograd's own graph, where parameters have gradients already."""
+    trained = [parameter for parameter in step.submodule.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    base, submodule = trace.live_bytes, step.submodule
+    loss = [state[step.target].new_empty(NUMBER_BYTES, dtype=torch.uint8) for _ in range(LOSS_NUMBERS)]
+    tensors = step.tensors(state, constants, 0 if submodule.training else None)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in submodule.reads}
+    trace.reset()
+    with casting():
+        kept, output = write(submodule, strategy, {**tensors, **leaves})
+    kept_bytes = trace.kept_number_bytes
+    root = LaterGradients.of([output])
+    del output, tensors
+    others = _gradients(step, state, state if live is None else live)
+    del others[step.target]
+    trace.reset()
+    root.backward(inputs=[*leaves.values(), *trained])
+    backward_bytes = trace.peak_bytes - base + kept_bytes
+    del root, kept, leaves, others, loss
+    for parameter in trained:
+        parameter.grad = None
+    return AsWritten(backward_bytes)
 
 
 def _gradients(step: Step, state: Mapping[str, Tensor], live: Iterable[str]) -> dict[str, Tensor]:

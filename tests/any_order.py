@@ -69,7 +69,6 @@ def _moves(table: CostTable, budget: int, memory: Memory) -> Iterator[tuple[floa
         return
     for n, cost in enumerate(table.options[k]):
         own = cost.preserved_bytes if (k, n) in records else 0
-        if (
-            own or (k, n) in records or cost.strategy.in_pieces
-        ) and held - own + cost.backward_bytes <= budget:
+        need = min(cost.backward(in_graph=True).bytes, cost.backward_bytes)  # whichever pass recorded it
+        if (own or (k, n) in records or cost.strategy.in_pieces) and held - own + need <= budget:
             yield cost.backward_seconds, (versions, records - {(k, n)}, left - 1)

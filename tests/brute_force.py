@@ -123,7 +123,7 @@ def by_charges(schedule: Sequence, table: CostTable) -> Judged:
                 continue
             cost = costs[part.step][part.strategy]
             output = 0 if redo else size(outputs(part.step))
-            peaks.append(held + cost.backward_bytes)
+            peaks.append(held + cost.backward(in_graph=not redo).bytes)
             seconds += cost.backward_seconds
             run = cost.ending if ends else cost.forward
             if run is not None:

@@ -19,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import Forward
+from evoplan.cost_model.steps import AsWritten, Forward
 from evoplan.cost_model.trace import Work
 from evoplan.planner.plans.certificate import certificate, decimal, sealed
 from evoplan.planner.solvers import Frontier
@@ -136,12 +136,16 @@ def table_of(document: dict[str, Any]) -> CostTable:
     from evoplan.cost_model.steps import StepCost
     from evoplan.model.running.strategy import Strategy
 
+    apart = "ending", "keeps_made", "backward_bytes", "first_backward_bytes"
     options = [
         tuple(
             StepCost(
                 Strategy.parse(name),
                 discard_work=Work(), forward_work=Work(), backward_work=Work(),
-                **{key: value for key, value in cost.items() if key not in ("ending", "keeps_made")},
+                **{key: value for key, value in cost.items() if key not in apart},
+                backward_bytes=cost["backward_bytes"][0],
+                backward_held_bytes=cost["backward_bytes"][1],
+                as_written=AsWritten(*cost["first_backward_bytes"]),
                 keeps_made=tuple(cost["keeps_made"]),
                 unread=_ending(cost["ending"]),
             )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.steps import Forward, StepCost
+from evoplan.cost_model.steps import AsWritten, Forward, StepCost
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
@@ -47,13 +47,15 @@ def step_options(
     for strategy in strategies:
         preserved = rng.randint(0, 9) if strategy == WHOLE else 0
         forward, seconds = new + preserved + rng.randint(0, 4), float(rng.randint(1, 9))
+        least_backward = gradients + preserved + backward_from
+        in_graph = AsWritten(least_backward + rng.randint(0, 6))
         unread = Forward(rng.randint(preserved, forward), Work(), float(rng.randint(0, int(seconds))))
         options.append(
             StepCost(
                 strategy,
                 forward_bytes=forward,
                 preserved_bytes=preserved,
-                backward_bytes=gradients + preserved + backward_from + rng.randint(0, 6),
+                backward_bytes=least_backward + rng.randint(0, 6),
                 discard_bytes=new + rng.randint(0, 6),
                 discard_work=Work(),
                 forward_work=Work(),
@@ -62,6 +64,7 @@ def step_options(
                 forward_seconds=seconds,
                 backward_seconds=float(rng.randint(1, 9) + 20 * (strategy != WHOLE) * rng.randint(0, 1)),
                 unread=unread if strategy == WHOLE and rng.randint(0, 1) else None,
+                as_written=in_graph if strategy == WHOLE and rng.randint(0, 1) else None,
             )
         )
     return tuple(options)

@@ -238,8 +238,12 @@ def test_forward_hands_parts_to_the_stack_and_masks_whole() -> None:
     object.__setattr__(model, "stack", stack)
     loss = model(batch, own, own_outputs, dropout_seed=5)
     assert (seen["m"].shape[1:3], seen["z"].shape[1:3], seen["seed"]) == ((3, 7), (3, 7), 5)
-    assert seen["msa_mask"] is batch["msa_mask"]
-    assert seen["pair_mask"] is batch["pair_mask"]
+    for name in (
+        "msa_mask",
+        "pair_mask",
+    ):  # whole, and of the state's dtype, which the stack would copy it to
+        assert torch.equal(seen[name], batch[name].double())
+        assert seen[name].dtype == torch.float64
     torch.testing.assert_close(loss, model.loss((out, seen["z"]), batch, own_outputs))
 
 

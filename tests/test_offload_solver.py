@@ -80,7 +80,8 @@ def charged(schedule: Sequence, table: CostTable) -> tuple[int, float]:
         else:
             cost = costs[part.step][part.strategy]
             output = size(name for name in table.makes[part.step] if last[name] == part.step)
-            peaks += [held + leaves + cost.backward_bytes, held + leaves + cost.forward_bytes - output]
+            backward = max(cost.backward(in_graph).bytes for in_graph in (True, False))
+            peaks += [held + leaves + backward, held + leaves + cost.forward_bytes - output]
             forward, backward = cost.forward_seconds, cost.backward_seconds
             kept = cost.preserved_bytes + size(table.makes[part.step]) - output
         copy = leaves / table.host_bandwidth

@@ -67,8 +67,8 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
             return self.train(part["checkpoint"], at, at + len(steps), {v[0]: v for v in entry})
         assert part[0] == at, f"step {at} is missing"
         lost = own.difference(self.beside, *(held for held, _ in self.tape))
-        more = last["backward_held_bytes"] + self.size(lost) if lost != own else 0
-        self.run(max(last["backward_bytes"], more), last["backward_seconds"], entry)
+        need, held = last["first_backward_bytes" if b is None else "backward_bytes"]
+        self.run(max(need, held + self.size(lost) if lost != own else 0), last["backward_seconds"], entry)
 
     def bound(self, budget, unit, price):  # lists are by memory left, in units; times are ticks
         self.unit, self.price, self.known, room = unit, price, {}, budget - self.size(self.alive[-1])
@@ -100,8 +100,8 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
         for o in self.offers[k].values():
             own, last = {made[place] for place in o["keeps_made"]}, k + 1 == b
             kept = 0 if last else o["preserved_bytes"] + self.size((own | {*made} & self.alive[k + 1]) - done)
-            again = o["backward_held_bytes"] + self.size(own - done) if own else 0
-            need, seconds = max(o["backward_bytes"], again, kept), o["backward_seconds"]
+            need, held = o["first_backward_bytes" if b is None else "backward_bytes"]
+            need, seconds = max(need, held + self.size(own - done) if own else 0, kept), o["backward_seconds"]
             if forward := o["ending"] if last else o:
                 need = max(need, forward["forward_bytes"] + live - self.size(done.intersection(made)))
                 seconds += forward["forward_seconds"]

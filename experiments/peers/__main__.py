@@ -52,6 +52,8 @@ def problem_of(size: tuple[int, int, int], widths: str, precision: str, device: 
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--only", help="Names of peers with commas between.")
 @click.option("--list", "listing", is_flag=True, help="Say what peers there are, and do nothing.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True,
+              help="Offer plans compiled submodules; minutes, the first time.")  # fmt: skip
 @click.option("--cache", type=click.Path(), help="File of measured times; else EVOPLAN_CACHE.")
 @click.option(
     "--json", "json_path", type=click.Path(), help="Where rows go; else experiments/results/peers-*.json."
@@ -60,8 +62,8 @@ def problem_of(size: tuple[int, int, int], widths: str, precision: str, device: 
 @click.option("--resume", is_flag=True, help="Keep the rows that the JSON has, and make the others.")
 def peers(
     size: tuple[int, int, int] | None, widths: str, precision: str, rounds: int, device: str,
-    only: str | None, listing: bool, cache: str | None, json_path: str | None, plot_path: str | None,
-    resume: bool,
+    only: str | None, listing: bool, compiled: bool, cache: str | None, json_path: str | None,
+    plot_path: str | None, resume: bool,
 ) -> None:  # fmt: skip
     """Plans against their peers, at equal measured peaks."""
     console = console_for_output(120, json_path)
@@ -84,7 +86,8 @@ def peers(
     document = resumed(path, fresh) if resume else fresh
 
     with progress("measuring the steps") as say:
-        comparison = Comparison(problem_of((s, r, blocks), widths, precision, device), cache, rounds, say)
+        problem = problem_of((s, r, blocks), widths, precision, device)
+        comparison = Comparison(problem, cache, rounds, say, compiled=compiled)
 
         def shown(row: Row) -> None:
             document.write(path)

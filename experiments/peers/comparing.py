@@ -33,6 +33,7 @@ class Comparison:
 
     Args:
         times: where the planner's come from; `measured` times every step first.
+        compiled: whether submodules through torch.compile are among what is timed.
         rounds: timed runs of each peer and of the plan beside it; 0: peaks and gradients alone.
     """
 
@@ -43,9 +44,10 @@ class Comparison:
         rounds: int,
         say: Callable[[str], None],
         times: Kind = "measured",
+        compiled: bool = False,
     ) -> None:
         if times == "measured":
-            profile_problem(problem, cache, 5, MAX_PIECES, progress=say)
+            profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
         self.problem, self.rounds = problem, rounds
         self.bench = Bench(cost_with_times(problem, times, cache), problem.device)
         self.bench.add_module(PLAIN, self.bench.stack)

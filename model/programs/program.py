@@ -84,7 +84,9 @@ class Program(nn.Module):
             dropout_seed: for the stack, which draws one when None.
         """
         state = self.embed(batch, own)
-        results = self.stack(*state, *(batch[name] for name in self.masks), dropout_seed=dropout_seed)
+        # A plan counts masks of the state's dtype; the copies are the program's own.
+        masks = (batch[name].to(state[0].dtype) for name in self.masks)
+        results = self.stack(*state, *masks, dropout_seed=dropout_seed)
         del state
         return self.loss(results, batch, own_outputs)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -62,3 +63,14 @@ def record(
     kept, made = strategy.way.recorded(submodule, strategy, tensors, wanted, owner, parameters, movable)
     assert made is not None  # somebody reads it
     return kept, made
+
+
+def write(
+    submodule: Submodule, strategy: Strategy, tensors: Tensors, owner: str = "a submodule"
+) -> tuple[Keeping | None, Tensor]:
+    """Run forward within autograd's own graph, as a model without a plan has it; not in pieces.
+
+    Returns:
+        What the graph keeps of the run, if it is held where it can be let go of; and the new target.
+    """
+    return strategy.way.written(submodule, strategy, tensors, owner)

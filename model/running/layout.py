@@ -23,6 +23,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _moved(x: Tensor, source: int, destination: int) -> Tensor:
+    if torch.compiler.is_compiling():  # a compiler lays gradients out itself, and takes no rule of ours
+        return x.movedim(source, destination).contiguous()
     moved: Tensor = _Moved.apply(x, source, destination)  # type: ignore[no-untyped-call]
     return moved
 

@@ -12,16 +12,16 @@ Korthikanti et al. (2022), Reducing Activation Recomputation in Large Transforme
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evoplan.model.running.context import Context
 from evoplan.model.running.internals import storage_key
-from evoplan.model.running.unchanged import ChangedError
+from evoplan.model.running.unchanged import ChangedError, changed, mark
 
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
 
@@ -38,25 +38,46 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class Keeping:
-    """While installed, what autograd keeps is held here, so that it is known which tensors these are."""
+    """While installed, what autograd keeps is held here, so that it is known which tensors these are.
 
-    def __init__(self) -> None:
+    Args:
+        owner: whose run this is, in messages.
+        named: what the run was given, by name; it lives as long as anything that is kept does.
+    """
+
+    def __init__(self, owner: str = "a submodule", named: Mapping[str, Tensor] | None = None) -> None:
+        self.owner, self.named = owner, named or {}
         self._all = weakref.WeakSet[_Held]()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def __enter__(self) -> Keeping:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Held.take)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        assert self._hooks is not None
         self._hooks.__exit__(*error)
+        self._hooks = None  # it has this object: a circle would outlive what is kept
 
     def tensors(self) -> list[Tensor]:
         """Those that are kept as they are."""
         return [held.tensor for held in self._all if held.tensor is not None]
 
+    def drop(self) -> None:
+        """Keep nothing any longer: no backward comes by."""
+        self.named = {}
+        for held in list(self._all):
+            held.drop()
+
+    def changed(self, tensor: Tensor) -> ChangedError:
+        """The error that says that one of them was written in place."""
+        key = storage_key(tensor)
+        names = (name for name, given in self.named.items() if storage_key(given) == key)
+        return changed(next(names, "a tensor"), self.owner)
+
     def _hold(self, tensor: Tensor) -> _Held:
-        held = _Held(tensor.detach())
+        held = _Held(tensor.detach(), self)
         self._all.add(held)
         return held
 
@@ -69,10 +90,16 @@ class Remaking(Keeping):
 
     Args:
         context: what forward runs under; recipes are followed under the same.
+        owner, named: as `Keeping` has them.
     """
 
-    def __init__(self, context: Context) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        context: AbstractContextManager[object],
+        owner: str = "a submodule",
+        named: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(owner, named)
         self._context = context
         self._recipes: dict[int, _Recipe] = {}  # by storage, while that lives
         self._known = weakref.WeakSet[_Recipe]()
@@ -144,12 +171,21 @@ class Remaking(Keeping):
         return held
 
 
+def come_past(owner: str) -> str:
+    """What is said where a step is to be differentiated that keeps nothing any longer."""
+    return (
+        f"{owner} has no record any more: backward was here before, or came past it from a loss of earlier "
+        "steps; call forward again, or backward(retain_graph=True) the first time"
+    )
+
+
 class _Held:
     """A tensor that backward wants: itself, or how to make it."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, keeping: Keeping) -> None:
         self.tensor: Tensor | None = tensor
-        self.version = tensor._version
+        self.keeping = keeping
+        self.version, _ = mark(f"a tensor of {keeping.owner}", tensor)
         self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
         self.recipe: _Recipe | None = None
 
@@ -158,18 +194,24 @@ class _Held:
         self.tensor, self.recipe = None, recipe
         recipe.users += 1
 
+    def drop(self) -> None:
+        """Neither keep it nor know how to make it."""
+        self.tensor = self.recipe = None
+
     def take(self) -> Tensor:
         """The tensor, for the one time that backward reads it.
 
         Raises:
             ChangedError: it was written in place meanwhile.
+            RuntimeError: it was dropped.
         """
-        if self.recipe is None:
-            assert self.tensor is not None
-            if self.tensor._version != self.version:
-                raise ChangedError("a tensor that backward needs was changed in place since forward")
-            return self.tensor
-        return self.recipe.take().as_strided(*self.layout)
+        if self.recipe is not None:
+            return self.recipe.take().as_strided(*self.layout)
+        if self.tensor is None:
+            raise RuntimeError(come_past(self.keeping.owner))
+        if self.tensor._version != self.version:
+            raise self.keeping.changed(self.tensor)
+        return self.tensor
 
 
 class _Recipe:
@@ -182,7 +224,9 @@ class _Recipe:
 
     dtype: torch.dtype | None = None
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[_Held], context: Context) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: list[_Held], context: AbstractContextManager[object]
+    ) -> None:
         self.function, self.inputs, self.context, self.users = function, inputs, context, 0
         self._made: Tensor | None = None
         self._read = 0

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor, UntypedStorage
 
 from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
 _PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
@@ -109,6 +110,15 @@ class Kind:
         Args:
             movable: the record knows its storages.
             unread: nobody reads the new target: only what backward needs runs, and there may be none.
+        """
+        raise NotImplementedError
+
+    def written(
+        self, submodule: Submodule, strategy: Strategy, tensors: Tensors, owner: str
+    ) -> tuple[Keeping | None, Tensor]:
+        """What autograd's own graph keeps of a run, where it can be let go of, and the new target.
+
+        Of kinds that cut nothing.
         """
         raise NotImplementedError
 

@@ -45,7 +45,12 @@ def check(marked: Mapping[str, Mark], named: Mapping[str, Tensor], owner: str) -
     """
     for name, before in marked.items():
         if mark(name, named[name]) != before:
-            raise ChangedError(
-                f"{name} of {owner} was changed in place between forward and backward, which runs parts "
-                "of forward again and needs it as it was; change it after backward, or give the model a clone"
-            )
+            raise changed(name, owner)
+
+
+def changed(name: str, owner: str) -> ChangedError:
+    """The error that names the tensor, and whose it is."""
+    return ChangedError(
+        f"{name} of {owner} was changed in place between forward and backward, which needs it as it was; "
+        "change it after backward, or give the model a clone"
+    )

@@ -208,7 +208,7 @@ class PlannedModule(View):
             else:
                 departures = Departures(schedule, self.host())
         records = {part.span.start for part in schedule.parts if departures and RECORD in part.wait}
-        runs = SubmoduleRuns(chain, constants, seed, records)
+        runs = SubmoduleRuns(chain, constants, seed, records, in_graph=not waits(schedule))
         tape = Tape(chain.steps, self.liveness, runs, departures)
         todo = tuple(actions(schedule))
 
@@ -217,6 +217,10 @@ class PlannedModule(View):
             tape.enter(action, state)
 
             def new_target(*read: Tensor) -> Tensor:
+                if runs.as_written(action):
+                    kept, new = runs.written(step, action, step.named(read))
+                    tape.written(step, (new,), kept)
+                    return new
                 inputs = runs.meet(step, read)
                 (new,) = tape.advance(step, action, step.named(read), inputs)
                 return new

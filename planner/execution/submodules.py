@@ -11,15 +11,17 @@ from torch import Tensor
 
 from evoplan.model.running.chain import Chain, State, Step
 from evoplan.model.running.context import Context
-from evoplan.model.running.execution import record, record_unread, run_discarded
+from evoplan.model.running.execution import record, record_unread, run_discarded, write
 from evoplan.model.running.internals import has_hooks
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.regions import region
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule
 from evoplan.model.running.unchanged import Mark, check, mark, marks
-from evoplan.planner.execution.tape import Outputs
+from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.schedules.schedule import Action
 
 
@@ -52,6 +54,8 @@ class SubmoduleRuns:
         constants: masks and the like.
         seed: of dropout.
         waiting: steps whose records are to know their storages.
+        in_graph: whether autograd may have steps in its own graph, of which nothing will run again: not
+            where anything waits elsewhere until its backward.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class SubmoduleRuns:
         constants: Mapping[str, Tensor],
         seed: int | None,
         waiting: Collection[int] = (),
+        in_graph: bool = True,
     ) -> None:
-        self.chain, self.constants, self.seed, self.waiting = chain, constants, seed, waiting
+        self.chain, self.constants, self.seed = chain, constants, seed
+        self.waiting, self.in_graph = waiting, in_graph
         self.context = Context.of_steps()
         self.met: dict[int, MetSubmodule] = {}
         self._marks = marks(constants)
@@ -76,6 +82,20 @@ class SubmoduleRuns:
         parameters = Parameters(step.submodule)
         self.met[step.index] = MetSubmodule(parameters, names, wanted, random, marks(dict(buffers)))
         return *read, *parameters.trained.values()
+
+    def as_written(self, action: Action) -> bool:
+        """Whether a step of forward runs in autograd's own graph."""
+        run = action.run
+        return self.in_graph and run is not None and action.recorded and not run.strategy.in_pieces
+
+    def written(
+        self, step: Step, action: Action, state: Mapping[str, Tensor]
+    ) -> tuple[Keeping | None, Tensor]:
+        """What the graph keeps of such a step, where it can be let go of, and what the step makes."""
+        assert action.run is not None
+        tensors = step.tensors(state, self.constants, self.seed)
+        with region(step.name):
+            return write(step.submodule, action.run.strategy, tensors, step.name)
 
     def run(
         self, step: Step, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]

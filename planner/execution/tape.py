@@ -1,16 +1,19 @@
 """What backward needs of one forward under a schedule: records, in the order in which they were made.
 
 A step's backward pops the tape until its own record is on top; a checkpoint that is popped on the way is run
-again from the state it kept, and leaves the records of its parts instead. What autograd guarantees holds for
+again from the state it kept, and leaves the records of its parts instead. A step of which nothing will run
+again is left to autograd's own graph, and its record is what lets go of what that keeps, should backward come
+past it. What autograd guarantees holds for
 what runs again: it does so under forward's context, with the parameters of that forward, and on tensors that
 nobody has written into since. How a step runs is its `Runs`' affair; the tape knows when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,72 +22,12 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import State
 from evoplan.model.running.internals import backward_pass
 from evoplan.model.running.regions import region
+from evoplan.model.running.remake import Keeping, come_past
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, marks
 from evoplan.planner.execution.departures import Departures
+from evoplan.planner.execution.placed import Outputs, Placed, Runs
 from evoplan.planner.schedules.schedule import Action, Checkpoint, actions, shortened
-
-Outputs = tuple[Tensor, ...]
-
-
-class Placed(Protocol):
-    """A step at its place in a chain: it reads tensors of the state, and makes or rewrites some."""
-
-    @property
-    def index(self) -> int:
-        """Position in the chain."""
-
-    @property
-    def name(self) -> str:
-        """By which reports and errors call it."""
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The state tensors that it reads."""
-
-    @property
-    def makes(self) -> tuple[str, ...]:
-        """The state tensors that it makes or rewrites."""
-
-
-class Met(Protocol):
-    """A step as forward met it."""
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether there is a gradient to find at all."""
-
-
-SomeStep = TypeVar("SomeStep", bound=Placed)
-
-
-class Runs(Protocol[SomeStep]):
-    """How the steps of a chain run, in one forward and its backward."""
-
-    @property
-    def met(self) -> Mapping[int, Met]:
-        """The steps that forward has come by, by index."""
-
-    def run(
-        self, step: SomeStep, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
-    ) -> tuple[Record | None, Outputs]:
-        """Run a step: its record, if it is to be kept and there is a gradient to find, and what it makes."""
-
-    def again(
-        self, step: SomeStep, action: Action, state: Mapping[str, Tensor]
-    ) -> tuple[Record | None, Outputs | None]:
-        """Run it once more as forward met it; None made where nobody reads it and its record does without."""
-
-    def vjp(self, step: SomeStep, kept: Record, grads: Any, keep: bool) -> tuple[Tensor | None, ...]:
-        """Gradients of the step's inputs from those of what it made."""
-
-    def check(self, step: SomeStep) -> None:
-        """See that nobody has written into what a step needs besides the state."""
-
-    def walk(
-        self, steps: Iterable[SomeStep], state: State, perform: Callable[[SomeStep, State], None]
-    ) -> None:
-        """Perform steps one after the other in a redo, under forward's context."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +37,18 @@ class _RecordedStep:
     step: Placed
     kept: Record
     forward: bool
+
+    @property
+    def first(self) -> int:
+        return self.step.index
+
+
+@dataclass(frozen=True)
+class _WrittenStep:
+    """A step in autograd's own graph, and what that keeps of it, where it can be let go of."""
+
+    step: Placed
+    kept: Keeping | None
 
     @property
     def first(self) -> int:
@@ -113,6 +68,9 @@ class _KeptEntry:
         return self.part.span.start
 
 
+_OnTape = _RecordedStep | _WrittenStep | _KeptEntry
+
+
 class Tape:
     """Records of one forward pass, for its backward: for several, if all but the last keep the graph."""
 
@@ -124,9 +82,10 @@ class Tape:
         departures: Departures | None = None,
     ) -> None:
         self.steps, self.liveness, self.runs, self.departures = steps, liveness, runs, departures
-        self._records: list[_RecordedStep | _KeptEntry] = []
-        self._kept: list[_RecordedStep | _KeptEntry] | None = None
+        self._records: list[_OnTape] = []
+        self._kept: list[_OnTape] | None = None
         self._pass: int | None = None
+        self._at: Placed | None = None
 
     # --- forward ---------------------------------------------------------------------------
 
@@ -142,6 +101,19 @@ class Tape:
             return self.run(*how, state)
         made: Outputs = _StepNode.apply(self, state, *how, *inputs)  # type: ignore[no-untyped-call]
         return made
+
+    def written(self, step: Placed, made: Outputs, kept: Keeping | None) -> None:
+        """A step of forward has run in autograd's own graph.
+
+        Args:
+            made: what it makes.
+            kept: what the graph keeps for its backward, where that can be let go of.
+        """
+        nodes = {id(t.grad_fn): t.grad_fn for t in made if t.grad_fn is not None}
+        if nodes:
+            self._records.append(_WrittenStep(step, kept))
+        for node in nodes.values():
+            node.register_prehook(partial(self._comes_by, step))
 
     def enter(self, action: Action, state: Mapping[str, Tensor]) -> None:
         """Keep what the steps of the checkpoints that begin here read from outside."""
@@ -184,27 +156,41 @@ class Tape:
         keep = self._begin()
         if self.departures is not None:
             self.departures.before(step.index)
+        record = self._come_to(step, keep)
+        assert isinstance(record, _RecordedStep)  # as it is a node of the tape's
+        self.runs.check(step)
+        with region(f"{step.name} backward"):
+            return self.runs.vjp(step, record.kept, grads, keep and record.forward)
+
+    def _comes_by(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Backward is about to differentiate a step in autograd's own graph."""
+        refuse_another_derivative(step.name)
+        keep = self._begin()
+        if self._at is not step:  # it may have made several tensors
+            self._come_to(step, keep)
+        return laid_out(grads)
+
+    def _come_to(self, step: Placed, keep: bool) -> _RecordedStep | _WrittenStep:
+        """Pop the records of later steps, and the step's own."""
+        self._at = step
         while self._records:
             top = self._records.pop()
             if isinstance(top, _KeptEntry) and step.index in top.part.span:
                 self._run_again(top)
-            elif isinstance(top, _RecordedStep) and top.step is step:
-                self.runs.check(step)
-                with region(f"{step.name} backward"):
-                    return self.runs.vjp(step, top.kept, grads, keep and top.forward)
+            elif not isinstance(top, _KeptEntry) and top.step is step:
+                return top
             elif top.first < step.index:
                 break
-            # Else no gradient reached the steps of this record: nothing depends on them.
-        raise RuntimeError(
-            f"{step.name} has no record any more: backward was here before, or came past it from a loss of "
-            "earlier steps; call forward again, or backward(retain_graph=True) the first time"
-        )
+            elif isinstance(top, _WrittenStep) and top.kept is not None and not keep:
+                top.kept.drop()
+            # No gradient has reached the steps of this record: nothing depends on them.
+        raise RuntimeError(come_past(step.name))
 
     def _begin(self) -> bool:
         """Take the records up as forward left them, if a new backward begins; whether to keep them so."""
         number, keep = backward_pass()
         if number != self._pass:
-            self._pass = number
+            self._pass, self._at = number, None
             if self._kept is not None:
                 self._records = self._kept
             self._kept = list(self._records) if keep else None
@@ -250,12 +236,21 @@ class _StepNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # autograd's own guard sees only some of these
-            raise RuntimeError(
-                f"{ctx.step.name} runs under a plan, whose gradients cannot be differentiated again "
-                "(create_graph=True); call the model without a plan for that"
-            )
-        # A sum's gradient is one number in every place: it is laid out here, where the plan counts it.
-        laid_out = tuple(None if grad is None else grad.contiguous() for grad in grads)
+        refuse_another_derivative(ctx.step.name)
+        found = laid_out(grads)
         del grads
-        return (*(None,) * 5, *ctx.tape.backward(ctx.step, laid_out))
+        return (*(None,) * 5, *ctx.tape.backward(ctx.step, found))
+
+
+def refuse_another_derivative(name: str) -> None:
+    """RuntimeError in a backward that is to be differentiated: autograd's own guard sees only some."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} runs under a plan, whose gradients cannot be differentiated again "
+            "(create_graph=True); call the model without a plan for that"
+        )
+
+
+def laid_out(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A sum's gradient is one number in every place: it is laid out where the plan counts it."""
+    return tuple(None if grad is None else grad.contiguous() for grad in grads)

@@ -24,7 +24,7 @@ from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.execution.tape import Outputs
+from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.fitting.runs import CallRuns, Planned
 from evoplan.planner.schedules.schedule import Action
 

@@ -24,7 +24,7 @@ from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, mark, marks
-from evoplan.planner.execution.tape import Outputs
+from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.schedules.schedule import Action
 
 

@@ -75,8 +75,8 @@ def _option(cost: StepCost) -> dict[str, Any]:
     return {
         "forward_bytes": cost.forward_bytes,
         "preserved_bytes": cost.preserved_bytes,
-        "backward_bytes": cost.backward_bytes,
-        "backward_held_bytes": cost.backward_held_bytes,
+        "first_backward_bytes": list(cost.backward(in_graph=True)),
+        "backward_bytes": list(cost.backward(in_graph=False)),
         "discard_bytes": cost.discard_bytes,
         "forward_seconds": float(cost.forward_seconds),
         "backward_seconds": float(cost.backward_seconds),
@@ -108,7 +108,7 @@ def certificate(
     return sealed(
         {
             "format": "evoplan-certificate",
-            "schema_version": 1,
+            "schema_version": 2,
             "about": about,
             "class": CLASS + room,
             "budget_bytes": budget_bytes,

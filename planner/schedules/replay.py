@@ -16,7 +16,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.liveness import Version
 from evoplan.cost_model.steps import StepCost
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.schedules.offload import check_host, last_read, record_bytes
+from evoplan.planner.schedules.offload import check_host, last_read, record_bytes, waits
 from evoplan.planner.schedules.schedule import (
     RECORD,
     Checkpoint,
@@ -154,7 +154,7 @@ class Machine:
             before = records[-2] if len(records) > 1 else None
             if before is not None:
                 self.take_back(before)
-            self.backward(records)
+            self.backward(records, in_graph=not waits(schedule))
             if before is not None:
                 self.copied("from host", before, begun)
         return Replay(tuple(self.moments), table.bytes_of(state.values()), host_bytes)
@@ -271,7 +271,12 @@ class Machine:
         """There is room for it again, into which it is copied."""
         self.held_bytes += self.waiting_bytes(record)
 
-    def backward(self, records: list[Record]) -> None:
+    def backward(self, records: list[Record], in_graph: bool = False) -> None:
+        """The last record is differentiated.
+
+        Args:
+            in_graph: it is of the first pass, and autograd may have it in its own graph.
+        """
         record = records.pop()
         if isinstance(record.part, Checkpoint):
             inner: list[Record] = []
@@ -284,12 +289,12 @@ class Machine:
                 self.backward(inner)
             return
         cost = self.cost(record.part)
-        self.held_bytes -= record.bytes  # backward_bytes counts it
+        self.held_bytes -= record.bytes  # what backward takes counts it
         self.release(record.own)
         held = [version for version in record.own if self.holders[version]]
-        size = cost.backward_bytes
+        size, held_size = cost.backward(in_graph)
         if held:
             more = self.table.bytes_of(version for version in record.own if version not in held)
-            size = max(size, cost.backward_held_bytes + more)
+            size = max(size, held_size + more)
         self.moment("backward", record.part.step, size, cost.backward_seconds)
         self.release(record.entry)

@@ -99,7 +99,12 @@ def _present(table: CostTable, step: int, prices: np.ndarray, needed: bool) -> n
 def _ending(table: CostTable, step: int, prices: np.ndarray, room: int) -> np.ndarray:
     """The runs of a step of which nothing is there, and the price of its backward's memory above the room."""
     options = table.options[step]
-    runs = [c.backward_seconds + c.ending_seconds + prices * (c.backward_bytes - room) for c in options]
+    runs = [
+        c.backward_seconds
+        + c.ending_seconds
+        + prices * (min(c.backward(True).bytes, c.backward_bytes) - room)
+        for c in options
+    ]
     least: np.ndarray = np.min(runs, axis=0)
     return least
 

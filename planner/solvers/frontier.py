@@ -76,7 +76,7 @@ class Frontier:
         )
         self._most = replay(self._everything, table)
         self.most_bytes = self._most.peak_bytes - self.output_bytes
-        needs = [min(cost.backward_bytes for cost in options) for options in table.options]
+        needs = [min(cost.backward(True).bytes for cost in options) for options in table.options]
         self.spans = [min(2 * max(*needs, table.loss_bytes), self.most_bytes)]
         while self.spans[-1] < self.most_bytes:
             self.spans.append(min(SPAN * self.spans[-1], self.most_bytes))

@@ -112,10 +112,10 @@ class GridCosts:
                 own = {made[at].tensor for at in cost.keeps_made}
                 new = sum(table.state_bytes[name] for name in own.union(needed))
                 preserved = cost.preserved_bytes + new - counted
-                backward = cost.backward_bytes
+                backward, held = cost.backward(in_graph=not which.redo)
                 if own:  # somebody else may hold them too
                     more = sum(table.state_bytes[name] for name in own - {*outputs})
-                    backward = max(backward, cost.backward_held_bytes + more)
+                    backward = max(backward, held + more)
                 run = cost.ending if ends_redo else cost.forward
                 if run is None:  # its backward runs it again
                     forward, preserved, seconds = 0, 0, cost.backward_seconds

@@ -142,7 +142,7 @@ class OffloadProgram:
         group = next(n for n, steps in enumerate(self.table.groups) if step in steps)
         for kept, record, cost in self._runs(step):
             forward = cost.forward_bytes - self._bytes_of_outputs(step)
-            need = max(self.costs.units(forward), self.costs.units(cost.backward_bytes), kept)
+            need = max(self.costs.units(forward), self.costs.units(_backward(cost)), kept)
             part = Part(step + 1, need, kept, 0, cost.forward_seconds, cost.backward_seconds)
             for waits, names in self._waits(range(step, step + 1)):
                 part = part._replace(waits=waits, names=names, strategy=cost.strategy)
@@ -225,12 +225,17 @@ class OffloadProgram:
         return Sequence(tuple(parts))
 
 
+def _backward(cost: StepCost) -> int:
+    """Its peak, whether the schedule turns out to have anything wait or not."""
+    return max(cost.backward_bytes, cost.backward(in_graph=True).bytes)
+
+
 def _beats(one: tuple[int, int, StepCost], other: tuple[int, int, StepCost]) -> bool:
     """Whether a run is as good in all, and better in something."""
 
     def all_of(row: tuple[int, int, StepCost]) -> tuple[float, ...]:
         kept, record, cost = row
-        of_memory = cost.forward_bytes, cost.backward_bytes, kept, kept - record, record
+        of_memory = cost.forward_bytes, _backward(cost), kept, kept - record, record
         return *of_memory, cost.forward_seconds, cost.backward_seconds
 
     pairs = list(zip(all_of(one), all_of(other), strict=True))

@@ -132,9 +132,10 @@ class Relaxed:
             own = {made[place] for place in cost.keeps_made}
             kept = cost.preserved_bytes + table.bytes_of({*own, *(v for v in made if v in alive)} - left)
             ends = k + 1 == b
-            backward, run = cost.backward_bytes, cost.ending if ends else cost.forward
+            run = cost.ending if ends else cost.forward
+            backward, held = cost.backward(in_graph=b is None)
             if own:  # somebody else may hold them too
-                backward = max(backward, cost.backward_held_bytes + table.bytes_of(own - left))
+                backward = max(backward, held + table.bytes_of(own - left))
             if ends:  # nothing follows that would see what is kept
                 kept = 0
             need = max(backward, 0 if run is None else run.bytes + live, kept)
