@@ -27,14 +27,14 @@ from evoplan.model.running.strategy import Strategy
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-SCHEMA = 3  # of the file, and of what its times mean
+SCHEMA = 4  # of the file, and of what its times mean
 
 
 _TABLES = """
 create table if not exists times (
     device text, torch text, dtype text, step text, shapes text, strategy text, mode text,
     discard real not null, forward real not null, backward real not null, unread real not null,
-    spread real not null,
+    spread real not null, confirmed integer not null,
     work text not null, bytes text,
     primary key (device, torch, dtype, step, shapes, strategy, mode)
 );
@@ -147,6 +147,27 @@ class TimesCache:
             raise self._damaged(f"a time of {key.step} is none")
         return None if row is None else Timing(*row)
 
+    def confirmed(self, key: Key) -> bool:
+        """Whether what was measured was measured once more."""
+        with self._open() as connection:
+            if connection is None:
+                return False
+            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
+            row = connection.execute(
+                f"select confirmed from times where {where}", (*self.here, *key)
+            ).fetchone()
+        return bool(row and row[0])
+
+    def confirm(self, key: Key, found: Timing) -> None:
+        """Keep times in place of those that were measured first."""
+        with self._open(write=True) as connection:
+            assert connection is not None
+            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
+            times = ", ".join(f"{name} = ?" for name in Timing._fields)
+            connection.execute(
+                f"update times set {times}, confirmed = 1 where {where}", (*found, *self.here, *key)
+            )
+
     def get_bytes(self, key: Key) -> MeasuredBytes | None:
         """What was measured of an opaque strategy."""
         with self._open() as connection:
@@ -177,7 +198,7 @@ class TimesCache:
         work = json.dumps([[[*kernel, n] for kernel, n in each.kernels.items()] for each in works])
         with self._open(write=True) as connection:
             assert connection is not None
-            row = (*self.here, *key, *found, work, taken and json.dumps(taken))
+            row = (*self.here, *key, *found, 0, work, taken and json.dumps(taken))
             connection.execute(f"insert or replace into times values ({', '.join('?' * len(row))})", row)
 
     def measured(self, dtype: str) -> list[tuple[Work, float]]:

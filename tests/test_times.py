@@ -21,6 +21,7 @@ from evoplan.cost_model.trace import Work
 from evoplan.model import EvoformerConfig
 from evoplan.model.config import InputShape
 from evoplan.model.running.chain import Chain
+from evoplan.model.running.kinds import WHOLE
 from evoplan.planner.checking.profiling import profile_problem
 from evoplan.planner.commands.cli import main
 from evoplan.planner.plans.planning import solve
@@ -28,6 +29,7 @@ from evoplan.planner.problems.costing import cost_problem, planned_model
 from evoplan.planner.problems.device_file import device_entry, load_device
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.schedules.schedule import strategies_used
 from tests.torchrun import forked
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)
@@ -210,6 +212,35 @@ def test_what_the_cache_has_is_not_measured_again(cache: str, monkeypatch: pytes
     monkeypatch.setattr("evoplan.planner.checking.profiling.time_step", None)  # calling it fails
     measured, _, _ = profile_problem(PROBLEM, cache, repeats=1, max_pieces=2)
     assert all(row.timing for row in measured if row.cost)
+
+
+def test_what_plans_choose_is_timed_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy that was measured too low by chance is not what a plan hangs on."""
+    path, asked = str(tmp_path / "times.sqlite"), []
+
+    def timed(step, strategies, state, constants, repeats, *_):
+        """True times, twice as slow from the second pass on; the first time chunks come out at a tenth."""
+        asked.append(repeats)
+        slower = 1.0 if repeats == 1 else 2.0
+        times = {}
+        for strategy in strategies:
+            lucky = 0.1 if repeats == 1 and strategy.kind == "chunk" else 1.0
+            true = 1.0 if strategy == WHOLE else 1.5 if strategy.kind == "lean" else 3.0
+            times[strategy] = Timing(*(lucky * slower * true * t for t in (1.0, 1.0, 2.0, 1.0)), 0.0)
+        return times
+
+    monkeypatch.setattr("evoplan.planner.checking.profiling.time_step", timed)
+    measured, _, _ = profile_problem(PROBLEM, path, repeats=1, max_pieces=2)
+    assert set(asked) == {1, 2}
+    fastest = solve(cost_with_times(PROBLEM, "measured", path))
+    used = {str(s) for strategies in strategies_used(fastest.schedule).values() for s in strategies}
+    assert used == {"whole"}
+    for row in measured:
+        if row.strategy.kind == "chunk" and row.timing is not None and row.timing.discard > 1:
+            assert row.timing.discard == pytest.approx(3.0)  # as slow beside whole as it is
+            break
+    else:
+        raise AssertionError("no chunk was timed again")
 
 
 def test_inference_has_times_of_its_own(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,10 +21,11 @@ from evoplan.model.running.context import autocast
 from evoplan.model.running.kernels import KERNELS
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import COMPILED, Strategy
+from evoplan.planner.checking.confirming import confirm
 from evoplan.planner.checking.trial import available_bytes, random_inputs
 from evoplan.planner.problems.costing import cost_problem, kind_of
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.problems.timing import times_cache
+from evoplan.planner.problems.timing import cost_with_times, times_cache
 
 Progress = Callable[[str], None]
 
@@ -78,7 +79,8 @@ def profile_problem(
 ) -> tuple[list[Measurement], Calibration, Device]:
     """Time every distinct step of a problem under every strategy that fits here; the cache keeps the times.
 
-    Each time is kept as soon as it is measured, so a profile that was broken off goes on where it was.
+    Each time is kept as soon as it is measured, so a profile that was broken off goes on where it was. In
+    training, what plans then choose is timed once more (`planner.checking.confirming`).
 
     Args:
         cache_path: of the cache; the user's own if not given.
@@ -107,6 +109,12 @@ def profile_problem(
     profiler = _Profiler(problem, cache, state, constants, repeats, again, progress)
     found: list[Measurement] = []
     seen: set[Key] = set()
+
+    def calibrate() -> Calibration:
+        calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
+        cache.put_calibration(problem.precision, calibration.to_json())
+        return calibration
+
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):
         key = key_of(step, problem.state_shapes(), problem.precision, WHOLE)
         if key in seen:
@@ -120,9 +128,11 @@ def profile_problem(
                 found.append(profiler.opaque(step, strategy))
         timed = sum(row.timing is not None for row in found[before:])
         done(f"{kind_of(step.name)}: times of {timed} strategies")
-    calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
-    cache.put_calibration(problem.precision, calibration.to_json())
-    return found, calibration, costed.device
+    calibrate()
+    if problem.training:
+        confirm(lambda: cost_with_times(problem, "measured", cache_path), profiler)
+    found = [replace(row, timing=profiler.kept(row.step, row.strategy)[0]) for row in found]
+    return found, calibrate(), costed.device
 
 
 @dataclass
@@ -151,7 +161,7 @@ class _Profiler:
         for cost in missing:
             timing = known[cost.strategy]
             assert timing is not None
-            self.cache.put(self._key(step, cost.strategy), timing, cost)
+            self.cache.put(self.key(step, cost.strategy), timing, cost)
         for cost in costs:
             timing = known[cost.strategy]
             reason = None if timing else "it needs more memory than is free"
@@ -161,7 +171,7 @@ class _Profiler:
         """A strategy that cannot be traced: kept only if it does what whole does, and with its memory."""
         timing = self._known(step, strategy)
         if timing is not None:
-            taken = self.cache.get_bytes(self._key(step, strategy))
+            taken = self.cache.get_bytes(self.key(step, strategy))
             return Measurement(step, strategy, None, timing, taken=taken)
         missing = KERNELS[strategy.kernel].missing if strategy.kernel in KERNELS else None
         if missing:
@@ -177,7 +187,7 @@ class _Profiler:
         except Exception as reason:  # whatever a library says when it cannot
             said = str(reason).strip().splitlines() or [type(reason).__name__]
             return Measurement(step, strategy, None, None, said[0])
-        self.cache.put(self._key(step, strategy), timing, taken=taken)
+        self.cache.put(self.key(step, strategy), timing, taken=taken)
         return Measurement(step, strategy, None, timing, taken=taken)
 
     @property
@@ -185,12 +195,27 @@ class _Profiler:
         return partial(autocast, self.problem.device, self.problem.autocast, keep_casts=False)
 
     def _known(self, step: Step, strategy: Strategy) -> Timing | None:
-        return None if self.again else self.cache.get(self._key(step, strategy))
+        return None if self.again else self.cache.get(self.key(step, strategy))
 
     def _here(self, step: Step) -> Step:
         return with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
 
-    def _key(self, step: Step, strategy: Strategy) -> Key:
+    def kept(self, step: Step, strategy: Strategy) -> tuple[Timing | None, bool]:
+        """As `planner.checking.confirming.Timer` has it."""
+        key = self.key(step, strategy)
+        return self.cache.get(key), self.cache.confirmed(key)
+
+    def time(self, step: Step, strategies: Collection[Strategy], more: int) -> dict[Strategy, Timing]:
+        """As `planner.checking.confirming.Timer` has it."""
+        given = self.state, self.constants, more * self.repeats, self.progress, self._casting
+        return time_step(self._here(step), strategies, *given)
+
+    def confirm(self, step: Step, strategy: Strategy, timing: Timing) -> None:
+        """As `planner.checking.confirming.Timer` has it."""
+        self.cache.confirm(self.key(step, strategy), timing)
+
+    def key(self, step: Step, strategy: Strategy) -> Key:
+        """As `planner.checking.confirming.Timer` has it."""
         problem = self.problem
         return key_of(step, problem.state_shapes(), problem.precision, strategy)
 
