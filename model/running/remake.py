@@ -23,6 +23,8 @@ from torch import Tensor
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import ChangedError, changed, mark
 
+Named = Callable[[], Mapping[str, Tensor]]
+
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
 
 
@@ -42,11 +44,11 @@ class Keeping:
 
     Args:
         owner: whose run this is, in messages.
-        named: what the run was given, by name; it lives as long as anything that is kept does.
+        named: tells what the run was given, by name; what it has lives as long as anything that is kept.
     """
 
-    def __init__(self, owner: str = "a submodule", named: Mapping[str, Tensor] | None = None) -> None:
-        self.owner, self.named = owner, named or {}
+    def __init__(self, owner: str = "a submodule", named: Named = dict) -> None:
+        self.owner, self.named = owner, named
         self._all = weakref.WeakSet[_Held]()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
@@ -66,14 +68,14 @@ class Keeping:
 
     def drop(self) -> None:
         """Keep nothing any longer: no backward comes by."""
-        self.named = {}
+        self.named = dict
         for held in list(self._all):
             held.drop()
 
     def changed(self, tensor: Tensor) -> ChangedError:
         """The error that says that one of them was written in place."""
         key = storage_key(tensor)
-        names = (name for name, given in self.named.items() if storage_key(given) == key)
+        names = (name for name, given in self.named().items() if storage_key(given) == key)
         return changed(next(names, "a tensor"), self.owner)
 
     def _hold(self, tensor: Tensor) -> _Held:
@@ -97,7 +99,7 @@ class Remaking(Keeping):
         self,
         context: AbstractContextManager[object],
         owner: str = "a submodule",
-        named: Mapping[str, Tensor] | None = None,
+        named: Named = dict,
     ) -> None:
         super().__init__(owner, named)
         self._context = context

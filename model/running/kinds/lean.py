@@ -57,7 +57,7 @@ class Lean(Whole):
         self, submodule: Submodule, owner: str, read: Tensors
     ) -> AbstractContextManager[Keeping | None]:
         parameters = Parameters(submodule)
-        return Remaking(_AsForward(parameters, owner), owner, {**read, **parameters.all})
+        return Remaking(_AsForward(parameters, owner), owner, lambda: {**read, **parameters.all})
 
     def offered(self, submodule: Submodule, shape: Sequence[int]) -> Iterator[Strategy]:
         """Itself, but where there is no normalisation (a reshard), and so nothing that could be remade."""

@@ -62,4 +62,4 @@ class Whole(Kind):
         """What such a run is within; something around the model may keep what is saved in its own way."""
         if has_saving_hooks():
             return nullcontext()
-        return Keeping(owner, {**read, **dict(submodule.named_parameters())})
+        return Keeping(owner, lambda: {**read, **dict(submodule.named_parameters())})
