@@ -42,6 +42,7 @@ def strategies_of(
         again = [_again(children, paths, kernel) for paths in sets]
         offered += [Strategy(how.kind, within=_within(ways | redone)) for redone in ({}, *again)]
     if not children[SELF].changes:
+        offered.append(Strategy(WHOLE.kind, within=((SELF, REDO),)))
         lower = _lower(children, sets[-1] if sets else [], kernel)
         offered += [Strategy(WHOLE.kind, within=_within(ways)) for ways in lower]
     # Slices were shown with its knobs as they are: turned, nothing is cut. Each value is traced in all these

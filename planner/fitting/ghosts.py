@@ -20,12 +20,14 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
 from evoplan.model.foreign.calls import Argument, Call, Made
+from evoplan.model.foreign.inside import in_autograds_graph
 from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.tape import Outputs
-from evoplan.planner.fitting.runs import CallRuns, Planned
+from evoplan.planner.fitting.met import Planned
+from evoplan.planner.fitting.runs import CallRuns
 from evoplan.planner.schedules.schedule import Action
 
 
@@ -75,10 +77,12 @@ class GhostRuns(CallRuns):
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Any, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
-        written = recorded and not strategy.modules
-        if written:  # autograd itself runs nothing again, and needs no generator's state
-            self.met[call.index].random = None
+        written, met = recorded and in_autograds_graph(strategy), self.met[call.index]
+        if written and not strategy.modules:  # nothing runs again, which needs no generator's state
+            met.random = None
         kept, made = super().run(call, strategy, recorded, state)
+        if written:  # what it needs of them then is in its cost
+            met.random = None
         if written and isinstance(kept, _GhostRecord):
             kept.in_autograds_graph(shared=call.path in self._shared)
         return kept, made

@@ -25,8 +25,8 @@ from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import storage_key
 from evoplan.planner.fitting.ghosts import GhostRuns
+from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.patched import Patched
-from evoplan.planner.fitting.runs import Planned
 from evoplan.planner.schedules.schedule import Sequence
 
 Loss = Callable[[Any], Tensor]
