@@ -254,9 +254,8 @@ def test_memory_and_work_are_those_of_a_checkpoint_by_hand() -> None:
     given = case("gpt")._replace(model=GPT(dropout=0.0).train(), args=(torch.randint(50, (3, 41)),))
     for parameter in given.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    chain = chain_of(given)
-    runs = tuple(Run(call.index, REDO) for call in chain.calls[:-1])
-    plan = Patched(given.model, chain, Sequence((*runs, Run(len(runs), Strategy.parse("whole")))))
+    blocks = [REDO] * 4 + [Strategy.parse("whole")] * 2  # a norm is the last
+    plan = Patched(given.model, chain_of(given), Sequence(tuple(map(Run, range(6), blocks))))
 
     def one() -> None:
         given.model(*given.args).square().mean().backward()

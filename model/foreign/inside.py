@@ -25,6 +25,7 @@ from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
 from evoplan.model.running.strategy import REDO, Strategy
 
 Forward = Callable[..., Any]
+ALL_AGAIN = ((SELF, REDO),)  # of a strategy's `within`: the block as a whole runs again in backward
 _CHUNK = re.compile(r"chunk\((\d+), (\d+)\)")
 
 
@@ -34,7 +35,7 @@ def in_autograds_graph(strategy: Strategy) -> bool:
     Nothing of it runs again there, or all of it does, as under `torch.utils.checkpoint`: gradients of its
     parameters are added to what they have as they come, and what nobody reads is not made again.
     """
-    return strategy.modules in ((), ((SELF, REDO),))
+    return strategy.modules in ((), ALL_AGAIN)
 
 
 class Inside:
