@@ -325,6 +325,23 @@ def test_modes_counters_and_settings_are_what_they_were_in_forward() -> None:
         assert_same(found, step(given))
 
 
+def test_settings_are_what_they_were_in_forward() -> None:
+    class Setting(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if torch.get_default_dtype() == torch.float64 else 3)
+
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            loss = loss_of(model, given)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        loss.backward()
+        return gradients(model)
+
+    same(loop, odd(Setting))
+
+
 def test_precision_is_what_it_was_in_forward() -> None:
     """Also where a cast of a parameter that a block uses was made before it, and kept."""
 
