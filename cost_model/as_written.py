@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,16 +12,40 @@ from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.later_gradients import LaterGradients
 from evoplan.cost_model.trace import Trace
+from evoplan.model.foreign.calls import Call
+from evoplan.model.foreign.inside import Forward, Inside
 from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import distinct
 from evoplan.model.foreign.runs import CallRun
 from evoplan.model.running.internals import storage_key
+from evoplan.model.running.parameters import Parameters
 
 
 class AutogradsRun(CallRun):
-    """A call within autograd's own graph, as a model that is under no plan has it."""
+    """A call within autograd's own graph, as a model that is under no plan has it.
+
+    Args:
+        arguments: is told which of them are held.
+    """
 
     root: Tensor | None = None
+
+    def __init__(
+        self,
+        call: Call,
+        forward: Forward,
+        leaves: Sequence[Any],
+        wanted: Sequence[int],
+        parameters: Parameters,
+        inside: Inside,
+        arguments: Entered,
+    ) -> None:
+        self.arguments = arguments
+        super().__init__(call, forward, leaves, wanted, parameters, inside)
+
+    def entered(self, recording: Forward) -> Forward:
+        """It is called with copies, whose holders show."""
+        return self.arguments.into(recording)
 
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """None: gradients come of a node of the graph, which holds them no longer than their readers do."""
@@ -39,18 +64,21 @@ class AutogradsRun(CallRun):
 
 
 class Entered:
-    """A forward that is given copies of its arguments, made here: so it shows which of them are held.
+    """Copies of a forward's arguments, made here: so it shows which of them are held.
 
     Attributes:
         kept: by position, the bytes of those that are, when `look` was last called.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
+    def __init__(self) -> None:
         self.kept: dict[int, int] = {}
         self._storages: dict[int, tuple[int, int]] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def into(self, forward: Forward) -> Forward:
+        """The forward, given copies."""
+        return partial(self._call, forward)
+
+    def _call(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         given = distinct(leaves)
         with as_written():  # a copy is what a lean run would make again
@@ -62,7 +90,7 @@ class Entered:
         }
         args, kwargs = pytree.tree_unflatten(given.leaves(copies), structure)
         del copies, leaves
-        return self.forward(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     def look(self, trace: Trace) -> int:
         """How many bytes of them are held now."""

@@ -8,11 +8,13 @@ from dataclasses import replace
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.steps import StepCost
+from evoplan.model.foreign.inside import ALL_AGAIN
 from evoplan.model.running.kinds import LEAN, WHOLE
 from evoplan.model.running.strategy import REDO, Strategy
 
 # Seconds, forward and backward, that Python takes beside the operators, which the roofline knows nothing of:
 # for each operator of a lean block, which it is asked about, and for each module that is run otherwise.
+# Not for the block itself, of which a checkpoint takes as much, which is not counted either.
 # Measured on blocks of a Pairformer and an Evoformer on a CPU; of large tensors it is little.
 LEAN_SECONDS = 60e-6, 20e-6
 WAY_SECONDS = {REDO: (0.4e-3, 0.8e-3), WHOLE.kind: (0.2e-3, 0.2e-3), LEAN.kind: (0.5e-3, 0.4e-3)}
@@ -26,7 +28,8 @@ def timed(cost: StepCost, device: Device, precision: str) -> StepCost:
         precision: what products are done in, by the name of a dtype.
     """
     lean = sum(cost.forward_work.kernels.values()) if cost.strategy.kind == LEAN.kind else 0
-    ways = [WAY_SECONDS.get(way.partition("+")[0], SLICED_SECONDS) for _, way in cost.strategy.modules]
+    modules = () if cost.strategy.modules == ALL_AGAIN else cost.strategy.modules
+    ways = [WAY_SECONDS.get(way.partition("+")[0], SLICED_SECONDS) for _, way in modules]
     forward, backward = (
         lean * of_operator + sum(of_ways) for of_operator, *of_ways in zip(LEAN_SECONDS, *ways, strict=True)
     )

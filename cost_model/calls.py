@@ -26,7 +26,7 @@ from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError
-from evoplan.model.foreign.inside import Inside
+from evoplan.model.foreign.inside import Inside, in_autograds_graph
 from evoplan.model.foreign.leaves import Layout, Value
 from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.foreign.sources import told
@@ -182,14 +182,16 @@ class CallTracing:
         """Its cost under one strategy."""
         cost = self._recorded(strategy)
         held = self._recorded(strategy, held=True).backward_bytes if cost.keeps_made else 0
-        written = None if strategy.modules else self._written(strategy, bool(cost.keeps_made))
+        written = None
+        if in_autograds_graph(strategy):
+            written = self._written(strategy, bool(cost.keeps_made))
         return replace(cost, backward_held_bytes=held, as_written=written)
 
     def _written(self, strategy: Strategy, keeps_made: bool) -> AsWritten:
         """The same in autograd's own graph."""
         for parameter in self.module.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        entered = Entered(self.module.forward)
+        entered = Entered()
         first = self._recorded(strategy, as_written=entered)
         held = self._recorded(strategy, held=True, as_written=entered) if keeps_made else None
         for parameter in self.module.parameters():
@@ -211,10 +213,8 @@ class CallTracing:
         inside, parameters = self._inside(strategy), Parameters(self.module)
         trace.reset()
         with self.casting():
-            if as_written is None:
-                run = CallRun(call, self.module.forward, self.leaves, call.wanted, parameters, inside)
-            else:
-                run = AutogradsRun(call, as_written, self.leaves, call.wanted, parameters, inside)
+            about = call, self.module.forward, self.leaves, call.wanted, parameters, inside
+            run = CallRun(*about) if as_written is None else AutogradsRun(*about, as_written)
         number_bytes = trace.kept_number_bytes
         made, returned = run.take()
         forward_bytes, forward_work = trace.peak_bytes - base + number_bytes, trace.work()

@@ -18,7 +18,7 @@ from evoplan.cost_model.steps import StepCost
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured
-from evoplan.model.foreign.inside import Inside
+from evoplan.model.foreign.inside import ALL_AGAIN, Inside
 from evoplan.model.foreign.rehearsal import left_as_it_is
 from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.running.parameters import Parameters
@@ -82,7 +82,7 @@ class _Stopwatch:
             for strategy, pairs in records.items():
                 pair = self._record_seconds(strategy)
                 pairs += [pair] if number else []
-        return tuple(
+        timed = [
             replace(
                 cost,
                 discard_seconds=median(discards[without]),
@@ -90,6 +90,10 @@ class _Stopwatch:
                 backward_seconds=median(backward for _, backward in records[cost.strategy]),
             )
             for cost, without in zip(costs, bare, strict=True)
+        ]
+        whole = timed[0]  # as `needed` leaves them
+        return tuple(
+            _no_longer(cost, whole) if cost.strategy.modules == ALL_AGAIN else cost for cost in timed
         )
 
     def _discard_seconds(self, strategy: Strategy) -> float:
@@ -118,3 +122,12 @@ class _Stopwatch:
     def _inside(self, strategy: Strategy) -> Inside:
         call = self.call
         return Inside(strategy, self.block, call.children, self.settings, call.knobs)
+
+
+def _no_longer(again: StepCost, whole: StepCost) -> StepCost:
+    """A block that runs again does no more than under a checkpoint: by chance it takes no longer either."""
+    return replace(
+        again,
+        forward_seconds=min(again.forward_seconds, whole.discard_seconds),
+        backward_seconds=min(again.backward_seconds, whole.forward_seconds + whole.backward_seconds),
+    )

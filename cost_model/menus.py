@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from evoplan.model.foreign.children import SELF, Axis, Child, Declared
+from evoplan.model.foreign.inside import ALL_AGAIN
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.running.kernels import kernels_for
 from evoplan.model.running.kinds import LEAN, WHOLE
@@ -42,6 +43,7 @@ def strategies_of(
         again = [_again(children, paths, kernel) for paths in sets]
         offered += [Strategy(how.kind, within=_within(ways | redone)) for redone in ({}, *again)]
     if not children[SELF].changes:
+        offered.append(Strategy(WHOLE.kind, within=ALL_AGAIN))
         lower = _lower(children, sets[-1] if sets else [], kernel)
         offered += [Strategy(WHOLE.kind, within=_within(ways)) for ways in lower]
     # Slices were shown with its knobs as they are: turned, nothing is cut. Each value is traced in all these

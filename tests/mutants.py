@@ -492,6 +492,22 @@ MUTANTS = [
         ("fit.py::test_gradients_are_the_models_own_under_any_schedule",),
     ),
     Mutant(
+        "fit-autograd-as-met",
+        "planner/fitting/runs.py",
+        "with self._as_met(call), met.parameters.installed(), met.context:",
+        "with nullcontext():",
+        "a block that autograd runs again finds other weights, modes and settings than forward did",
+        ("fit_redone.py",),
+    ),
+    Mutant(
+        "fit-loss-untold",
+        "planner/fitting/simulating.py",
+        "return max(table.loss_bytes, self.loss_peak_bytes - around - moments[at].held_bytes)",
+        "return table.loss_bytes",
+        "a state is kept for each block where the loss takes most",
+        ("fit_around.py",),
+    ),
+    Mutant(
         "fit-does-not-repeat",
         "planner/fitting/runs.py",
         "if not alike(fingerprint(made), met.fingerprint):",

@@ -220,7 +220,8 @@ def test_weights_of_modules_that_run_again_may_not_change_before() -> None:
     """Autograd has not saved them, and would not see it."""
     given = case("gpt")
     again = Strategy(WHOLE.kind, within=(("mlp", "redo"),))
-    Patched(given.model, chain_of(given), Sequence(tuple(Run(at, again) for at in range(5)))).install()
+    runs = *(Run(at, again) for at in range(5)), Run(5, WHOLE)  # a norm is the last
+    Patched(given.model, chain_of(given), Sequence(runs)).install()
     loss = given.model(*given.args).square().mean()
     with torch.no_grad():
         given.model.blocks[0].mlp.up.weight.mul_(2)
@@ -468,11 +469,15 @@ def test_parameters_hooks_run_once() -> None:
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:
+    """By a checkpoint over several blocks; blocks in autograd's own graph have one."""
     given = case("pairs")
-    with fitted(given):
-        s, _ = given.model(*given.args, **given.kwargs)
-        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-            torch.autograd.grad(s.sum(), given.args[0], create_graph=True)
+    chain = chain_of(given)
+    runs = tuple(Run(call.index, WHOLE) for call in chain.calls)
+    whole = Checkpoint(Sequence(runs), (WHOLE,) * len(runs))
+    Patched(given.model, chain, Sequence((whole,))).install()
+    s, _ = given.model(*given.args, **given.kwargs)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(s.sum(), given.args[0], create_graph=True)
 
 
 def test_losses_that_do_not_reach_each_other() -> None:

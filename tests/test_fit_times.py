@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import evoplan
+from evoplan.planner.fitting.by_hand import AGAIN
 from tests.test_fit_adapters import C_Z, Block, Model, mask
-from tests.zoo import random
+from tests.zoo import case, random
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available.*:UserWarning")
 
@@ -46,3 +47,14 @@ def test_measuring_leaves_everything_as_it_is() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     for cost in fitted._fitting.table.options[1]:
         assert min(cost.discard_seconds, cost.forward_seconds, cost.backward_seconds) > 0
+
+
+def test_a_block_that_autograd_runs_again_takes_no_longer_than_under_a_checkpoint() -> None:
+    """However its times were measured: it does less."""
+    fitted = case("gpt").fit(times="measured")
+    found = {id(costs): costs for costs in fitted._fitting.table.options}.values()
+    pairs = [(costs[0], cost) for costs in found for cost in costs if cost.strategy == AGAIN]
+    assert pairs
+    for whole, again in pairs:
+        assert again.forward_seconds <= whole.discard_seconds
+        assert again.backward_seconds <= whole.forward_seconds + whole.backward_seconds

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
-from evoplan.model.foreign.finding import blocks_in
+from evoplan.model.foreign.finding import blocks_in, closing_in
 from evoplan.model.foreign.leaves import Key, Layout, Value
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
-from evoplan.model.running.internals import storage_key
+from evoplan.model.running.internals import has_hooks, storage_key
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
 
@@ -70,10 +70,25 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
             f"{type(model).__name__} has no modules that are called one after the other with autograd on: "
             "a plan is for a stack of blocks, in an nn.ModuleList or an nn.Sequential"
         )
+    for visit in closing_in(watch.root, visits[-1]):
+        if not _is_simple(visit):
+            break
+        visits.append(visit)
     chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
     unlike = functions.attention or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
     told = hashlib.sha256("\n".join(operator.about for operator in watch.operators).encode()).hexdigest()
     return replace(chain, unlike_on_meta=unlike, operators=told)
+
+
+def _is_simple(visit: Visit) -> bool:
+    """Whether nothing stands in the way of running a module again; of a block that would be an error."""
+    leaves = (*visit.arguments, *visit.results)
+    return (
+        visit.recorded
+        and not (visit.hooked or visit.writes or visit.changes)
+        and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
+        and not any(has_hooks(inner) for inner in visit.module.modules())
+    )
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:

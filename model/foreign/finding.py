@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
+from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit
 
 MOST = 0.8  # of a module's parameters that a stack within it has, where the stack's blocks take its place
@@ -19,6 +21,40 @@ def blocks_in(root: Visit) -> list[Visit]:
     stacks = list(_stacks(root))
     large = [stack for stack in stacks if any(block.children for block in stack)]
     return sorted((block for stack in large or stacks for block in stack), key=lambda block: block.start)
+
+
+def closing_in(root: Visit, last: Visit) -> list[Visit]:
+    """What follows the last block as if it were one: modules that make of what it has returned, as it is, a
+    tensor of the same layout. Mostly that is a norm; kept, it and the head after it keep three such tensors.
+
+    A module that is called more than once is none: elsewhere it is something else.
+    """
+    visits = list(_all(root))
+    calls = Counter(visit.module for visit in visits)
+    found: list[Visit] = []
+    for visit in sorted(visits, key=lambda visit: visit.start):
+        before = found[-1] if found else last
+        if visit.start >= before.stop and calls[visit.module] == 1 and _goes_on(visit, before):
+            found.append(visit)
+    return found
+
+
+def _goes_on(visit: Visit, before: Visit) -> bool:
+    """Whether a module makes one tensor, laid out as one that it is given and that another has returned."""
+    returned = [key for key in before.out_keys if key is not None]
+    given = [leaf for leaf, key in zip(visit.arguments, visit.keys, strict=True) if key in returned]
+    made = [leaf for leaf in visit.results if isinstance(leaf, Tensor)]
+    trained = any(parameter.requires_grad for parameter in visit.module.parameters())
+    fresh = not any(key in visit.keys for key in visit.out_keys if key is not None)
+    return (
+        trained and fresh and len(made) == 1 and any(Layout.of(leaf) == Layout.of(made[0]) for leaf in given)
+    )
+
+
+def _all(visit: Visit) -> Iterator[Visit]:
+    for child in visit.children:
+        yield child
+        yield from _all(child)
 
 
 def _stacks(visit: Visit) -> Iterator[list[Visit]]:

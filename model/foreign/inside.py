@@ -25,7 +25,17 @@ from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
 from evoplan.model.running.strategy import REDO, Strategy
 
 Forward = Callable[..., Any]
+ALL_AGAIN = ((SELF, REDO),)  # of a strategy's `within`: the block as a whole runs again in backward
 _CHUNK = re.compile(r"chunk\((\d+), (\d+)\)")
+
+
+def in_autograds_graph(strategy: Strategy) -> bool:
+    """Whether a block whose forward has run so once may stay in autograd's own graph.
+
+    Nothing of it runs again there, or all of it does, as under `torch.utils.checkpoint`: gradients of its
+    parameters are added to what they have as they come, and what nobody reads is not made again.
+    """
+    return strategy.modules in ((), ALL_AGAIN)
 
 
 class Inside:
@@ -37,6 +47,7 @@ class Inside:
         knobs: of its own, by name.
 
     Attributes:
+        around: makes what modules are in when they run again, where that is not what backward is in.
         tries: whether modules that run again in backward are seen to make the same as in forward. Counters,
             and switches that nobody here knows of, are found so, the first time, which is enough.
     """
@@ -55,6 +66,7 @@ class Inside:
         self.lean = strategy.kind == LEAN.kind
         self.ways = dict(strategy.modules)
         self.turned = Turned(block, knobs, dict(strategy.knobs))
+        self.around: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def recording(self, forward: Forward) -> Iterator[Forward]:
@@ -111,7 +123,7 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self._run(*args, **kwargs)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        given, again = distinct(leaves), _Again(Attributes(self.module.modules()))
+        given, again = distinct(leaves), _Again(Attributes(self.module.modules()), self.inside.around)
         rest, tries = given.without(), self.inside.tries
         imagined = next((tensor.device for tensor in given.tensors if not has_data(tensor)), None)
 
@@ -140,11 +152,14 @@ class _Again:
 
     Args:
         attributes: of its modules: what calls it may give them others for every call.
+        around: makes what all of that is in.
     """
 
-    def __init__(self, attributes: Attributes) -> None:
+    def __init__(
+        self, attributes: Attributes, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self.random: RandomState | ImaginedState | None = None
-        self.attributes = attributes
+        self.attributes, self.around = attributes, around
         self._installed = ExitStack()
         self._made: Fingerprint | None = None
 
@@ -182,6 +197,7 @@ class _Again:
         self.random = state if draws.any else None
 
     def __enter__(self) -> None:
+        self._installed.enter_context(self.around())
         self._installed.enter_context(self.attributes.installed())
         if self.random is not None:
             self._installed.enter_context(self.random)

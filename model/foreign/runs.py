@@ -61,10 +61,14 @@ class CallRun:
         self._marks = marks(self._named)
         args, kwargs = call.arguments_from(given)
         with torch.enable_grad(), inside.recording(forward) as recording:
-            made, returned = call.made_of(recording(*args, **kwargs))
+            made, returned = call.made_of(self.entered(recording)(*args, **kwargs))
         self.edges = self.ends(made)
         self.made: tuple[Tensor, ...] = tuple(tensor.detach() for tensor in made)
         self.returned = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in returned]
+
+    def entered(self, recording: Forward) -> Forward:
+        """What is called: the forward as it is recorded."""
+        return recording
 
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """Where gradients come in: edges, not tensors, as what was made belongs to whoever reads it next."""

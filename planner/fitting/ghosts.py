@@ -7,10 +7,10 @@ what is kept and when it goes. So a whole training step is simulated in the time
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +20,17 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
 from evoplan.model.foreign.calls import Argument, Call, Made
+from evoplan.model.foreign.inside import in_autograds_graph
 from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.placed import Outputs
-from evoplan.planner.fitting.runs import CallRuns, Planned
+from evoplan.planner.fitting.met import Planned
+from evoplan.planner.fitting.runs import CallRuns
 from evoplan.planner.schedules.schedule import Action
+
+Phase = Literal["blocks", "loss"]
 
 
 class GhostRuns(CallRuns):
@@ -37,6 +41,7 @@ class GhostRuns(CallRuns):
         table: what each call takes.
         trace: is told of it.
         where: what tensors are on.
+        passed: is told as "blocks" when the last of them has run, and as "loss" when one runs backward.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class GhostRuns(CallRuns):
         table: CostTable,
         trace: Trace,
         where: str,
+        passed: Callable[[Phase], None],
     ) -> None:
         super().__init__(blocks)
+        self.passed, self.last = passed, calls[-1]
         self.table, self.trace, self.where = table, trace, where
         uses = Counter(id(p) for call in calls for p in blocks[call.path].module.parameters())
         # Of parameters of several calls autograd holds the sum until the last of them.
@@ -75,13 +82,22 @@ class GhostRuns(CallRuns):
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Any, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
-        written = recorded and not strategy.modules
-        if written:  # autograd itself runs nothing again, and needs no generator's state
-            self.met[call.index].random = None
+        written, met = recorded and in_autograds_graph(strategy), self.met[call.index]
+        if written and not strategy.modules:  # nothing runs again, which needs no generator's state
+            met.random = None
         kept, made = super().run(call, strategy, recorded, state)
+        if written:  # what it needs of them then is in its cost
+            met.random = None
         if written and isinstance(kept, _GhostRecord):
             kept.in_autograds_graph(shared=call.path in self._shared)
+        if call is self.last:
+            self.passed("blocks")
         return kept, made
+
+    def again(self, call: Call, action: Action, state: Mapping[str, Tensor]) -> tuple[Any, Outputs | None]:
+        """As `planner.execution.tape.Runs` has it."""
+        self.passed("loss")
+        return super().again(call, action, state)
 
     def random_state(self, call: Call) -> Any:
         """As large as a real one."""
@@ -172,6 +188,7 @@ class _GhostRecord:
         self, grads: tuple[Tensor | None, ...], keep: bool = False
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """Gradients without data."""
+        self.runs.passed("loss")
         met, trace, cost = self.runs.met[self.call.index], self.runs.trace, self.cost
         own = [(storage_key(tensor), trace.in_blocks(tensor.nbytes)) for tensor in self.own]
         self.own.clear()

@@ -19,7 +19,8 @@ from evoplan.model.foreign.leaves import ChangedCallError, key_of
 from evoplan.model.running.chain import State
 from evoplan.model.running.internals import has_saving_hooks, other_forwards
 from evoplan.planner.execution.tape import Tape
-from evoplan.planner.fitting.runs import CallRuns, Planned
+from evoplan.planner.fitting.met import Planned
+from evoplan.planner.fitting.runs import CallRuns
 from evoplan.planner.schedules.schedule import Action, Sequence, actions
 
 OnChange = Literal["error", "unplanned"]
@@ -152,7 +153,7 @@ class _Pass:
         self.position += 1
         action, tape = self.patched.todo[call.index], self.tape
         if self.runs.as_written(action):
-            return self._written(call, action, args, kwargs)
+            return self._written(call, action, args, kwargs, leaves)
         tape.enter(action, self.state)
         self.busy = True
         try:
@@ -166,12 +167,14 @@ class _Pass:
         returned, met.returned = met.returned, []
         return call.result_of(made, returned, leaves)
 
-    def _written(self, call: Call, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of which nothing will run again: autograd records it as it does without a plan."""
+    def _written(
+        self, call: Call, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Any:
+        """A call that autograd records as it does without a plan."""
         assert action.run is not None
         self.busy = True
         try:
-            result = self.runs.written(call, action.run.strategy, args, kwargs)
+            result = self.runs.written(call, action.run.strategy, args, kwargs, leaves)
         finally:
             self.busy = False
         try:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from evoplan.model.foreign.rehearsal import given_to_blocks, rehearsed
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
 from evoplan.model.running.strategy import Strategy
+from evoplan.planner.fitting.by_hand import each_block_again
 from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator, captured
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
@@ -83,7 +84,7 @@ class Fitting:
     @cached_property
     def static(self) -> dict[str, int]:
         """What is there before the step, in bytes."""
-        simulated = self._simulated(self.frontier.least)
+        simulated = self._simulated(each_block_again(self.table))
         states = OPTIMIZER_STATES[self.optimizer] * simulated.static["gradients"]
         return {**simulated.static, "optimizer": states, "workspace": self.device.workspace_bytes}
 
@@ -95,6 +96,12 @@ class Fitting:
     def _simulator(self) -> Simulator:
         about = self.captured, self.table, self.device, self.loss, self.casting, self.precision, self.where
         return Simulator(self.model, self.given, *about)
+
+    def learn_of_the_loss(self) -> None:
+        """Have the table say what the loss takes, with all that lies between it and the blocks."""
+        schedule = each_block_again(self.table)
+        loss_bytes = self._simulated(schedule).loss_bytes(schedule, self.table)
+        self.table = replace(self.table, loss_bytes=loss_bytes)
 
     def _simulated(self, schedule: Sequence) -> Simulated:
         return self.kept.recall(
@@ -189,7 +196,9 @@ def fitting_of(
             given_to = given_to_blocks(model, chain, lambda: model(*args, **kwargs))
         table, times = with_measured_times(model, chain, table, given_to, outside), timing
     about = where, dtype, times, place, autocast, casting
-    return Fitting(model, given, loss, optimizer, *about, chain, table, kept)
+    fitting = Fitting(model, given, loss, optimizer, *about, chain, table, kept)
+    fitting.learn_of_the_loss()
+    return fitting
 
 
 def _captured(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Call, FromState
-from evoplan.model.foreign.fingerprints import Fingerprint, alike, fingerprint
-from evoplan.model.foreign.inside import Forward, Inside
+from evoplan.model.foreign.fingerprints import alike, fingerprint
+from evoplan.model.foreign.inside import Inside, in_autograds_graph
 from evoplan.model.foreign.leaves import Key, Value
 from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
@@ -23,58 +23,10 @@ from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
-from evoplan.model.running.unchanged import Mark, check, mark, marks
+from evoplan.model.running.unchanged import check, mark, marks
 from evoplan.planner.execution.placed import Outputs
+from evoplan.planner.fitting.met import MetCall, Planned
 from evoplan.planner.schedules.schedule import Action
-
-
-@dataclass
-class MetCall:
-    """A call as forward met it.
-
-    Attributes:
-        given: leaves of its arguments; None in place of what comes from the state.
-        wanted: positions of those that a gradient is wanted of.
-        context: what the call runs under.
-        marks: of the tensors among `given`.
-        attributes: flags and numbers of its modules, as they were before.
-        buffers: values of those that it writes into, as they were before.
-        others: its other buffers, and `of_others` their marks.
-        random: where the generators stood; None where it has drawn nothing.
-        returned: what it returned and did not make, until the caller has it.
-        fingerprint: of what it made, where it will run again.
-    """
-
-    given: list[Any]
-    wanted: tuple[int, ...]
-    parameters: Parameters
-    context: Context
-    marks: dict[str, Mark]
-    attributes: Attributes
-    buffers: dict[str, Tensor]
-    others: dict[str, Tensor]
-    of_others: dict[str, Mark]
-    random: RandomState | None
-    returned: list[Any] = field(default_factory=list)
-    fingerprint: Fingerprint = ()
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether there is a gradient to find at all."""
-        return bool(self.wanted or self.parameters.trained)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A block and its own forward, as it was before it was planned.
-
-    Attributes:
-        tried: strategies that have been seen to repeat what modules within do.
-    """
-
-    module: nn.Module
-    forward: Forward
-    tried: set[Strategy] = field(default_factory=set)
 
 
 class CallRuns:
@@ -96,6 +48,13 @@ class CallRuns:
 
     def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
         """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""
+        met, modules = self._look_up(call, leaves)
+        if any(inner._forward_hooks for inner in modules[1:]):
+            self.cut_off(call)
+        return *(leaves[at] for at in met.wanted), *met.parameters.trained.values()
+
+    def _look_up(self, call: Call, leaves: Sequence[Any]) -> tuple[MetCall, list[nn.Module]]:
+        """A call as it is met, and the block and all modules in it."""
         module = self.blocks[call.path].module
         wanted = tuple(
             at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
@@ -107,8 +66,6 @@ class CallRuns:
             for leaf, argument in zip(leaves, call.arguments, strict=True)
         ]  # fmt: skip
         found = members(module)
-        if any(inner._forward_hooks for inner in found.modules if inner is not module):
-            self.cut_off(call)
         parameters = Parameters(module, found.parameters)
         others = {name: buffer for name, buffer in found.buffers.items() if name not in call.changes}
         met = MetCall(
@@ -124,18 +81,43 @@ class CallRuns:
             self.random_state(call),
         )
         self.met[call.index] = met
-        return *(leaves[at] for at in wanted), *parameters.trained.values()
+        return met, found.modules
 
     def as_written(self, action: Action) -> bool:
-        """Whether a step of forward runs in autograd's own graph: nothing of it will run again."""
-        return action.run is not None and action.recorded and not action.run.strategy.modules
+        """Whether a step of forward runs in autograd's own graph."""
+        return action.run is not None and action.recorded and in_autograds_graph(action.run.strategy)
 
-    def written(self, call: Call, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What such a step returns."""
+    def written(
+        self,
+        call: Call,
+        strategy: Strategy,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+    ) -> Any:
+        """What such a step returns, called with arguments of these leaves."""
         block = self.blocks[call.path]
-        inside = Inside(strategy, block.module, call.children, call.settings, call.knobs)
-        with inside.recording(block.forward) as recording:
-            return recording(*args, **kwargs)
+        inside = self._inside(call, strategy, recorded=True)
+        if not strategy.modules:
+            with inside.recording(block.forward) as recording:
+                return recording(*args, **kwargs)
+        self._look_up(call, leaves)
+        met = self.met[call.index]
+        met.given = []  # autograd holds them, and sees whether they are written into
+        inside.around = partial(self._once_more, call)
+        with met.context, inside.recording(block.forward) as recording:
+            result = recording(*args, **kwargs)
+        self._has_run(call)
+        met.random = None  # what runs again has its own
+        return result
+
+    @contextmanager
+    def _once_more(self, call: Call) -> Iterator[None]:
+        """What a block that autograd runs again has to find as forward found it."""
+        met = self.met[call.index]
+        met.parameters.check(call.name)
+        with self._as_met(call), met.parameters.installed(), met.context:
+            yield
 
     def cut_off(self, call: Call) -> None:
         """Say what becomes of hooks within a block."""
@@ -153,10 +135,16 @@ class CallRuns:
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
-        met, module = self.met[call.index], self.blocks[call.path].module
+        met = self.met[call.index]
         kept, made, met.returned = self._run(call, strategy, recorded, state)
         if not recorded or not met.differentiable:
             met.fingerprint = fingerprint(made)
+        self._has_run(call)
+        return kept, made
+
+    def _has_run(self, call: Call) -> None:
+        """See that a forward has done no more than was planned."""
+        met, module = self.met[call.index], self.blocks[call.path].module
         if met.random is not None and not met.random.moved():
             met.random = None
         if met.random is not None and not call.draws:
@@ -170,7 +158,15 @@ class CallRuns:
                     f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
                     "fit the model again"
                 )
-        return kept, made
+
+    def _inside(self, call: Call, strategy: Strategy, recorded: bool) -> Inside:
+        """How a call runs; what runs again in backward is tried the first time that it does."""
+        block = self.blocks[call.path]
+        inside = Inside(strategy, block.module, call.children, call.settings, call.knobs)
+        if recorded and strategy.modules and strategy not in block.tried:
+            inside.tries = True
+            block.tried.add(strategy)
+        return inside
 
     def _run(
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]
@@ -179,10 +175,7 @@ class CallRuns:
         met, block = self.met[call.index], self.blocks[call.path]
         leaves, forward = self.leaves(call, state), block.forward
         with met.context:
-            inside = Inside(strategy, block.module, call.children, call.settings, call.knobs)
-            if recorded and strategy.modules and strategy not in block.tried:
-                inside.tries = True
-                block.tried.add(strategy)
+            inside = self._inside(call, strategy, recorded)
             if recorded and met.differentiable:
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, inside)
                 made, returned = kept.take()

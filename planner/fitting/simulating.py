@@ -18,15 +18,16 @@ from evoplan.cost_model.devices import Device
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
-from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
+from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, capture
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import storage_key
 from evoplan.planner.fitting.ghosts import GhostRuns
+from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.patched import Patched
-from evoplan.planner.fitting.runs import Planned
+from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 
 Loss = Callable[[Any], Tensor]
@@ -98,11 +99,25 @@ class Simulated:
         peak_bytes: the most that is live, parameters, their gradients, buffers and inputs included.
         static: of that, what is there before the step.
         other_seconds: predicted time of all that is not in the blocks.
+        loss_peak_bytes: the most that is live after the last block has run and before one runs backward.
+        backward_peak_bytes: the most that is live from there on.
     """
 
     peak_bytes: int
     static: dict[str, int]
     other_seconds: float
+    loss_peak_bytes: int
+    backward_peak_bytes: int
+
+    def loss_bytes(self, schedule: Sequence, table: CostTable) -> int:
+        """What is live at the loss above what blocks under this schedule hold there, as the table has it.
+
+        What is around the blocks all the while, such as the output, is not in it: solvers leave that out.
+        """
+        moments = replay(schedule, table).moments
+        (at,) = (at for at, moment in enumerate(moments) if moment.phase == "loss")
+        around = self.backward_peak_bytes - max(moment.peak_bytes for moment in moments[at + 1 :])
+        return max(table.loss_bytes, self.loss_peak_bytes - around - moments[at].held_bytes)
 
 
 class Simulator:
@@ -145,12 +160,9 @@ class Simulator:
             args, kwargs = self.given.made(self.where)
             inputs = trace.live_bytes - base - gradients
             static = {"parameters": sum(sizes.values()), "gradients": gradients, "inputs": inputs}
-            patched = Patched(
-                copy,
-                self.captured,
-                schedule,
-                runs=partial(_ghosts, self.captured.calls, self.table, trace, self.where),
-            )
+            phases = _Phases(trace)
+            about = self.captured.calls, self.table, trace, self.where, phases.passed
+            patched = Patched(copy, self.captured, schedule, runs=partial(_ghosts, *about))
             patched.install()
             trace.reset()
             try:
@@ -160,13 +172,40 @@ class Simulator:
                 value.backward()
             finally:
                 patched.remove()
-            peak = trace.peak_bytes - base + static["parameters"]
+            phases.passed("backward")
             # The numbers that the loss is, and those by which something outside of the blocks is scaled.
-            peak += LOSS_NUMBERS * self.device.in_blocks(NUMBER_BYTES) + trace.kept_number_bytes
-            return Simulated(peak, static, seconds(trace.work(), self.device, self.precision))
+            more = LOSS_NUMBERS * self.device.in_blocks(NUMBER_BYTES) + phases.number_bytes
+            more += static["parameters"] - base
+            peaks = {name: peak + more for name, peak in phases.peaks.items()}
+            took = sum(seconds(work, self.device, self.precision) for work in phases.work)
+            backward = peaks["backward"]
+            loss = peaks.get("loss", backward)
+            return Simulated(max(peaks.values()), static, took, loss, backward)
+
+
+class _Phases:
+    """Peaks of the phases of a step, and its work."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.number_bytes = trace, 0
+        self.peaks: dict[str, int] = {}
+        self.work: list[Work] = []
+
+    def passed(self, phase: str) -> None:
+        """A phase is over, if it is for the first time."""
+        if phase not in self.peaks:
+            self.peaks[phase] = self.trace.peak_bytes
+            self.work.append(self.trace.work())
+            self.number_bytes += self.trace.kept_number_bytes
+            self.trace.reset()
 
 
 def _ghosts(
-    calls: tuple[Call, ...], table: CostTable, trace: Trace, where: str, blocks: dict[str, Planned]
+    calls: tuple[Call, ...],
+    table: CostTable,
+    trace: Trace,
+    where: str,
+    passed: Callable[[str], None],
+    blocks: dict[str, Planned],
 ) -> GhostRuns:
-    return GhostRuns(blocks, calls, table, trace, where)
+    return GhostRuns(blocks, calls, table, trace, where, passed)

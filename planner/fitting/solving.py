@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from evoplan.planner.fitting.by_hand import each_block_again
 from evoplan.planner.fitting.problem import Fitting
 from evoplan.planner.plans.planning import NoPlanError
 from evoplan.planner.problems.prediction import Prediction
@@ -78,7 +79,8 @@ def sampled_frontier(
 
 def baselines(fitting: Fitting) -> dict[str, Prediction]:
     """Nothing recomputed, and each block checkpointed."""
-    return {name: fitting.predict(BASELINES[name](fitting.table)) for name in ("none", "large")}
+    schedules = {"none": BASELINES["none"](fitting.table), "large": each_block_again(fitting.table)}
+    return {name: fitting.predict(schedule) for name, schedule in schedules.items()}
 
 
 def _fit(fitting: Fitting, schedule: Sequence) -> Fit:

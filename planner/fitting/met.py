@@ -1,0 +1,66 @@
+"""Calls of blocks as a forward meets them, and the blocks as they were before they were planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from evoplan.model.foreign.attributes import Attributes
+from evoplan.model.foreign.fingerprints import Fingerprint
+from evoplan.model.foreign.inside import Forward
+from evoplan.model.running.context import Context
+from evoplan.model.running.parameters import Parameters
+from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.unchanged import Mark
+
+
+@dataclass
+class MetCall:
+    """A call as forward met it.
+
+    Attributes:
+        given: leaves of its arguments; None in place of what comes from the state.
+        wanted: positions of those that a gradient is wanted of.
+        context: what the call runs under.
+        marks: of the tensors among `given`.
+        attributes: flags and numbers of its modules, as they were before.
+        buffers: values of those that it writes into, as they were before.
+        others: its other buffers, and `of_others` their marks.
+        random: where the generators stood; None where it has drawn nothing.
+        returned: what it returned and did not make, until the caller has it.
+        fingerprint: of what it made, where it will run again.
+    """
+
+    given: list[Any]
+    wanted: tuple[int, ...]
+    parameters: Parameters
+    context: Context
+    marks: dict[str, Mark]
+    attributes: Attributes
+    buffers: dict[str, Tensor]
+    others: dict[str, Tensor]
+    of_others: dict[str, Mark]
+    random: RandomState | None
+    returned: list[Any] = field(default_factory=list)
+    fingerprint: Fingerprint = ()
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a gradient to find at all."""
+        return bool(self.wanted or self.parameters.trained)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A block and its own forward, as it was before it was planned.
+
+    Attributes:
+        tried: strategies that have been seen to repeat what modules within do.
+    """
+
+    module: nn.Module
+    forward: Forward
+    tried: set[Strategy] = field(default_factory=set)
