@@ -27,32 +27,47 @@ from evoplan.model.running.strategy import Strategy
 ROUNDS = 5
 
 
-def with_measured_times(
-    model: nn.Module,
-    captured: Captured,
-    table: CostTable,
-    given: Sequence[Sequence[Any]],
-    casting: Casting,
-    rounds: int = ROUNDS,
-) -> CostTable:
-    """A table with measured times in place of predicted ones; equal calls are measured once.
-
-    Strategies take turns, so that a machine that is busy for a while is so for all of them; medians count.
+class MeasuredCalls:
+    """Times calls of blocks.
 
     Args:
         model: with data.
         given: the leaves of what each call is given.
         casting: what forward runs under.
     """
-    known: dict[int, tuple[StepCost, ...]] = {}
-    options = []
-    for call, costs in zip(captured.calls, table.options, strict=True):
-        if id(costs) not in known:
-            block = model.get_submodule(call.path)
-            with left_as_it_is(model), casting():
-                known[id(costs)] = _Stopwatch(call, block, given[call.index]).timed(costs, rounds)
-        options.append(known[id(costs)])
-    return replace(table, options=tuple(options))
+
+    def __init__(
+        self, model: nn.Module, captured: Captured, given: Sequence[Sequence[Any]], casting: Casting
+    ) -> None:
+        self.model, self.calls, self.given, self.casting = model, captured.calls, given, casting
+
+    def timed(self, call: int, costs: Sequence[StepCost], more: int = 1) -> tuple[StepCost, ...]:
+        """Costs of a call with measured times in place of predicted ones.
+
+        Strategies take turns, so that a machine that is busy for a while is so for all; medians count.
+
+        Args:
+            more: times as many runs as usual.
+        """
+        block = self.model.get_submodule(self.calls[call].path)
+        with left_as_it_is(self.model), self.casting():
+            return _Stopwatch(self.calls[call], block, self.given[call]).timed(costs, more * ROUNDS)
+
+    def table(self, table: CostTable) -> CostTable:
+        """A table with measured times; equal calls are measured once."""
+        known: dict[int, tuple[StepCost, ...]] = {}
+        for call, costs in enumerate(table.options):
+            if id(costs) not in known:
+                known[id(costs)] = self.timed(call, costs)
+        return no_longer_than_checkpoints(
+            replace(table, options=tuple(known[id(costs)] for costs in table.options))
+        )
+
+
+def no_longer_than_checkpoints(table: CostTable) -> CostTable:
+    """A block that runs again does no more than under a checkpoint: by chance it takes no longer either."""
+    known = {id(costs): tuple(_no_longer(cost, costs[0]) for cost in costs) for costs in table.options}
+    return replace(table, options=tuple(known[id(costs)] for costs in table.options))
 
 
 class _Stopwatch:
@@ -82,7 +97,7 @@ class _Stopwatch:
             for strategy, pairs in records.items():
                 pair = self._record_seconds(strategy)
                 pairs += [pair] if number else []
-        timed = [
+        return tuple(
             replace(
                 cost,
                 discard_seconds=median(discards[without]),
@@ -90,10 +105,6 @@ class _Stopwatch:
                 backward_seconds=median(backward for _, backward in records[cost.strategy]),
             )
             for cost, without in zip(costs, bare, strict=True)
-        ]
-        whole = timed[0]  # as `needed` leaves them
-        return tuple(
-            _no_longer(cost, whole) if cost.strategy.modules == ALL_AGAIN else cost for cost in timed
         )
 
     def _discard_seconds(self, strategy: Strategy) -> float:
@@ -124,10 +135,11 @@ class _Stopwatch:
         return Inside(strategy, self.block, call.children, self.settings, call.knobs)
 
 
-def _no_longer(again: StepCost, whole: StepCost) -> StepCost:
-    """A block that runs again does no more than under a checkpoint: by chance it takes no longer either."""
+def _no_longer(cost: StepCost, whole: StepCost) -> StepCost:
+    if cost.strategy.modules != ALL_AGAIN:
+        return cost
     return replace(
-        again,
-        forward_seconds=min(again.forward_seconds, whole.discard_seconds),
-        backward_seconds=min(again.backward_seconds, whole.forward_seconds + whole.backward_seconds),
+        cost,
+        forward_seconds=min(cost.forward_seconds, whole.discard_seconds),
+        backward_seconds=min(cost.backward_seconds, whole.forward_seconds + whole.backward_seconds),
     )

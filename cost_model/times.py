@@ -8,7 +8,7 @@ from typing import Protocol
 from evoplan.cost_model.devices import Device, Link
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.steps import Forward, StepCost, opaque_strategies
-from evoplan.cost_model.times_cache import Shapes, TimesCache, key_of
+from evoplan.cost_model.times_cache import Shapes, TimesCache, Timing, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.chain import Step
 from evoplan.model.running.strategy import Strategy
@@ -68,6 +68,17 @@ class Roofline:
         return []
 
 
+def timed_as(cost: StepCost, found: Timing) -> StepCost:
+    """The cost with times that were measured."""
+    return replace(
+        cost,
+        discard_seconds=found.discard,
+        forward_seconds=found.forward,
+        backward_seconds=found.backward,
+        unread=Forward(cost.ending.bytes, cost.ending.work, found.unread) if cost.ending else None,
+    )
+
+
 @dataclass(frozen=True)
 class Measured:
     """Times that were measured on this device.
@@ -89,13 +100,7 @@ class Measured:
         found = self.cache.get(key_of(step, shapes, self.beside.dtype, cost.strategy))
         if found is None:
             return self.beside.timed(step, shapes, cost)
-        return replace(
-            cost,
-            discard_seconds=found.discard,
-            forward_seconds=found.forward,
-            backward_seconds=found.backward,
-            unread=Forward(cost.ending.bytes, cost.ending.work, found.unread) if cost.ending else None,
-        )
+        return timed_as(cost, found)
 
     def opaque(self, step: Step, shapes: Shapes, live_bytes: int) -> list[StepCost]:
         """Those that were found to be exact here."""

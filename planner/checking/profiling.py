@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.profile import bytes_taken, largest_error, time_step, with_data
 from evoplan.cost_model.steps import StepCost, opaque_strategies
+from evoplan.cost_model.times import timed_as
 from evoplan.cost_model.times_cache import Key, MeasuredBytes, TimesCache, Timing, key_of
 from evoplan.cost_model.trace import Work
 from evoplan.model.running.chain import Chain, Step
@@ -21,11 +22,11 @@ from evoplan.model.running.context import autocast
 from evoplan.model.running.kernels import KERNELS
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import COMPILED, Strategy
-from evoplan.planner.checking.confirming import confirm
 from evoplan.planner.checking.trial import available_bytes, random_inputs
-from evoplan.planner.problems.costing import cost_problem, kind_of
+from evoplan.planner.problems.costing import Costed, cost_problem, kind_of
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import cost_with_times, times_cache
+from evoplan.planner.solvers.confirming import MORE, confirmed
 
 Progress = Callable[[str], None]
 
@@ -80,7 +81,7 @@ def profile_problem(
     """Time every distinct step of a problem under every strategy that fits here; the cache keeps the times.
 
     Each time is kept as soon as it is measured, so a profile that was broken off goes on where it was. In
-    training, what plans then choose is timed once more (`planner.checking.confirming`).
+    training, what plans then choose is timed once more (`planner.solvers.confirming`).
 
     Args:
         cache_path: of the cache; the user's own if not given.
@@ -130,8 +131,8 @@ def profile_problem(
         done(f"{kind_of(step.name)}: times of {timed} strategies")
     calibrate()
     if problem.training:
-        confirm(lambda: cost_with_times(problem, "measured", cache_path), profiler)
-    found = [replace(row, timing=profiler.kept(row.step, row.strategy)[0]) for row in found]
+        profiler.confirm(cost_with_times(problem, "measured", cache_path))
+    found = [replace(row, timing=cache.get(profiler.key(row.step, row.strategy))) for row in found]
     return found, calibrate(), costed.device
 
 
@@ -200,22 +201,29 @@ class _Profiler:
     def _here(self, step: Step) -> Step:
         return with_data(step, getattr(torch, self.problem.dtype), self.problem.device)
 
-    def kept(self, step: Step, strategy: Strategy) -> tuple[Timing | None, bool]:
-        """As `planner.checking.confirming.Timer` has it."""
-        key = self.key(step, strategy)
-        return self.cache.get(key), self.cache.confirmed(key)
+    def confirm(self, costed: Costed) -> None:
+        """Time once more what plans choose, and keep that in place of the first times."""
+        steps = Chain.of(costed.model.train()).steps
+        given = self.state, self.constants, MORE * self.repeats, self.progress, self._casting
 
-    def time(self, step: Step, strategies: Collection[Strategy], more: int) -> dict[Strategy, Timing]:
-        """As `planner.checking.confirming.Timer` has it."""
-        given = self.state, self.constants, more * self.repeats, self.progress, self._casting
-        return time_step(self._here(step), strategies, *given)
+        def again(step: int, costs: Sequence[StepCost]) -> list[StepCost]:
+            times = time_step(self._here(steps[step]), [cost.strategy for cost in costs], *given)
+            return [timed_as(cost, times[cost.strategy]) for cost in costs]
 
-    def confirm(self, step: Step, strategy: Strategy, timing: Timing) -> None:
-        """As `planner.checking.confirming.Timer` has it."""
-        self.cache.confirm(self.key(step, strategy), timing)
+        def known(step: int, strategy: Strategy) -> bool:
+            return self.cache.confirmed(self.key(steps[step], strategy))
+
+        table, chosen = confirmed(costed.table, again, known)
+        for step, strategies in chosen.items():
+            for cost in table.options[step]:
+                key = self.key(steps[step], cost.strategy)
+                before = self.cache.get(key)
+                if cost.strategy in strategies and before is not None:
+                    unread = before.unread if cost.ending is None else cost.ending.seconds
+                    seconds = cost.discard_seconds, cost.forward_seconds, cost.backward_seconds, unread
+                    self.cache.confirm(key, Timing(*seconds, before.spread))
 
     def key(self, step: Step, strategy: Strategy) -> Key:
-        """As `planner.checking.confirming.Timer` has it."""
         problem = self.problem
         return key_of(step, problem.state_shapes(), problem.precision, strategy)
 

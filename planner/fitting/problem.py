@@ -25,7 +25,7 @@ from evoplan.cost_model.kept_fits import KeptFits
 from evoplan.cost_model.knobs import about_knobs, with_knobs
 from evoplan.cost_model.local import local_cuda
 from evoplan.cost_model.machine import default_cache
-from evoplan.cost_model.measured_calls import with_measured_times
+from evoplan.cost_model.measured_calls import MeasuredCalls, no_longer_than_checkpoints
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.adapters import adapters_in
@@ -43,6 +43,7 @@ from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Sequence
 from evoplan.planner.schedules.text import schedule_to_json
 from evoplan.planner.solvers import Frontier
+from evoplan.planner.solvers.confirming import MORE, confirmed
 
 Timing = Literal["predicted", "measured"]
 WIDE = 1.15  # by so much predicted times may be wrong, where measured ones are to decide
@@ -194,7 +195,9 @@ def fitting_of(
     if timing == "measured":
         with outside():
             given_to = given_to_blocks(model, chain, lambda: model(*args, **kwargs))
-        table, times = with_measured_times(model, chain, table, given_to, outside), timing
+        calls, times = MeasuredCalls(model, chain, given_to, outside), timing
+        table, _ = confirmed(calls.table(table), partial(calls.timed, more=MORE))
+        table = no_longer_than_checkpoints(table)
     about = where, dtype, times, place, autocast, casting
     fitting = Fitting(model, given, loss, optimizer, *about, chain, table, kept)
     fitting.learn_of_the_loss()
