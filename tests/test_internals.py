@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -104,11 +105,18 @@ def test_backward_passes_in_each_other_and_in_other_threads_have_numbers_of_thei
 def test_holders_of_a_storage_are_counted() -> None:
     tensor = torch.ones(3, 4)
     assert holders(tensor) == 1
-    storage = tensor.untyped_storage()
-    assert holders(tensor) == 1
     view, again = tensor[1:], tensor.detach()
     assert holders(tensor) == holders(view) == 3
-    del view, again, storage
+    del view, again
+    assert holders(tensor) == 1
+    names = [tensor.untyped_storage()]
+    assert holders(tensor) == 2
+    names.append(tensor[1:].untyped_storage())
+    assert names[0] is names[1], "there is one object of it, whose references are counted"
+    assert holders(tensor) == 3
+    names[1] = weakref.ref(names[0])
+    assert holders(tensor) == 2
+    del names
     assert holders(tensor) == 1
     with torch.no_grad():
         taken = tensor.detach()

@@ -5,8 +5,10 @@ Checked with torch 2.13.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -114,10 +116,22 @@ def handles(tensor: Tensor) -> int:
 
 
 def holders(tensor: Tensor) -> int:
-    """How many tensors share a tensor's storage, itself among them."""
+    """How many hold a tensor's storage: tensors, itself among them, and names that it has in Python."""
     storage = tensor.untyped_storage()  # one more, while it is asked
     count: int = torch._C._storage_Use_Count(storage._cdata)
-    return count - 1
+    return count - 1 + _references(tensor) - 1 - _references_of_own()
+
+
+def _references(tensor: Tensor) -> int:
+    """To the one object that Python has of a tensor's storage, whoever asks for it; while it is asked."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
+
+
+@cache
+def _references_of_own() -> int:
+    """The same where nobody else holds it, which differs between versions of Python."""
+    return _references(torch.empty(0))
 
 
 def own_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
