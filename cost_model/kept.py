@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evoplan.cost_model.machine import caches_folder, local_name
+from evoplan.cost_model.machine import caches_folder, kernels_of_cpu, local_name
 
 FORGET_AFTER = 30 * 24 * 3600  # seconds without use, for what other sources have found
 MOST_BYTES = 2**29  # beyond it nothing is added
@@ -76,6 +76,7 @@ def surroundings() -> tuple[Any, ...]:
     return (
         torch.__version__,
         local_name("cpu"),  # its processor and threads, on which scratch depends
+        kernels_of_cpu(),
         torch.are_deterministic_algorithms_enabled(),
     )
 

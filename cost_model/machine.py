@@ -6,6 +6,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,18 @@ def local_name(device: str) -> str:
             raise ValueError("no CUDA device here; use --device cpu, or a machine that has one")
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def kernels_of_cpu() -> tuple[Any, ...]:
+    """What decides which of torch's CPU kernels run here, and so what scratch they take.
+
+    A processor's name does not: virtual machines call many by one. oneDNN's half precision goes by AVX-512
+    with bfloat16 or float16 and by AMX, as far as the environment lets it.
+    """
+    limits = {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")}
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = {name: value for name, value in found.items() if isinstance(value, bool)}
+    return torch.backends.cpu.get_cpu_capability(), sorted(known.items()), sorted(limits.items())
 
 
 def _processor() -> str:

@@ -32,7 +32,6 @@ from evoplan.model.running.strategy import Strategy
 from evoplan.planner.checking.trial import random_stack
 from evoplan.planner.problems.costing import kind_of
 from evoplan.planner.problems.problem import AUTOCAST, Given, Problem
-from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 FAMILY = 16  # cases that share one trace
 FULL_OFFER = 0.04  # of all families, those whose plans choose among all strategies there are
@@ -92,7 +91,7 @@ class Family:
     layouts: Mapping[str, str]
     mask_dtypes: Mapping[str, str]
     own_loss: bool
-    offer: Sequence | None
+    offer: dict[int, set[Strategy]] | None
 
     def stack(self) -> Plannable:
         """The model without data."""
@@ -270,7 +269,7 @@ def _given(family: Family) -> tuple[Given, ...]:
     return tuple(found)
 
 
-def _offer(rng: random.Random, family: Family) -> Sequence:
+def _offer(rng: random.Random, family: Family) -> dict[int, set[Strategy]]:
     """`whole` and two more strategies for each step, the same for steps of a kind."""
     chosen: dict[str, list[Strategy]] = {}
     steps = Chain.of(family.stack()).steps
@@ -280,9 +279,7 @@ def _offer(rng: random.Random, family: Family) -> Sequence:
         others = [s for s in offered if s != WHOLE and (family.problem.training or s.way.pays_in_inference)]
         chosen.setdefault(kind_of(step.name), rng.sample(others, min(2, len(others))))
     ways = [chosen[kind_of(step.name)] or [WHOLE] for step in steps]
-    once = Sequence(tuple(Run(step.index, WHOLE) for step in steps))
-    again = Sequence((Checkpoint(once, tuple(way[0] for way in ways)),))
-    return Sequence((Checkpoint(again, tuple(way[-1] for way in ways)),))
+    return {step.index: {WHOLE, way[0], way[-1]} for step, way in zip(steps, ways, strict=True)}
 
 
 def squares(results: tuple[Tensor, ...]) -> Tensor:

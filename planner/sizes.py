@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 MOST = 2**60
+_PREFIXES = "KMGTPE"
 _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1}
-for _power, _letter in enumerate("kmgtp", start=1):
+for _power, _letter in enumerate(_PREFIXES.lower(), start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
 _PATTERN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+|\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
@@ -21,7 +23,8 @@ def parse_size(text: str | int, least: int = 1) -> int:
         return text
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
-    number = float(match[1].replace(",", "")) * unit if match and unit else 0.0
+    # A float has no room for each byte of petabytes.
+    number = Decimal(match[1].replace(",", "")) * unit if match and unit else Decimal(0)
     if number > MOST:
         raise ValueError(f"{str(text)[:40]!r} is more memory than there is; write it like 16GiB")
     size = int(number)
@@ -31,12 +34,15 @@ def parse_size(text: str | int, least: int = 1) -> int:
 
 
 def format_size(size: float) -> str:
-    """A size for people, in binary units."""
+    """A size for people, in binary units, as `parse_size` reads it: 1.5 GiB."""
     sign, size = ("-", -size) if size < 0 else ("", size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.4g} {unit}"
+    if size < 1024:
+        return f"{sign}{size:.0f} B"
+    for prefix in _PREFIXES:
         size /= 1024
+        shown = f"{size:.4g}"
+        if float(shown) < 1024 or prefix == _PREFIXES[-1]:
+            return f"{sign}{shown} {prefix}iB"
     raise AssertionError
 
 
@@ -53,8 +59,8 @@ def format_rate(per_second: float, unit: str = "FLOP/s") -> str:
 
 def in_thousands(value: float) -> tuple[float, str]:
     """A figure between 1 and 1,000 and the prefix of its unit: (12.3, "G") of 12.3e9."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000 or prefix == "T":
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 1000 or prefix == "E":
             return value, prefix
         value /= 1000
     raise AssertionError

@@ -229,6 +229,23 @@ def test_tensors_that_others_look_at_are_refused() -> None:
     assert [tensor.numel() for tensor in inputs.values()] == [0, 0]
 
 
+@pytest.mark.parametrize("kind", ["untyped_storage", "storage"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_storage_that_somebody_holds_is_not_taken(kind: str) -> None:
+    """Python has one object of a storage, which is not told of what is made of its memory."""
+    stack, inputs = stack_and_inputs()
+    planned = apply_plan(stack, plan_of_stack())
+    before = inputs["m"].clone()
+    held = {"somewhere": getattr(inputs["m"], kind)()}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="m cannot be donated: something else holds its memory"):
+            planned(**inputs)
+        assert torch.equal(inputs["m"], before)
+        assert held.popitem()[1].nbytes() == before.nbytes
+        planned(**inputs)
+    assert [tensor.numel() for tensor in inputs.values()] == [0, 0]
+
+
 def test_what_a_graph_needs_for_its_backward_is_refused() -> None:
     stack, inputs = stack_and_inputs()
     planned = apply_plan(stack, plan_of_stack())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.nn.modules import module as of_all_modules
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.module_tracker import ModuleTracker
 
 from evoplan.cost_model.trace import fake_tensors
 from evoplan.model.running.internals import (
+    as_input,
     backward_pass,
     gradients_of,
     handles,
@@ -23,6 +28,7 @@ from evoplan.model.running.internals import (
     has_saving_hooks,
     holders,
     is_plain,
+    is_tracked,
     members,
     on_meta,
     other_forwards,
@@ -33,6 +39,7 @@ from evoplan.model.running.internals import (
     set_parametrization_cache,
     share_state,
     storage_key,
+    without_graph,
     without_hooks,
 )
 
@@ -98,11 +105,18 @@ def test_backward_passes_in_each_other_and_in_other_threads_have_numbers_of_thei
 def test_holders_of_a_storage_are_counted() -> None:
     tensor = torch.ones(3, 4)
     assert holders(tensor) == 1
-    storage = tensor.untyped_storage()
-    assert holders(tensor) == 1
     view, again = tensor[1:], tensor.detach()
     assert holders(tensor) == holders(view) == 3
-    del view, again, storage
+    del view, again
+    assert holders(tensor) == 1
+    names = [tensor.untyped_storage()]
+    assert holders(tensor) == 2
+    names.append(tensor[1:].untyped_storage())
+    assert names[0] is names[1], "there is one object of it, whose references are counted"
+    assert holders(tensor) == 3
+    names[1] = weakref.ref(names[0])
+    assert holders(tensor) == 2
+    del names
     assert holders(tensor) == 1
     with torch.no_grad():
         taken = tensor.detach()
@@ -171,6 +185,45 @@ def test_a_module_without_hooks_is_its_forward(kind: str) -> None:
         handle.remove()
     assert called
     assert torch.equal(linear(x), linear.forward(x))
+
+
+@pytest.mark.parametrize("tracker", [ModuleTracker, ModTracker])
+def test_who_only_notes_which_module_runs_is_no_hook(tracker: Any) -> None:
+    linear = nn.Linear(2, 3)
+    leaf = torch.ones(1, 2, requires_grad=True)
+    assert as_input(leaf) is without_graph(leaf) is leaf
+    assert not is_tracked()
+    with tracker():
+        assert is_tracked()
+        assert not has_hooks(linear)
+        assert is_plain(linear, nn.Linear)
+        handle = of_all_modules.register_module_forward_hook(lambda *_: None)
+        assert has_hooks(linear)
+        handle.remove()
+        assert not has_hooks(linear)
+    assert not is_tracked()
+
+
+class OfASlice(torch.autograd.Function):
+    """A module of a part of a tensor, as steps under a plan run: in the forward of a node."""
+
+    @staticmethod
+    def forward(ctx, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x[:2])
+
+
+def test_modules_under_a_tracker_get_inputs_that_it_can_hang_hooks_on() -> None:
+    linear, leaf, other = nn.Linear(2, 3), *(torch.ones(4, 2, requires_grad=True) for _ in range(2))
+    with ModuleTracker():
+        with pytest.raises(RuntimeError, match="A leaf node was passed"):  # why there is a view
+            torch.autograd.grad(linear(other).sum(), other)
+        (found,) = torch.autograd.grad(linear(as_input(leaf)).sum(), leaf)
+        with pytest.raises(AssertionError, match="Expected gradient function"):  # why there is none
+            OfASlice.apply(linear, leaf)
+        made = OfASlice.apply(linear, without_graph(leaf))
+    assert torch.equal(found, linear.weight.sum(0).expand(4, 2))
+    assert torch.equal(made, linear(leaf[:2]))
+    assert without_graph("no tensor") == "no tensor"
 
 
 def test_plain_layers_are_torchs_own() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +115,39 @@ def test_threads_and_frozen_parts_are_told_apart(traced: list[str]) -> None:
     stack.blocks[0].row_attention.requires_grad_(False)
     table(stack=stack)
     assert set(traced) == {"blocks.0.row_attention"}
+
+
+def test_processors_of_one_name_are_told_apart(traced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual machines call many by one name, which does not say what kernels run, with how much scratch."""
+    table()
+    traced.clear()
+    table()
+    assert not traced
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    table()
+    assert traced
+
+
+HALF = """
+from evoplan.model import EvoformerConfig, InputShape
+from evoplan.planner.problems.costing import cost_problem
+from evoplan.planner.problems.problem import Problem
+asked = Problem(model="custom", config=EvoformerConfig(1, 32, 32), shape=InputShape(12, 20), dtype="bfloat16")
+print(sum(cost.forward_bytes for costs in cost_problem(asked).table.options for cost in costs))
+"""
+
+
+def test_kernels_that_the_environment_forbids_take_no_scratch_later(folder: Path) -> None:
+    """oneDNN without AVX-512 runs no half precision and packs nothing; what was traced then is not read."""
+
+    def total(**environment: str) -> int:
+        ran = subprocess.run(
+            [sys.executable, "-c", HALF], env=os.environ | environment, capture_output=True, check=True
+        )
+        return int(ran.stdout)
+
+    total(ONEDNN_MAX_CPU_ISA="AVX2")
+    assert total() == total(EVOPLAN_TRACES="")
 
 
 def test_each_ranks_share_has_its_own(traced: list[str]) -> None:

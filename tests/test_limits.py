@@ -10,13 +10,15 @@ from pathlib import Path
 
 import click
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evoplan.model import EvoformerConfig, InputShape
 from evoplan.planner.commands.terminal import run_command
 from evoplan.planner.plans.planning import NoPlanError, solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.sizes import exact_size, parse_size
+from evoplan.planner.sizes import exact_size, format_rate, format_size, parse_size
 from evoplan.planner.solvers import BASELINES, SOLVERS, Solver, solver
 from evoplan.planner.solvers.inference import inference_schedule
 from tests.test_cli import call
@@ -104,7 +106,11 @@ def test_experiments_refuse_them_too(
         (1023, "1,023 bytes"),
         (1024, "1 KiB (1,024 bytes)"),
         (3 * 2**29, "1.5 GiB (1,610,612,736 bytes)"),
-        (10**15 + 1, "9.313e+05 GiB (1,000,000,000,000,001 bytes)"),
+        (2**40 - 1, "1 TiB (1,099,511,627,775 bytes)"),
+        (2**50, "1 PiB (1,125,899,906,842,624 bytes)"),
+        (2**20 * 1000, "1000 MiB (1,048,576,000 bytes)"),
+        (10**15 + 1, "909.5 TiB (1,000,000,000,000,001 bytes)"),
+        (2**60 - 1, "1 EiB (1,152,921,504,606,846,975 bytes)"),
         (-(2**20), "-1 MiB (-1,048,576 bytes)"),
     ],
 )
@@ -113,6 +119,33 @@ def test_exact_sizes(size: int, text: str) -> None:
     assert exact_size(size) == text
     if size > 0:
         assert parse_size(text.partition("(")[2].strip(")") or text) == size
+
+
+@given(st.integers(1, 2**60))
+def test_sizes_are_read_as_they_are_printed(size: int) -> None:
+    """To the four digits that there are, and to the byte where it is exact."""
+    text = format_size(size)
+    assert "e" not in text.lower().replace("eib", "")
+    assert float(text.split()[0]) < 1024
+    read = parse_size(text)
+    assert abs(read - size) <= size / 1000
+    assert size < 2**20 or format_size(read) == text  # a byte is more than the last digit of a KiB
+    exact = exact_size(size)
+    assert parse_size(exact.partition("(")[2].strip(")") or exact) == size
+
+
+@given(st.integers(1, 999), st.sampled_from("kMGTP"))
+def test_decimal_sizes_are_decimal(count: int, prefix: str) -> None:
+    size = count * 1000 ** ("kMGTP".index(prefix) + 1)
+    assert parse_size(f"{count}{prefix}B") == parse_size(f"{count}.000 {prefix.lower()}b") == size
+    assert format_rate(size, "B/s") == f"{count} {prefix}B/s"
+
+
+@pytest.mark.parametrize("text", ["2EB", "1024.1PiB", "1,152,921,504,606,846,977 bytes", "9" * 5000])
+def test_more_memory_than_there_is(text: str) -> None:
+    with pytest.raises(ValueError, match="is more memory than there is; write it like 16GiB") as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 120
 
 
 @pytest.mark.parametrize("text", ["1,00", "1,0000", ",100", "1,000.5 MB", "1,000,"])

@@ -226,11 +226,16 @@ def test_what_layers_keep_stays(stack: EvoformerStack) -> None:
     """A record's own is what nobody else holds: neither buffers nor what a layer or a hook on it keeps."""
     stack.eval()
     seen: list[torch.Tensor] = []
+    storages: list[tuple[torch.UntypedStorage, int]] = []
     for block in stack.blocks:
         for name, layer in list(block.named_modules()):
             if name.endswith("linear_q"):
                 owner, _, last = name.rpartition(".")
                 setattr(block.get_submodule(owner), last, Seeing(layer))
+            elif name.endswith(("linear_a", "linear_b")):
+                layer.register_forward_hook(
+                    lambda module, args, result: storages.append((result.untyped_storage(), result.nbytes))
+                )
             elif isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(lambda module, args, result: seen.extend((*args, result)))
     inputs = random_inputs(TINY)
@@ -240,10 +245,13 @@ def test_what_layers_keep_stays(stack: EvoformerStack) -> None:
         stack, with_waits(whole, PlannedModule(stack, whole).liveness, random.Random(0), 1.0)
     )
     seen.clear()
+    storages.clear()
     loss = mean_square(*planned(**inputs, dropout_seed=3))
     kept = [tensor for layer in stack.modules() if isinstance(layer, Seeing) for tensor in layer.seen]
     for tensor in (*stack.buffers(), *kept, *seen):
         assert tensor.untyped_storage().nbytes() >= tensor.nbytes
+    assert storages
+    assert all(storage.nbytes() == nbytes for storage, nbytes in storages)
     with torch.no_grad():
         torch.testing.assert_close(mean_square(*planned(**inputs)), expected[0], rtol=0, atol=1e-12)
     leaves = [inputs["m"], inputs["z"], *stack.parameters()]

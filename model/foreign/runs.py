@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.inside import Forward, Inside
-from evoplan.model.running.internals import put_buffer, without_hooks
+from evoplan.model.running.internals import as_input, put_buffer, without_graph, without_hooks
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.unchanged import ChangedError, check, marks
 
@@ -21,7 +21,7 @@ def discarded(
     call: Call, forward: Forward, leaves: Sequence[Any], inside: Inside
 ) -> tuple[tuple[Tensor, ...], list[Any]]:
     """What a call makes, and all leaves of what it returns; keeps nothing. Call without autograd."""
-    args, kwargs = call.arguments_from(leaves)
+    args, kwargs = call.arguments_from([*map(without_graph, leaves)])
     with inside.discarding(forward) as discarding:
         made, returned = call.made_of(discarding(*args, **kwargs))
     # As a record has them: what is a view without a graph could not be written into by who gets it.
@@ -59,8 +59,10 @@ class CallRun:
             if isinstance(argument, FromState) or position in self.inputs
         }
         self._marks = marks(self._named)
-        args, kwargs = call.arguments_from(given)
         with torch.enable_grad(), inside.recording(forward) as recording:
+            for position, leaf in self.inputs.items():
+                given[position] = as_input(leaf)
+            args, kwargs = call.arguments_from(given)
             made, returned = call.made_of(self.entered(recording)(*args, **kwargs))
         self.edges = self.ends(made)
         self.made: tuple[Tensor, ...] = tuple(tensor.detach() for tensor in made)

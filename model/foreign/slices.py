@@ -21,7 +21,7 @@ from evoplan.model.foreign.lean import as_written
 from evoplan.model.foreign.leaves import Distinct, Layout, distinct
 from evoplan.model.foreign.noise import OtherDrawsError, SlicedDraws
 from evoplan.model.running.context import Context
-from evoplan.model.running.internals import has_data
+from evoplan.model.running.internals import as_input, has_data, without_graph
 from evoplan.model.running.pieces import spans
 from evoplan.model.running.random_state import ImaginedState, RandomState
 
@@ -188,7 +188,7 @@ class _InSlices(torch.autograd.Function):
         ctx.slices = slices
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        return slices.made(inputs[: len(slices.dims)])
+        return slices.made([*map(without_graph, inputs[: len(slices.dims)])])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -229,7 +229,7 @@ class _Gradients:
                 given[place] = given[place].detach().requires_grad_()
         inputs = [tensor for tensor, needed in zip([*given, *self.trained], wanted, strict=True) if needed]
         with torch.enable_grad(), slices.context, slices.attributes.installed(), draws.of(span):
-            made = slices.run(given)
+            made = slices.run(list(map(as_input, given)))
         pairs = [
             (tensor, _slice(grad, dim, span))
             for tensor, grad, dim in zip(made, grads, slices.results, strict=True)

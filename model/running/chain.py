@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evoplan.model.config import ModelConfig
 from evoplan.model.running.dropout import dropout_mask
-from evoplan.model.running.internals import has_hooks, storage_key
+from evoplan.model.running.internals import has_hooks, is_tracked, storage_key
 from evoplan.model.running.regions import region
 from evoplan.model.running.submodule import Submodule
 
@@ -196,7 +196,7 @@ class Chain:
         for _, group in groupby(steps, key=lambda step: step.group):
             of_block = tuple(group)
             block = of_block[0].block
-            if has_hooks(block):
+            if has_hooks(block) or is_tracked():
                 _call_block(block, of_block, state, run)
                 continue
             for step in of_block:

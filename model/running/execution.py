@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from evoplan.model.running.internals import without_graph
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.remake import Keeping
@@ -27,6 +28,7 @@ def run_discarded(
             run makes its update as large as the target anyway and adds it up there.
     """
     strategy = strategy.way.possible(submodule, strategy)
+    tensors = {name: without_graph(tensor) for name, tensor in tensors.items()}
     with using(strategy.kernel):
         return strategy.way.discarded(submodule, strategy, tensors, in_place)
 

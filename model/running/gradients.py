@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evoplan.model.running.context import Context
-from evoplan.model.running.internals import without_hooks
+from evoplan.model.running.internals import as_input, without_hooks
 from evoplan.model.running.slices import view
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -61,7 +61,7 @@ class Gradients:
         """Gradients of `leaves` through function(leaves); those of parameters are added up here."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
         with torch.enable_grad():
-            made = function(leaves)
+            made = function({name: as_input(leaf) for name, leaf in leaves.items()})
         if not made.requires_grad:
             return dict.fromkeys(leaves)
         edge = torch.autograd.graph.get_gradient_edge(made)

@@ -5,8 +5,10 @@ Checked with torch 2.13.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn.utils import parametrize as _parametrize
 from torch.utils import checkpoint as _checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
+# Where torch has its trackers of modules, of which the second needs more imports than there may be.
+_TRACKERS = {"torch.utils.module_tracker", "torch.distributed._tools.mod_tracker"}
 _SELECTIVE = (_checkpoint._CachingTorchDispatchMode, _checkpoint._CachedTorchDispatchMode)
 
 
@@ -33,14 +37,52 @@ def on_meta() -> Iterator[None]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks of its own, or those of every module."""
+    """Whether calling the module does more than its forward: hooks of its own, or those of every module.
+
+    torch's own trackers of modules, which only note who runs, are none of them.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _module._has_any_global_hook()
+        or (_module._has_any_global_hook() and _has_global_hooks())
     )
+
+
+def is_tracked() -> bool:
+    """Whether there are hooks of every module: a FlopCounterMode notes by them who runs."""
+    return bool(_module._has_any_global_hook())
+
+
+def _has_global_hooks() -> bool:
+    forward = _module._global_forward_pre_hooks, _module._global_forward_hooks
+    backward = _module._global_backward_pre_hooks, _module._global_backward_hooks
+    others = (hook for hooks in forward for hook in hooks.values() if not _is_trackers(hook))
+    return any(backward) or any(True for _ in others)
+
+
+def _is_trackers(hook: Any) -> bool:
+    owner = type(getattr(hook, "__self__", None))
+    return any(kind.__module__ in _TRACKERS for kind in owner.__mro__)
+
+
+def as_input(leaf: Tensor) -> Tensor:
+    """A leaf as modules are to be given it.
+
+    Who tracks modules hangs hooks for several tensors (`register_multi_grad_hook`) on their inputs, which
+    torch cannot have on a leaf of which `torch.autograd.grad` finds the gradient: a view of it can.
+    """
+    return leaf.view_as(leaf) if is_tracked() else leaf
+
+
+def without_graph(leaf: Any) -> Any:
+    """What modules are given where nothing is recorded, tensors or not.
+
+    A view of a tensor that requires a gradient says there that it does too, and has no graph in which hooks
+    for several tensors could be.
+    """
+    return leaf.detach() if isinstance(leaf, Tensor) and is_tracked() else leaf
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -74,10 +116,22 @@ def handles(tensor: Tensor) -> int:
 
 
 def holders(tensor: Tensor) -> int:
-    """How many tensors share a tensor's storage, itself among them."""
+    """How many hold a tensor's storage: tensors, itself among them, and names that it has in Python."""
     storage = tensor.untyped_storage()  # one more, while it is asked
     count: int = torch._C._storage_Use_Count(storage._cdata)
-    return count - 1
+    return count - 1 + _references(tensor) - 1 - _references_of_own()
+
+
+def _references(tensor: Tensor) -> int:
+    """To the one object that Python has of a tensor's storage, whoever asks for it; while it is asked."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
+
+
+@cache
+def _references_of_own() -> int:
+    """The same where nobody else holds it, which differs between versions of Python."""
+    return _references(torch.empty(0))
 
 
 def own_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evoplan.model.running.in_place import add_over
-from evoplan.model.running.internals import has_hooks, is_plain, members
+from evoplan.model.running.internals import has_hooks, is_plain, is_tracked, members
 from evoplan.model.running.unread import is_unread, unread_product
 
 FULL = slice(None)
@@ -26,9 +26,10 @@ class AlteredLayerError(ValueError):
 
 def rows(layer: nn.Module, x: Tensor, part: slice = FULL, scale: float | None = None) -> Tensor:
     """layer(x), or of its outputs those in `part`: x W[part]^T + b[part], times `scale` if there is one."""
-    if not _is_plain_linear(layer):
+    if _is_called(layer, part):
         out: Tensor = layer(_whole(layer, part, x))
         return out if scale is None else out * scale
+    assert isinstance(layer, nn.Linear)
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     if part != FULL:
@@ -45,9 +46,10 @@ def columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
     Returns:
         A tensor that may be written into.
     """
-    if not _is_plain_linear(layer):
+    if _is_called(layer, part):
         out: Tensor = layer(_whole(layer, part, x))
         return out.clone() if has_hooks(layer) else out  # whoever hangs on the layer may keep what it saw
+    assert isinstance(layer, nn.Linear)
     # A product without bias is no view: what is written into it costs autograd nothing.
     out = F.linear(x, layer.weight if part == FULL else layer.weight[:, part])
     return out if layer.bias is None or part.start else add_over(out, layer.bias)
@@ -63,6 +65,11 @@ def last_columns(layer: nn.Module, x: Tensor, part: slice = FULL) -> Tensor:
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return is_plain(layer, nn.Linear)
+
+
+def _is_called(layer: nn.Module, part: slice) -> bool:
+    """Whether a layer runs as it would by itself: somebody else's, or all of one whose runs are noted."""
+    return not _is_plain_linear(layer) or (part == FULL and is_tracked())
 
 
 def _whole(layer: nn.Module, part: slice, x: Tensor) -> Tensor:

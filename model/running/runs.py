@@ -15,6 +15,7 @@ from torch import Tensor
 from evoplan.model.running.context import Context
 from evoplan.model.running.gradients import Gradients, OfParameters, OfState
 from evoplan.model.running.internals import (
+    as_input,
     gradients_of,
     has_data,
     holders,
@@ -119,7 +120,8 @@ class WholeRun(Run):
         self._marks = marks(self._read)
         reading = results_unread() if unread else nullcontext()
         with torch.enable_grad(), using(strategy.kernel), self.keeping(movable) as kept, reading:
-            output = new_target(strategy, submodule, {**tensors, **others, **self.leaves})
+            leaves = {name: as_input(leaf) for name, leaf in self.leaves.items()}
+            output = new_target(strategy, submodule, {**tensors, **others, **leaves})
         given = (tensors[name] for name in (*submodule.reads, *submodule.constants))
         elsewhere = (*given, *submodule.parameters(), output)
         self._kept = kept if movable and isinstance(kept, Keeping) else None

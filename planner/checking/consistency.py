@@ -10,6 +10,7 @@ from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.kernels import kernel
 from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.model.sharing.parallel import ParallelEvoformer
+from evoplan.planner.checking.predictions import check_predicted
 from evoplan.planner.plans.plan import Plan, load_plan
 from evoplan.planner.plans.sealed import PlanFileError
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
@@ -18,7 +19,7 @@ from evoplan.planner.schedules.schedule import strategies_used
 
 
 def load_consistent(path: str) -> Plan:
-    """Read a plan file, check it, and hold it against the model that it is for.
+    """Read a plan file, check it, and hold it against the model that it is for and a replay of its schedule.
 
     Raises:
         PlanFileError: it cannot be used; one line that names it.
@@ -26,6 +27,7 @@ def load_consistent(path: str) -> Plan:
     plan = load_plan(path)
     try:
         check_consistent(plan)
+        check_predicted(plan)
     except ValueError as error:
         raise PlanFileError(f"{path}: {error}") from None
     return plan

@@ -21,7 +21,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import Chain, Plannable, State, Step
 from evoplan.model.running.context import Context
 from evoplan.model.running.execution import run_discarded
-from evoplan.model.running.internals import has_hooks, has_saving_hooks
+from evoplan.model.running.internals import has_hooks, has_saving_hooks, keeps_results
 from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.regions import region
 from evoplan.model.running.view import View
@@ -39,6 +39,11 @@ from evoplan.planner.schedules.schedule import RECORD, Sequence, actions, all_ru
 from evoplan.planner.schedules.waiting import check_away, moves
 
 _INFERENCE = "the plan is for inference: call the model under torch.no_grad()"
+# Each step's backward is one of its own to torch, and a selective checkpoint is there for one.
+_SELECTIVE = (
+    "the planned model is called inside a selective checkpoint (create_selective_checkpoint_contexts), whose "
+    "results can be had once, not for each step's backward; call it outside: its plan says what is kept"
+)
 
 
 class PlannedModule(View):
@@ -196,6 +201,8 @@ class PlannedModule(View):
         state: State,
     ) -> None:
         """A forward for a backward."""
+        if keeps_results():
+            raise ValueError(_SELECTIVE)
         departures = None
         if waits(schedule):
             onlooker = _onlooker(chain)

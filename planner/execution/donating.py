@@ -73,14 +73,16 @@ def _why_not(tensor: Tensor, made: Tensor, elsewhere: set[int]) -> str | None:
         return "it was made under torch.inference_mode, and the model is called outside"
     if storage_key(made) != storage_key(tensor):
         return "it is not contiguous or of another dtype than the model's, and would be copied"
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes:
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:  # without a name for it, which would count
         return "it is a part of a larger tensor"
     if storage_key(tensor) in elsewhere:
         return "it shares its memory with another input or with the model"
     if not has_data(tensor):
         return None
     in_shared_memory = tensor.device.type == "cpu" and tensor.is_shared()
-    if in_shared_memory or not storage.resizable() or holders(tensor) > 1 or handles(tensor) > 1:
-        return "something else holds its memory, such as a view of it, an array or a graph for backward"
+    resizable = tensor.untyped_storage().resizable()
+    if in_shared_memory or not resizable or holders(tensor) > 1 or handles(tensor) > 1:
+        return (
+            "something else holds its memory, such as a view, its storage, an array or a graph for backward"
+        )
     return None

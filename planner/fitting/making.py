@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import isclose
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit
 from evoplan.planner.plans.plan import SolverReport
 from evoplan.planner.plans.planning import NoPlanError
+from evoplan.planner.problems.costing import torch_version
 from evoplan.planner.schedules.schedule import strategies_used
-from evoplan.planner.sizes import exact_size, parse_size
+from evoplan.planner.sizes import exact_size, format_seconds, parse_size
 
 
 def fitting_for(
@@ -61,6 +63,15 @@ def made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
             f"the plan's peak is {exact_size(known.predicted.peak_bytes)}, that of this model, loss, "
             f"optimizer and device {exact_size(predicted.peak_bytes)}; fit anew"
         )
+    if known.static != fitting.static:
+        raise CaptureError("the plan's static bytes are not those of this model and optimizer; fit anew")
+    says, found = known.predicted.step_seconds, predicted.step_seconds
+    # Of a roofline: measured times, and those calibrated on this machine, may be others now.
+    if known.costs.get("time") == fitting.times == "roofline" and not isclose(says, found, rel_tol=1e-9):
+        raise CaptureError(
+            f"the plan's step takes {format_seconds(says)}, that of this model and loss "
+            f"{format_seconds(found)}; fit anew"
+        )
     if size is not None and predicted.peak_bytes > size:
         needs = exact_size(predicted.peak_bytes)
         raise NoPlanError(f"the plan needs {needs}, the budget is {exact_size(size)}; fit anew", size)
@@ -93,7 +104,7 @@ def planned(fitting: Fitting, budget: int | None) -> FitPlan:
         optimizer=fitting.optimizer,
         loss=getattr(loss, "__qualname__", type(loss).__qualname__),
         budget_bytes=budget,
-        costs={"memory": "traced", "time": fitting.times, "torch": torch.__version__.split("+")[0]},
+        costs={"memory": "traced", "time": fitting.times, "torch": torch_version()},
         solver=SolverReport(name="dp", seconds=seconds),
         predicted=found.predicted,
         static=fitting.static,

@@ -94,7 +94,7 @@ class FitPlan(Sealed):
 def _check(plan: FitPlan) -> None:
     if len(plan.schedule.span) != len(plan.blocks):
         raise ValueError(f"it covers {len(plan.schedule.span)} steps, the model has {len(plan.blocks)}")
-    if has_state_away(plan.schedule) or waits(plan.schedule):
+    if has_state_away(plan.schedule) or waits(plan.schedule) or plan.predicted.host_bytes:
         raise ValueError("it has something in host memory, which blocks of a fitted model cannot")
     if sum(plan.static.values()) != plan.predicted.static_bytes:
         raise ValueError("static is not the parts of predicted.static_bytes")

@@ -14,9 +14,11 @@
   let shown = data.peak;
 
   function size(bytes) {
-    for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-      if (bytes < 1024 || unit === "GiB") return `${unit === "B" ? bytes : Number(bytes.toPrecision(4))} ${unit}`;
+    if (bytes < 1024) return `${bytes} B`;
+    for (const unit of ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]) {
       bytes /= 1024;
+      const shown = Number(bytes.toPrecision(4));
+      if (shown < 1024 || unit === "EiB") return `${shown} ${unit}`;
     }
   }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +48,7 @@ class Costed:
     @property
     def sources(self) -> dict[str, str]:
         """Where its figures come from."""
-        return {"memory": "traced", "time": self.times.name, "torch": torch.__version__.split("+")[0]}
+        return {"memory": "traced", "time": self.times.name, "torch": torch_version()}
 
     @property
     def fixed_bytes(self) -> int:
@@ -82,6 +82,11 @@ class Costed:
         """What the budget leaves for the chain."""
         budget = self.problem.budget_bytes
         return None if budget is None else budget - self.fixed_bytes
+
+
+def torch_version() -> str:
+    """Of the torch that traces here, without what it was built for."""
+    return torch.__version__.split("+")[0]
 
 
 def device_of(problem: Problem) -> Device:
@@ -124,7 +129,7 @@ def cost_problem(
     progress: Progress = lambda _: None,
     *,
     rank: int = 0,
-    only: Sequence | None = None,
+    only: Mapping[int, Collection[Strategy]] | None = None,
     times: TimeSource | None = None,
     loss: Loss | None = None,
 ) -> Costed:
@@ -133,7 +138,7 @@ def cost_problem(
     Args:
         stack: the model; made without data from problem.config when not given.
         rank: whose share is costed, of several.
-        only: a schedule whose strategies are all that is traced.
+        only: for each step, the strategies that are traced; None: all that it offers.
         times: where times come from; the device's roofline if not given.
         loss: of forward's results, where that is not the mean of their squares.
 
@@ -145,10 +150,10 @@ def cost_problem(
     where = device_of(problem)
     times = times or Roofline(where, problem.precision, problem.link_on(where))
 
-    def used(step: Step, _: object) -> list[Strategy]:
-        return sorted(strategies[step.index], key=str)
+    def chosen(step: Step, _: object) -> list[Strategy]:
+        assert only is not None
+        return sorted(only[step.index], key=str)
 
-    strategies = {} if only is None else strategies_used(only)
     table = build_cost_table(
         model,
         input_shapes(problem, model),
@@ -157,7 +162,7 @@ def cost_problem(
         problem.training,
         progress,
         times,
-        None if only is None else used,
+        None if only is None else chosen,
         problem.autocast,
         loss,
         # A rank is given shards, which lie as they were made.
@@ -189,12 +194,12 @@ def peaks_of_ranks(costed: Costed, schedule: Sequence) -> tuple[int, ...]:
     """Predicted peak of each rank under one schedule: those whose shards are shorter need less."""
     problem = costed.problem
     known: dict[tuple[int, ...], int] = {}
-    peaks = []
+    peaks, used = [], strategies_used(schedule)
     for rank in range(problem.ranks):
         shards = tuple(Ranks(None, rank, problem.ranks).lengths(size)[rank] for size in problem.lengths())
         if shards not in known:
             whole = getattr(costed.model, "stack", None)
-            theirs = cost_problem(problem, whole, rank=rank, only=schedule) if rank else costed
+            theirs = cost_problem(problem, whole, rank=rank, only=used) if rank else costed
             known[shards] = theirs.predict(schedule).peak_bytes
         peaks.append(known[shards])
     return tuple(peaks)

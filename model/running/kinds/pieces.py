@@ -38,4 +38,4 @@ class InPieces(Kind):
         if unread:
             return kept, None
         with torch.no_grad(), using(strategy.kernel):
-            return kept, self.discarded(submodule, strategy, tensors, in_place=False)
+            return kept, self.discarded(submodule, strategy, kept.tensors, in_place=False)
