@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
@@ -24,7 +25,6 @@ from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.conftest import TINY, random_inputs, randomise
-from tests.test_kernels import counter
 from tests.test_unread import CONFIGS, assert_same, not_a_number, steps_of  # noqa: F401
 
 TILED = replace(WHOLE, kernel="tiled(2MiB)")
@@ -100,11 +100,11 @@ def test_the_table_has_what_is_left_out() -> None:
     model, inputs = stack_of(TINY)
     shapes = {name: tuple(t.shape) for name, t in inputs.items()}
     table = build_cost_table(model, shapes, "float64", device("cpu"))
-    with counter() as before:
+    with FlopCounterMode(display=False) as before:
         model.prepare(**inputs)
     for strategy in (WHOLE, LEAN):
         module = planned(model, strategy, of_blocks=False)
-        with counter() as counted:
+        with FlopCounterMode(display=False) as counted:
             all_gradients(module, inputs)
         predicted, left_out = before.get_total_flops(), 0
         for options in table.options:
