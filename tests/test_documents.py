@@ -203,7 +203,7 @@ def own_flags() -> set[str]:
     """Of all commands, and of the experiments that documents name."""
     found: set[str] = set()
     for _, _, command in walked(cli):
-        found |= {flag for param in command.params for flag in param.opts}
+        found |= {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)}
     for file in (ROOT / "cost_model" / "analytic.py", *(ROOT / "experiments").rglob("*.py")):
         found |= set(re.findall(r"\"(--[a-z][\w-]*)\"", file.read_text()))
     return found
