@@ -205,7 +205,7 @@ def own_flags() -> set[str]:
     for _, _, command in walked(cli):
         found |= {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)}
     for file in (ROOT / "cost_model" / "analytic.py", *(ROOT / "experiments").rglob("*.py")):
-        found |= set(re.findall(r"\"(--[a-z][\w-]*)\"", file.read_text()))
+        found |= set(re.findall(r"(?<=[\"/])--[a-z][\w-]*(?=[\"/])", file.read_text()))
     return found
 
 
