@@ -82,6 +82,9 @@ class Key(NamedTuple):
     mode: str
 
 
+_OF_KEY = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
+
+
 class TimesCache:
     """Measured times and calibrations of one device under this torch.
 
@@ -134,47 +137,39 @@ class TimesCache:
         finally:
             connection.close()
 
-    def get(self, key: Key) -> Timing | None:
-        """What was measured."""
+    def _row(self, key: Key, *columns: str) -> tuple[Any, ...] | None:
+        """Some columns of what was measured."""
         with self._open() as connection:
             if connection is None:
                 return None
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
-            row = connection.execute(
-                f"select {', '.join(Timing._fields)} from times where {where}", (*self.here, *key)
-            ).fetchone()
+            query = f"select {', '.join(columns)} from times where {_OF_KEY}"
+            row: tuple[Any, ...] | None = connection.execute(query, (*self.here, *key)).fetchone()
+        return row
+
+    def get(self, key: Key) -> Timing | None:
+        """What was measured."""
+        row = self._row(key, *Timing._fields)
         if row is not None and not all(_is_amount(value) for value in row):
             raise self._damaged(f"a time of {key.step} is none")
         return None if row is None else Timing(*row)
 
     def confirmed(self, key: Key) -> bool:
         """Whether what was measured was measured once more."""
-        with self._open() as connection:
-            if connection is None:
-                return False
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
-            row = connection.execute(
-                f"select confirmed from times where {where}", (*self.here, *key)
-            ).fetchone()
+        row = self._row(key, "confirmed")
         return bool(row and row[0])
 
     def confirm(self, key: Key, found: Timing) -> None:
         """Keep times in place of those that were measured first."""
         with self._open(write=True) as connection:
             assert connection is not None
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
             times = ", ".join(f"{name} = ?" for name in Timing._fields)
             connection.execute(
-                f"update times set {times}, confirmed = 1 where {where}", (*found, *self.here, *key)
+                f"update times set {times}, confirmed = 1 where {_OF_KEY}", (*found, *self.here, *key)
             )
 
     def get_bytes(self, key: Key) -> MeasuredBytes | None:
         """What was measured of an opaque strategy."""
-        with self._open() as connection:
-            if connection is None:
-                return None
-            where = " and ".join(f"{name} = ?" for name in ("device", "torch", *Key._fields))
-            row = connection.execute(f"select bytes from times where {where}", (*self.here, *key)).fetchone()
+        row = self._row(key, "bytes")
         if not (row and row[0]):
             return None
         try:
