@@ -30,6 +30,7 @@ from evoplan.planner.problems.device_file import device_entry, load_device
 from evoplan.planner.problems.problem import Problem
 from evoplan.planner.problems.timing import cost_with_times
 from evoplan.planner.schedules.schedule import strategies_used
+from evoplan.planner.solvers.confirming import confirmed
 from tests.torchrun import forked
 
 CONFIG = EvoformerConfig(n_block=2, c_m=16, c_z=16, n_head_msa=2, n_head_pair=2, c_head=8, c_opm=4, c_tri=16)
@@ -241,6 +242,21 @@ def test_what_plans_choose_is_timed_once_more(tmp_path: Path, monkeypatch: pytes
             break
     else:
         raise AssertionError("no chunk was timed again")
+
+
+def test_what_was_too_large_to_be_timed_is_not_timed_again() -> None:
+    """Of each step the table has the calibration's time of a whole run, which plans with room choose."""
+    table, asked = cost_with_times(PROBLEM, "roofline").table, []
+
+    def again(step: int, costs: list) -> list:
+        asked.extend(cost.strategy for cost in costs)
+        return costs
+
+    found, chosen = confirmed(table, again, able=lambda step, strategy: strategy != WHOLE)
+    assert asked
+    assert WHOLE not in asked
+    assert all(WHOLE not in strategies for strategies in chosen.values())
+    assert found == table
 
 
 def test_inference_has_times_of_its_own(tmp_path: Path) -> None:

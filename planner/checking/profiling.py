@@ -213,7 +213,10 @@ class _Profiler:
         def known(step: int, strategy: Strategy) -> bool:
             return self.cache.confirmed(self.key(steps[step], strategy))
 
-        table, chosen = confirmed(costed.table, again, known)
+        def able(step: int, strategy: Strategy) -> bool:
+            return self.cache.get(self.key(steps[step], strategy)) is not None
+
+        table, chosen = confirmed(costed.table, again, known, able)
         for step, strategies in chosen.items():
             for cost in table.options[step]:
                 key = self.key(steps[step], cost.strategy)

@@ -24,8 +24,14 @@ Again = Callable[[int, Sequence[StepCost]], Sequence[StepCost]]
 Chosen = dict[int, set[Strategy]]  # by step; of equal steps, the first
 
 
+Told = Callable[[int, Strategy], bool]  # of a step under a strategy
+
+
 def confirmed(
-    table: CostTable, again: Again, known: Callable[[int, Strategy], bool] = lambda step, strategy: False
+    table: CostTable,
+    again: Again,
+    known: Told = lambda step, strategy: False,
+    able: Told = lambda step, strategy: True,
 ) -> tuple[CostTable, Chosen]:
     """A table with new times of all that plans along the frontier choose.
 
@@ -33,6 +39,7 @@ def confirmed(
         table: for training, with measured times.
         again: times a step under some of its strategies, `MORE` times as often: their costs with these times.
         known: whether a step's time under a strategy was measured so before.
+        able: whether it can be: one that was too large to be measured at first is none to be tried now.
 
     Returns:
         The table, and what was timed.
@@ -40,8 +47,8 @@ def confirmed(
     done: Chosen = {}
     first = {id(costs): step for step, costs in reversed([*enumerate(table.options)])}
     places = [first[id(costs)] for costs in table.options]  # fewer choices are left in every pass
-    while todo := dict(_left(table, places, done, known)):
-        new = {step: _anew(step, table.options[step], left, again) for step, left in todo.items()}
+    while todo := dict(_left(table, places, done, known, able)):
+        new = {step: _anew(step, table.options[step], left, again, able) for step, left in todo.items()}
         table = replace(
             table,
             options=tuple(new.get(at, costs) for at, costs in zip(places, table.options, strict=True)),
@@ -52,7 +59,7 @@ def confirmed(
 
 
 def _left(
-    table: CostTable, places: Sequence[int], done: Chosen, known: Callable[[int, Strategy], bool]
+    table: CostTable, places: Sequence[int], done: Chosen, known: Told, able: Told
 ) -> Iterator[tuple[int, set[Strategy]]]:
     """Of distinct steps, what plans choose and nobody has timed again."""
     chosen: Chosen = {step: set() for step in places}
@@ -61,18 +68,20 @@ def _left(
         for step, strategies in strategies_used(frontier.schedule(budget)).items():
             chosen[places[step]] |= strategies
     for step, strategies in chosen.items():
-        left = {s for s in strategies - done.get(step, set()) if not known(step, s)}
+        left = {s for s in strategies - done.get(step, set()) if able(step, s) and not known(step, s)}
         if left:
             yield step, left
 
 
-def _anew(step: int, costs: tuple[StepCost, ...], left: set[Strategy], again: Again) -> tuple[StepCost, ...]:
+def _anew(
+    step: int, costs: tuple[StepCost, ...], left: set[Strategy], again: Again, able: Told
+) -> tuple[StepCost, ...]:
     """A step's costs with new times of some; a whole run tells how much slower the machine is than it was."""
-    whole = next((cost for cost in costs if cost.strategy == WHOLE), costs[0])
-    others = [cost for cost in costs if cost.strategy in left and cost is not whole]
-    now, *timed = again(step, [whole, *others])
-    speed = _seconds(whole) / max(_seconds(now), 1e-12)
-    found = {cost.strategy: _scaled(cost, speed) for cost in timed}
+    beside = [cost for cost in costs if cost.strategy == WHOLE and able(step, WHOLE)]
+    others = [cost for cost in costs if cost.strategy in left and cost not in beside]
+    timed = again(step, [*beside, *others])
+    speed = _seconds(beside[0]) / max(_seconds(timed[0]), 1e-12) if beside else 1.0
+    found = {cost.strategy: _scaled(cost, speed) for cost in timed[len(beside) :]}
     return tuple(found.get(cost.strategy, cost) for cost in costs)
 
 
