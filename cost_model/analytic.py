@@ -28,8 +28,8 @@ def _traced(config: EvoformerConfig, shape: InputShape, dtype: str) -> tuple[dic
     """Bytes each submodule saves and its forward peak, and what the block holds: run without data."""
     import torch
 
+    from evoplan.cost_model.fakes import fake_copy
     from evoplan.cost_model.simulation import simulated
-    from evoplan.cost_model.trace import fake_copy
     from evoplan.model import Chain, EvoformerStack
     from evoplan.model.modules.evoformer import mask_constants
     from evoplan.model.running.execution import record

@@ -16,13 +16,14 @@ from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.children import signature
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.fakes import fake_copy, real_tensors_too
 from evoplan.cost_model.kept_fits import KeptFits, costs_from_text, costs_to_text
 from evoplan.cost_model.knobs import about_knobs
 from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.menus import strategies_of
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import AsWritten, StepCost
-from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
+from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.fakes import fake_copy, real_tensors_too
 from evoplan.cost_model.kept_fits import (
     KeptFits,
     axes_from_text,
@@ -25,7 +26,7 @@ from evoplan.cost_model.kept_fits import (
 )
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import Trace, fake_copy, real_tensors_too
+from evoplan.cost_model.trace import Trace
 from evoplan.model.adapters import adapter_of
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
@@ -37,7 +38,7 @@ from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.noise import Draw, draw_of
 from evoplan.model.foreign.sources import told
-from evoplan.model.foreign.watching import about_operator, draws_numbers
+from evoplan.model.foreign.watching import about_operator, draws_numbers, operands
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -288,7 +289,7 @@ class _Children(TorchDispatchMode):
         draws = []
         if draws_numbers(func, args, kwargs or {}):
             draws.append(draw_of(func, args, kwargs or {}, out))
-        live, told = self.trace.live_bytes, about_operator(func, args, kwargs).encode()
+        live, told = self.trace.live_bytes, about_operator(func, [*operands(args, kwargs)]).encode()
         for frame in self._open:
             frame.work.update(told)
             more = set(read) - frame.known

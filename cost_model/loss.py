@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from evoplan.cost_model.casting import Casting
-from evoplan.cost_model.trace import Trace, real_tensors_too
+from evoplan.cost_model.fakes import real_tensors_too
+from evoplan.cost_model.trace import Trace
 
 # Takes what forward returns, and returns a scalar.
 Loss = Callable[[Any], Tensor]

@@ -8,6 +8,7 @@ is given alone, so that it can be made again by its own layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,40 +50,55 @@ class _Results(NamedTuple):
         return tensors[0] if self.single else tuple(tensors)
 
 
+_WRITTEN = _Results((), single=True)  # what an operator in place returns: its first argument
+
+
 class MetaCalls:
     """Calls operators, or repeats what they made before."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], _Results | None] = {}
-        self._fresh: dict[Any, bool] = {}
+        # By the operators' ids, as their hashes are worked out in Python; with them, so that they live.
+        self._gives: dict[int, tuple[Any, Callable[[Any, tuple[Any, ...]], _Results | None] | None]] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operator makes; of views and what is written in place, the operator's own."""
-        if func not in self._fresh:
-            self._fresh[func] = _makes_anew(func)
-        if not self._fresh[func]:
+        """What the operator makes; of views, the operator's own."""
+        if id(func) not in self._gives:
+            self._gives[id(func)] = func, _results_of(func)
+        _, results = self._gives[id(func)]
+        if results is None:
             return func(*args, **kwargs)
         try:
-            named = ((name, _key(value)) for name, value in kwargs.items())
-            key = func, torch.get_default_dtype(), *map(_key, args), *named
+            named = ((name, _key(value)) for name, value in kwargs.items()) if kwargs else ()
+            key = id(func), torch.get_default_dtype(), *map(_key, args), *named
             known = self._known.get(key, key)
         except TypeError:  # an argument that has no hash, or a number in the disguise of a tensor
             return func(*args, **kwargs)
+        if known is _WRITTEN:
+            return args[0]
         if isinstance(known, _Results):
             return known.made(_mode_of(args))
         out = func(*args, **kwargs)
         if known is key:
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[key] = _results(out, args)
+            self._known[key] = results(out, args)
         return out
 
 
-def _makes_anew(func: Any) -> bool:
+def _results_of(func: Any) -> Callable[[Any, tuple[Any, ...]], _Results | None] | None:
+    """How to tell what can be made again of an operator's results; None: never."""
     schema = func._schema
     if func.namespace != "aten":  # somebody's own may do as it likes
-        return False
-    return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
+        return None
+    if not schema.is_mutable:
+        return _results if all(result.alias_info is None for result in schema.returns) else None
+    return _written if schema.name.endswith("_") and torch.Tag.pointwise in func.tags else None
+
+
+def _written(out: Any, args: tuple[Any, ...]) -> _Results | None:
+    """Of an elementwise operator in place, which leaves the tensor that it writes into as large as it was."""
+    return _WRITTEN if out is args[0] else None
 
 
 def _key(value: Any) -> object:

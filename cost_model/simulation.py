@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar, overload
 
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.fakes import fake_tensors
 from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Trace, fake_tensors
+from evoplan.cost_model.trace import Trace
 from evoplan.model.running.pieces import sampled_pieces
 
 _CALLS = MetaCalls()  # of all traces of this process

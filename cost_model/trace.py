@@ -6,25 +6,20 @@ reference is gone. The cost is linear in the number of operators.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from evoplan.cost_model.meta_calls import tensors_in
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from evoplan.model.running.pieces import PieceSample
-
-SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,22 @@ class Work:
         return Work(self.kernels + other.kernels, self.collectives + other.collectives)
 
 
+class _About(NamedTuple):
+    """What is asked of an operator at every call.
+
+    Attributes:
+        func: itself, which has to live as long as its id is looked up.
+        free: whether it does no work.
+        writes: whether it writes into what it is given.
+        flops: counts those of a call.
+    """
+
+    func: Any
+    free: bool
+    writes: bool
+    flops: Callable[..., Any] | None
+
+
 Operator = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -91,6 +102,7 @@ class Trace(TorchDispatchMode, PieceSample):
         self._known: set[int] = set()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._elsewhere: set[int] = set()
+        self._about: dict[int, _About] = {}  # by the operators' ids: their hashes are worked out in Python
         # For operators with scratch: most bytes live when one of them returns.
         self._live_after: dict[Call, int] = {}
 
@@ -166,8 +178,9 @@ class Trace(TorchDispatchMode, PieceSample):
         outputs = tensors_in(out)
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
         self.kept_number_bytes += KEPT_NUMBER_BYTES * (self.scratch is not None and _keeps_number(func, args))
-        if made or func._schema.is_mutable:
-            self._count_work(func, args, kwargs, out, outputs)
+        about = self._about.get(id(func)) or self._look_up(func)
+        if not about.free and (made or about.writes):
+            self._count_work(about.flops, args, kwargs, out, outputs)
         if self.scratch is not None and (call := self.scratch.call(func, args)) is not None:
             self._live_after[call] = max(self._live_after.get(call, 0), self.live_bytes)
         return out
@@ -193,13 +206,22 @@ class Trace(TorchDispatchMode, PieceSample):
         else:
             self.live_bytes -= size
 
-    def _count_work(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, outputs: list[Tensor]
-    ) -> None:
-        if func in _FREE:
-            return
-        inputs = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
+    def _look_up(self, func: Any) -> _About:
         count = flop_registry.get(func._overloadpacket)
+        about = self._about[id(func)] = _About(func, func in _FREE, func._schema.is_mutable, count)
+        return about
+
+    def _count_work(
+        self,
+        count: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        outputs: list[Tensor],
+    ) -> None:
+        inputs = tensors_in(args)
+        if kwargs:
+            inputs += tensors_in(tuple(kwargs.values()))
         flops = int(count(*args, **kwargs, out_val=out)) if count else 0
         self.kernels[flops, sum(map(_moved_bytes, (*inputs, *outputs)))] += self.repeat
 
@@ -256,39 +278,3 @@ def _strided_as_viewed(tensor: Tensor) -> Tensor:
 def _moved_bytes(tensor: Tensor) -> int:
     # A broadcast operand is read once, whatever its shape says.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-@contextmanager
-def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Tensors made inside have shapes and no data. They claim to be on the CPU, whatever is planned for."""
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        yield mode
-
-
-@contextmanager
-def real_tensors_too() -> Iterator[None]:
-    """Inside `fake_tensors`, operators may take real tensors: labels that a loss has at hand."""
-    mode = torch._guards.detect_fake_mode()
-    if mode is None:  # on the meta device
-        yield
-        return
-    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    try:
-        yield
-    finally:
-        mode.allow_non_fake_inputs = before
-
-
-def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str = "cpu") -> SomeModule:
-    """The same module with parameters and buffers that have no data.
-
-    Args:
-        where: meta; or cpu, inside `fake_tensors`.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=where)
-        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
-    return copy.deepcopy(module, memo)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evoplan.cost_model.analytic import main
+from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.flops import block_flops, submodule_flops
 from evoplan.cost_model.formulas import (
     BLOCK_OUTPUT,
@@ -24,7 +25,7 @@ from evoplan.cost_model.formulas import (
     submodule_parameters,
 )
 from evoplan.cost_model.steps import StepCost, trace_step
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Trace
 from evoplan.model import PRESETS, Chain, EvoformerConfig, EvoformerStack, InputShape
 from evoplan.model.modules.evoformer import mask_constants
 from evoplan.model.running.execution import record

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import fake_copy
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.chain import Chain

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
-from evoplan.cost_model.trace import fake_tensors
+from evoplan.cost_model.fakes import fake_tensors
 from evoplan.model.running.internals import (
     as_input,
     backward_pass,

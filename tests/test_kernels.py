@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.profile import bytes_taken
 from evoplan.cost_model.steps import offered_strategies, trace_step
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Trace
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
 from evoplan.model.running.chain import Step
 from evoplan.model.running.context import Context

@@ -9,9 +9,10 @@ import torch
 
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.liveness import INPUT, Liveness, Version
 from evoplan.cost_model.meta_calls import MetaCalls
-from evoplan.cost_model.trace import Trace, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Trace
 from evoplan.model import Chain, EvoformerStack, EvoformerTrunk, InputShape, TrunkConfig
 from evoplan.model.modules.representations import ALPHAFOLD
 from evoplan.model.programs.loss import mean_square

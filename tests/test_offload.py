@@ -15,8 +15,8 @@ from torch import UntypedStorage
 
 from evoplan.cost_model.casting import casting_of
 from evoplan.cost_model.costs import CostTable
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import fake_copy
 from evoplan.model import EvoformerStack
 from evoplan.model.running.kinds import WHOLE
 from evoplan.planner import simulate_plan

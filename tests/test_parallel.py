@@ -15,7 +15,7 @@ from torch.distributed import group
 from evoplan.cost_model import measure
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
-from evoplan.cost_model.trace import fake_tensors
+from evoplan.cost_model.fakes import fake_tensors
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack, InputShape, TrunkConfig
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square

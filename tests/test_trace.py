@@ -12,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from evoplan.cost_model import simulation
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.fakes import fake_tensors
 from evoplan.cost_model.liveness import Liveness
 from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.steps import trace_step
-from evoplan.cost_model.trace import Trace, fake_tensors
+from evoplan.cost_model.trace import Trace
 from evoplan.model.build import build_model, model_without_data
 from evoplan.model.config import InputShape
 from evoplan.model.families import TinyOpenFoldConfig

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evoplan.cost_model.costs import build_cost_table
 from evoplan.cost_model.devices import device
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import Trace, fake_copy
+from evoplan.cost_model.trace import Trace
 from evoplan.model.build import build_model
 from evoplan.model.config import ModelConfig
 from evoplan.model.modules.transition import Transition

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.flops import Flops, tiny_openfold_flops
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import Work, fake_copy, fake_tensors
+from evoplan.cost_model.trace import Work
 from evoplan.experiments.tiny_openfold.memory import empty_batch
 from evoplan.experiments.tiny_openfold.training import Recipe, run_step
 from evoplan.model.config import InputShape

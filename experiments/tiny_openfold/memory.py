@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.ledger import Ledger, Regions
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.static import OPTIMIZER_STATES
-from evoplan.cost_model.trace import fake_copy
 from evoplan.experiments.tiny_openfold.training import Recipe, StepResult, TinyTraining, run_step
 from evoplan.model.modules.tiny_openfold import MSA_EMBEDDING, TinyOpenFold
 from evoplan.model.running.chain import Plannable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,10 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in operands(args, kwargs) if isinstance(leaf, Tensor)]
-        about = about_operator(func, args, kwargs)
+        leaves = list(operands(args, kwargs))
+        about = about_operator(func, leaves)
         draws = draws_numbers(func, args, kwargs or {})
-        read = frozenset(map(storage_key, tensors))
+        read = frozenset([storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
         self.operators.append(Operator(about, draws, read))
         return out
 
@@ -113,28 +113,28 @@ def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     return bool(part)
 
 
-def operands(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
+def operands(args: Sequence[Any], kwargs: dict[str, Any] | None) -> Iterator[Any]:
     """What an operator is called with, one by one: some come in lists."""
-    for value in (*args, *(kwargs or {}).values()):
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, list | tuple):
-            yield from operands(tuple(value), None)
+            yield from operands(value, None)
         else:
             yield value
 
 
-def about_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
-    """An operator and the layouts and values that it is called with."""
-    leaves = list(operands(args, kwargs))
+def about_operator(func: Any, leaves: Sequence[Any]) -> str:
+    """An operator and the layouts and values of the operands that it is called with."""
     try:
-        key = func, *map(_key, leaves)
+        key = id(func), *map(_key, leaves)
         if key not in _texts:
-            _texts[key] = _text(func, leaves)
-        return _texts[key]
+            _texts[key] = func, _text(func, leaves)
+        return _texts[key][1]
     except TypeError:  # something among them has no hash
         return _text(func, leaves)
 
 
-_texts: dict[tuple[Any, ...], str] = {}  # as layers are alike, few are made
+# As layers are alike, few are made. By the operators' ids, whose hashes are worked out in Python.
+_texts: dict[tuple[Any, ...], tuple[Any, str]] = {}
 
 
 def _key(leaf: Any) -> Any:
@@ -143,11 +143,13 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf  # 1, 1.0 and True are equal
 
 
-def _text(func: Any, leaves: list[Any]) -> str:
+def _text(func: Any, leaves: Sequence[Any]) -> str:
     return f"{func} {[str(Layout.of(t)) if isinstance(t, Tensor) else repr(t)[:80] for t in leaves]}"
 
 
 def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
     """All buffers of the layers that have written into one: kernels write into some without telling."""
+    if not names:
+        return ()
     layers = {name.rpartition(".")[0] for name in names}
     return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in layers)

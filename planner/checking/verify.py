@@ -12,9 +12,9 @@ import torch
 
 from evoplan.cost_model import measure
 from evoplan.cost_model.casting import casting_of
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.loss import Loss
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import fake_copy
 from evoplan.model.build import build_model
 from evoplan.model.running.chain import Plannable
 from evoplan.model.sharing.parallel import ParallelEvoformer

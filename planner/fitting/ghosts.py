@@ -7,21 +7,24 @@ what is kept and when it goes. So a whole training step is simulated in the time
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Trace
+from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Argument, Call, Made
 from evoplan.model.foreign.inside import in_autograds_graph
 from evoplan.model.foreign.leaves import Key, Value
+from evoplan.model.foreign.runs import other_buffers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
@@ -97,11 +100,25 @@ class GhostRuns(CallRuns):
     def again(self, call: Call, action: Action, state: Mapping[str, Tensor]) -> tuple[Any, Outputs | None]:
         """As `planner.execution.tape.Runs` has it."""
         self.passed("loss")
-        return super().again(call, action, state)
+        assert action.run is not None
+        with self._as_met(call), self.met[call.index].random or nullcontext():
+            kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
+        return kept, made
 
     def random_state(self, call: Call) -> Any:
         """As large as a real one."""
         return _Kept(self.where, call.draws)
+
+    def attributes(self, modules: Sequence[nn.Module]) -> Attributes:
+        """None: no module runs that would ask for them."""
+        return Attributes(())
+
+    @contextmanager
+    def _as_met(self, call: Call) -> Iterator[None]:
+        """The block with the buffers that forward found, which take memory."""
+        met = self.met[call.index]
+        with other_buffers(self.blocks[call.path].module, met.buffers, met.others):
+            yield
 
     def _run(
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]

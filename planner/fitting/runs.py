@@ -74,7 +74,7 @@ class CallRuns:
             parameters,
             Context.of_steps(),
             marks(_tensors(given)),
-            Attributes(found.modules),
+            self.attributes(found.modules),
             {name: module.get_buffer(name).detach().clone() for name in call.changes},
             others,
             marks(others),
@@ -130,6 +130,10 @@ class CallRuns:
     def random_state(self, call: Call) -> RandomState | None:
         """Where the generators stand before a call."""
         return RandomState()
+
+    def attributes(self, modules: Sequence[nn.Module]) -> Attributes:
+        """What the modules of a block have besides tensors before a call."""
+        return Attributes(modules)
 
     def run(
         self, call: Call, strategy: Strategy, recorded: bool, state: Mapping[str, Tensor]

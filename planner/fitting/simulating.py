@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
+from evoplan.cost_model.fakes import fake_copy, real_tensors_too
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
-from evoplan.cost_model.trace import Trace, Work, fake_copy, real_tensors_too
+from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, capture
 from evoplan.model.foreign.leaves import Layout

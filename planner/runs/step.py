@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from evoplan.cost_model.casting import Casting, casting_of
+from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.simulation import simulated
-from evoplan.cost_model.trace import fake_copy
 from evoplan.model.build import build_model, program_type
 from evoplan.model.data.batch import Batch
 from evoplan.model.programs.program import Part

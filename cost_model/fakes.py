@@ -1,0 +1,50 @@
+"""Tensors and modules without data: shapes, dtypes and strides alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Tensors made inside have shapes and no data. They claim to be on the CPU, whatever is planned for."""
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        yield mode
+
+
+@contextmanager
+def real_tensors_too() -> Iterator[None]:
+    """Inside `fake_tensors`, operators may take real tensors: labels that a loss has at hand."""
+    mode = torch._guards.detect_fake_mode()
+    if mode is None:  # on the meta device
+        yield
+        return
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str = "cpu") -> SomeModule:
+    """The same module with parameters and buffers that have no data.
+
+    Args:
+        where: meta; or cpu, inside `fake_tensors`.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=where)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
+    return copy.deepcopy(module, memo)
