@@ -49,7 +49,7 @@ class Keeping:
 
     def __init__(self, owner: str = "a submodule", named: Named = dict) -> None:
         self.owner, self.named = owner, named
-        self._all = weakref.WeakSet[_Held]()
+        self._all: list[weakref.ref[_Held]] = []
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def __enter__(self) -> Keeping:
@@ -64,13 +64,14 @@ class Keeping:
 
     def tensors(self) -> list[Tensor]:
         """Those that are kept as they are."""
-        return [held.tensor for held in self._all if held.tensor is not None]
+        return [held.tensor for held in self._living() if held.tensor is not None]
 
     def drop(self) -> None:
         """Keep nothing any longer: no backward comes by."""
         self.named = dict
-        for held in list(self._all):
+        for held in self._living():
             held.drop()
+        self._all.clear()
 
     def changed(self, tensor: Tensor) -> ChangedError:
         """The error that says that one of them was written in place."""
@@ -78,9 +79,12 @@ class Keeping:
         names = (name for name, given in self.named().items() if storage_key(given) == key)
         return changed(next(names, "a tensor"), self.owner)
 
+    def _living(self) -> list[_Held]:
+        return [held for known in self._all if (held := known()) is not None]
+
     def _hold(self, tensor: Tensor) -> _Held:
         held = _Held(tensor.detach(), self)
-        self._all.add(held)
+        self._all.append(weakref.ref(held))
         return held
 
     def _pack(self, tensor: Tensor) -> _Held:
@@ -182,17 +186,23 @@ def come_past(owner: str) -> str:
 
 
 class _Held:
-    """A tensor that backward wants: itself, or how to make it."""
+    """A tensor that backward wants: itself, or how to make it. A step makes some twenty, so it has slots."""
+
+    __slots__ = ("__weakref__", "keeping", "layout", "recipe", "tensor", "version")
+
+    layout: tuple[Any, Any, Any]  # shape, strides and offset of one that is made again
 
     def __init__(self, tensor: Tensor, keeping: Keeping) -> None:
+        if tensor.is_inference():
+            mark(f"a tensor of {keeping.owner}", tensor)
         self.tensor: Tensor | None = tensor
-        self.keeping = keeping
-        self.version, _ = mark(f"a tensor of {keeping.owner}", tensor)
-        self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+        self.keeping, self.version = keeping, tensor._version
         self.recipe: _Recipe | None = None
 
     def remake(self, recipe: _Recipe) -> None:
         """Drop the tensor: it lies in the storage that the recipe makes."""
+        assert self.tensor is not None
+        self.layout = self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset()
         self.tensor, self.recipe = None, recipe
         recipe.users += 1
 

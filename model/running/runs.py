@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from types import FunctionType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -36,7 +37,7 @@ Option = str | int | bool | Callable[..., Any]  # of torch.compile
 def new_target(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
     """The new target of a run that is not in pieces."""
     if strategy.kernel == COMPILED and has_data(tensors[submodule.target]):
-        return _compiled_target(submodule.attends)(submodule, tensors)
+        return _compiled_target(type(submodule).__name__, submodule.attends)(submodule, tensors)
     return _new_target(submodule, tensors)
 
 
@@ -45,13 +46,17 @@ def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:
 
 
 @cache
-def _compiled_target(attends: bool) -> Callable[[Submodule, Tensors], Tensor]:
-    """Compiled once for each kind of submodule, shapes and grad mode; parameters are arguments of it."""
+def _compiled_target(kind: str, attends: bool) -> Callable[[Submodule, Tensors], Tensor]:
+    """Compiled once for each kind of submodule, shapes and grad mode; parameters are arguments of it.
+
+    Each kind has code of its own: all that torch has compiled of one code is tried in turn, at every call.
+    """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 256)  # beyond it torch runs the rest as it is written
     # Patterns of attention take our five dimensions for four: they fail, or put something else in its place.
     options: dict[str, Option] | None = {"pattern_matcher": False} if attends else None
-    return torch.compile(_new_target, dynamic=False, fullgraph=True, options=options)
+    code = _new_target.__code__.replace(co_name=f"new_target_of_{kind}")
+    return torch.compile(FunctionType(code, globals()), dynamic=False, fullgraph=True, options=options)
 
 
 class Run:
