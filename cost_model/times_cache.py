@@ -62,6 +62,16 @@ class Timing(NamedTuple):
     unread: float
     spread: float
 
+    @property
+    def seconds(self) -> float:
+        """All of it: two forwards and a backward."""
+        return self.discard + self.forward + self.backward
+
+    def scaled(self, factor: float) -> Timing:
+        """On a machine that is slower by a factor."""
+        discard, forward, backward, unread = (factor * seconds for seconds in self[:4])
+        return Timing(discard, forward, backward, unread, self.spread)
+
 
 class MeasuredBytes(NamedTuple):
     """Bytes of a step, as in `StepCost`, but of backward what it adds to what is live before it."""

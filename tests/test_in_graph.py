@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.simulation import simulated
 from evoplan.model.build import build_model
 from evoplan.model.programs.loss import mean_square
+from evoplan.model.running import runs
 from evoplan.model.running.chain import Chain
 from evoplan.model.running.kinds import LEAN, WHOLE
-from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.strategy import COMPILED, Strategy
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.schedules.schedule import Run, Sequence
@@ -32,8 +34,8 @@ STRATEGIES = {"whole": WHOLE, "lean": LEAN}
 
 def all_under(model: torch.nn.Module, strategy: Strategy) -> Sequence:
     """Every step once, under one strategy where it can."""
-    steps = Chain.of(model).steps
-    return Sequence(tuple(Run(s.index, strategy if possible(s, strategy) else WHOLE) for s in steps))
+    steps, can = Chain.of(model).steps, strategy.kernel == COMPILED
+    return Sequence(tuple(Run(s.index, strategy if can or possible(s, strategy) else WHOLE) for s in steps))
 
 
 def hidden_of(transition: torch.nn.Module) -> list[weakref.ref[torch.UntypedStorage]]:
@@ -123,6 +125,52 @@ def test_one_loss_after_the_other(strategy: Strategy) -> None:
             stack.zero_grad()
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Strategy]:
+    """Submodules through torch.compile, with the backend that needs no compiler of C++."""
+    run = torch.compile(runs._new_target, backend="aot_eager", dynamic=False, fullgraph=True)
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=256):
+        patch.setattr(runs, "_compiled_target", lambda kind, attends: run)
+        yield replace(WHOLE, kernel=COMPILED)
+
+
+def test_a_compiled_step_lets_go_of_what_its_node_keeps(compiled: Strategy) -> None:
+    stack = new_stack()
+    planned = PlannedModule(stack, all_under(stack, compiled))
+    at_the_end: list[bool] = []
+    given = inputs()
+    given["m"].requires_grad_().register_hook(lambda grad: at_the_end.append(not any_lives(kept)))
+    m, z = planned(**given, dropout_seed=7)
+    others = {tensor.untyped_storage()._cdata for tensor in (m, z, *given.values(), *stack.parameters())}
+    saved = [tensor.untyped_storage() for tensor in z.grad_fn.saved_tensors]
+    kept = [weakref.ref(storage) for storage in saved if storage._cdata not in others]
+    del saved
+    assert len(kept) > 3
+    loss_of((m,)).backward(retain_graph=True)
+    loss_of((m,)).backward()
+    assert at_the_end == [False, True]
+    with pytest.raises(RuntimeError, match="no record any more"):
+        loss_of((z,)).backward()
+
+
+def test_a_compiled_step_sees_what_is_written_into(compiled: Strategy) -> None:
+    """And is right where nothing is."""
+    stack, found = new_stack(), []
+    planned = PlannedModule(stack, all_under(stack, compiled))
+    for model in (stack, planned):
+        training_step(model, inputs())
+        found.append([p.grad.clone() for p in stack.parameters()])
+        stack.zero_grad()
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    for change in (_in_a_mask, _in_a_parameter):
+        given = inputs()
+        results = planned(**given)
+        change(stack, given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss_of(results).backward()
 
 
 def test_hooks_within_see_tensors_of_the_model_s_own_graph() -> None:

@@ -215,6 +215,31 @@ def test_what_the_cache_has_is_not_measured_again(cache: str, monkeypatch: pytes
     assert all(row.timing for row in measured if row.cost)
 
 
+def test_all_strategies_of_a_step_are_timed_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is timed later is timed beside a whole run, by which the machine was twice as fast before."""
+    path, asked, slower = str(tmp_path / "times.sqlite"), [], 1.0
+
+    def timed(step, strategies, *_):
+        asked.append([str(strategy) for strategy in strategies])
+        return {s: Timing(*[slower * (1.0 if s == WHOLE else 3.0)] * 4, 0.0) for s in strategies}
+
+    monkeypatch.setattr("evoplan.planner.checking.profiling.time_step", timed)
+    monkeypatch.setattr("evoplan.planner.checking.profiling._Profiler.confirm", lambda *_: None)
+    profile_problem(PROBLEM, path, repeats=1, max_pieces=1)
+    columns = next(strategies for strategies in asked if "whole+sdpa" in strategies)  # has no bias
+    assert {"whole", "lean", "whole+tiled(2MiB)"} < set(columns)
+    assert len(asked) == len(cost_problem(PROBLEM).table.options) // 2  # two blocks that are alike
+
+    asked.clear()
+    slower = 2.0
+    measured, _, _ = profile_problem(PROBLEM, path, repeats=1, max_pieces=2)
+    assert asked
+    assert all(strategies[0] == "whole" and strategies.count("whole") == 1 for strategies in asked)
+    assert {row.timing.discard for row in measured if row.timing} == {1.0, 3.0}
+
+
 def test_what_plans_choose_is_timed_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that was measured too low by chance is not what a plan hangs on."""
     path, asked = str(tmp_path / "times.sqlite"), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -123,10 +123,12 @@ def profile_problem(
         seen.add(key)
         few = [cost for cost in options if max_pieces is None or cost.strategy.n <= max_pieces]
         before = len(found)
-        found += profiler.traced(step, few)
-        for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind):
-            if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED):
-                found.append(profiler.opaque(step, strategy))
+        opaque = [
+            strategy
+            for strategy in opaque_strategies(step, state[step.target].shape, costed.device.kind)
+            if strategy.n <= (max_pieces or strategy.n) and (compiled or strategy.kernel != COMPILED)
+        ]
+        found += profiler.measure(step, few, opaque)
         timed = sum(row.timing is not None for row in found[before:])
         done(f"{kind_of(step.name)}: times of {timed} strategies")
     calibrate()
@@ -148,28 +150,30 @@ class _Profiler:
     again: bool
     progress: Progress
 
-    def traced(self, step: Step, costs: list[StepCost]) -> Iterator[Measurement]:
-        """Strategies whose memory is known: those that fit are timed, all in turn."""
-        known = {cost.strategy: self._known(step, cost.strategy) for cost in costs}
-        room = SHARE * available_bytes(self.problem.device)
-        missing = [cost for cost in costs if known[cost.strategy] is None and _peak(cost) <= room]
-        strategies = [cost.strategy for cost in missing]
-        if missing:
-            here = self._here(step)
-            known |= time_step(
-                here, strategies, self.state, self.constants, self.repeats, self.progress, self._casting
-            )
-        for cost in missing:
-            timing = known[cost.strategy]
-            assert timing is not None
-            self.cache.put(self.key(step, cost.strategy), timing, cost)
-        for cost in costs:
-            timing = known[cost.strategy]
-            reason = None if timing else "it needs more memory than is free"
-            yield Measurement(step, cost.strategy, cost, timing, reason)
+    def measure(self, step: Step, costs: Sequence[StepCost], opaque: Sequence[Strategy]) -> list[Measurement]:
+        """A step under every strategy that fits here, all timed in turn, as a machine's speed drifts.
 
-    def opaque(self, step: Step, strategy: Strategy) -> Measurement:
-        """A strategy that cannot be traced: kept only if it does what whole does, and with its memory."""
+        Args:
+            costs: of strategies whose memory is known.
+            opaque: those that cannot be traced.
+        """
+        rows = [self._row(step, cost) for cost in costs] + [self._opaque(step, way) for way in opaque]
+        todo = [row.strategy for row in rows if row.timing is None and row.reason is None]
+        times = self._timed(step, todo) if todo else {}
+        for row in rows:
+            if row.strategy in times:
+                self.cache.put(self.key(step, row.strategy), times[row.strategy], row.cost, row.taken)
+        return [replace(row, timing=times.get(row.strategy, row.timing)) for row in rows]
+
+    def _row(self, step: Step, cost: StepCost) -> Measurement:
+        """What is known of a strategy, or why it cannot be timed."""
+        timing = self._known(step, cost.strategy)
+        fits = timing is not None or _peak(cost) <= SHARE * available_bytes(self.problem.device)
+        reason = None if fits else "it needs more memory than is free"
+        return Measurement(step, cost.strategy, cost, timing, reason)
+
+    def _opaque(self, step: Step, strategy: Strategy) -> Measurement:
+        """One that cannot be traced is on offer only if it does what whole does, and with its memory."""
         timing = self._known(step, strategy)
         if timing is not None:
             taken = self.cache.get_bytes(self.key(step, strategy))
@@ -184,12 +188,19 @@ class _Profiler:
             if not error <= EXACT[self.problem.precision]:
                 return Measurement(step, strategy, None, None, f"it is off by {error:.1g}")
             taken = bytes_taken(here, strategy, *given, casting)
-            timing = time_step(here, [strategy], *given, self.repeats, self.progress, casting)[strategy]
         except Exception as reason:  # whatever a library says when it cannot
             said = str(reason).strip().splitlines() or [type(reason).__name__]
             return Measurement(step, strategy, None, None, said[0])
-        self.cache.put(self.key(step, strategy), timing, taken=taken)
-        return Measurement(step, strategy, None, timing, taken=taken)
+        return Measurement(step, strategy, None, None, taken=taken)
+
+    def _timed(self, step: Step, strategies: list[Strategy]) -> dict[Strategy, Timing]:
+        """New times, as if measured with those that are known: a whole run tells how the machine is now."""
+        known = self._known(step, WHOLE)
+        beside = [WHOLE] if known is not None and WHOLE not in strategies else []
+        given = self.state, self.constants, self.repeats, self.progress, self._casting
+        times = time_step(self._here(step), [*beside, *strategies], *given)
+        speed = known.seconds / times[WHOLE].seconds if beside and known is not None else 1.0
+        return {strategy: times[strategy].scaled(speed) for strategy in strategies}
 
     @property
     def _casting(self) -> Casting:
