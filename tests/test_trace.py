@@ -102,6 +102,20 @@ def test_fake_tensors_are_made_again_where_they_were() -> None:
         assert calls(aten.mul.Tensor, (torch.empty(4, 6).t(), 0.5), {}).fake_mode is another
 
 
+def test_what_is_written_in_place_is_worked_out_once() -> None:
+    """Elementwise: what may grow, and what does not fit, is asked every time."""
+    calls, aten = MetaCalls(), torch.ops.aten
+    for _ in range(3):
+        x = torch.empty(4, 6, device="meta")
+        assert calls(aten.add_.Tensor, (x, torch.empty(6, device="meta")), {}) is x
+        assert calls(aten.mul_.Scalar, (x, 2), {}) is x
+        assert calls(aten.resize_.default, (x, [8, 6]), {}).shape == (8, 6)
+        assert calls(aten.t_.default, (x,), {}).shape == (6, 8)
+        assert len(calls._known) == 2
+        with pytest.raises(RuntimeError):
+            calls(aten.add_.Tensor, (x, torch.empty(5, device="meta")), {})
+
+
 def test_what_shares_its_input_is_not_made_again() -> None:
     """Whatever a schema says: `_unsafe_view` has none of a view, and is one."""
     calls, x = MetaCalls(), torch.empty(4, 6, device="meta")
