@@ -47,7 +47,7 @@ def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iter
     blocks = 1 if device is None else device.block_bytes
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (
-        _garbage_left(),
+        garbage_left(),
         fake_tensors() if where == "cpu" else nullcontext(),
         kind(blocks, scratch, _CALLS) as trace,
         sampled_pieces(trace),
@@ -56,7 +56,7 @@ def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iter
 
 
 @contextmanager
-def _garbage_left() -> Iterator[None]:
+def garbage_left() -> Iterator[None]:
     """Garbage is not looked for: runs make many objects, and what dies here dies by its last reference."""
     before = gc.isenabled()
     gc.disable()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from evoplan.cost_model.simulation import garbage_left
 from evoplan.model.foreign.knobs import Knobs
 from evoplan.planner.files import check_writable, write_json, write_text
 from evoplan.planner.fitting.certifying import certificate_of_fit, certified
@@ -218,6 +220,8 @@ def fit(
         raise ValueError(f"times is {times!r}; choose predicted or measured")
     before = None if plan is None else plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
     about = given_loss, optimizer, autocast, device, knobs, times, before.strategies if before else ()
-    fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
-    made = planned(fitting, size) if before is None else made_before(fitting, before, size)
+    # Many objects are made here, among many that a model's packages have: to look for garbage takes long.
+    with garbage_left() if times == "predicted" else nullcontext():
+        fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
+        made = planned(fitting, size) if before is None else made_before(fitting, before, size)
     return Fitted(fitting, made, on_change)
