@@ -379,14 +379,6 @@ MUTANTS = [
         ("times.py::test_all_strategies_of_a_step_are_timed_side_by_side",),
     ),
     Mutant(
-        "compiled-keeps",
-        "model/running/remake.py",
-        "            self._forget()\n",
-        "            pass\n",
-        "a compiled step that backward comes past keeps what its node saved",
-        ("in_graph.py::test_a_compiled_step_lets_go_of_what_its_node_keeps",),
-    ),
-    Mutant(
         "families-layout",
         "model/modules/triangle_attention.py",
         "self.transposes = transposed_bias and not self.starting",

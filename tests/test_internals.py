@@ -21,7 +21,6 @@ from evoplan.cost_model.fakes import fake_tensors
 from evoplan.model.running.internals import (
     as_input,
     backward_pass,
-    forgetting,
     gradients_of,
     handles,
     has_data,
@@ -484,35 +483,3 @@ def test_gradients_of_an_edge_are_those_of_autograd(keep: bool) -> None:
         gradients_of(edge, [x], grad, False)
     with pytest.raises(RuntimeError, match="second time"):
         gradients_of(edge, [x], grad, False)
-
-
-def test_a_node_of_python_forgets_what_it_saved() -> None:
-    """In a backward that keeps no graph; torch's own nodes cannot, and nobody lives longer for it."""
-
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, hidden: Tensor) -> Tensor:
-            ctx.save_for_backward(hidden)
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-            return grad * 2 + 0 * ctx.saved_tensors[0], None
-
-    x, hidden = torch.ones(3, requires_grad=True), torch.ones(3)
-    storage = weakref.ref(hidden.untyped_storage())
-    made = Double.apply(x, hidden)
-    del hidden
-    forget = forgetting(made)
-    assert forget is not None
-    assert forgetting(made * 2) is None
-    other = x.sum()
-    other.register_hook(lambda grad: forget())
-    other.backward(retain_graph=True)
-    assert storage() is not None
-    other.backward()
-    assert storage() is None
-    with pytest.raises(RuntimeError, match="already been freed"):
-        made.sum().backward()
-    del made
-    forget()

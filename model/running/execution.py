@@ -13,7 +13,7 @@ from torch import Tensor
 from evoplan.model.running.internals import without_graph
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
-from evoplan.model.running.remake import Kept
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 
@@ -69,7 +69,7 @@ def record(
 
 def write(
     submodule: Submodule, strategy: Strategy, tensors: Tensors, owner: str = "a submodule"
-) -> tuple[Kept | None, Tensor]:
+) -> tuple[Keeping | None, Tensor]:
     """Run forward within autograd's own graph, as a model without a plan has it; not in pieces.
 
     Returns:

@@ -6,7 +6,6 @@ Checked with torch 2.13.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -94,24 +93,6 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def has_data(tensor: Tensor) -> bool:
     """Whether there are numbers in it: it is neither on the meta device nor a fake one."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
-def forgetting(tensor: Tensor) -> Callable[[], None] | None:
-    """What has the node that made a tensor let go of all that it saved, in a backward that keeps no graph.
-
-    None: the node is none of Python's, which alone can do so. What it saved lives no longer for being asked.
-    """
-    node: Any = tensor.grad_fn
-    if not hasattr(node, "maybe_clear_saved_tensors"):
-        return None
-    known = weakref.ref(node)
-    del node
-
-    def forget() -> None:
-        if (node := known()) is not None:
-            node.maybe_clear_saved_tensors()
-
-    return forget
 
 
 def keeps_results() -> bool:

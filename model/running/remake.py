@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from evoplan.model.running.internals import forgetting, storage_key
+from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import ChangedError, changed, mark
 
 Named = Callable[[], Mapping[str, Tensor]]
@@ -37,13 +37,6 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     remaking = None if torch.compiler.is_compiling() else _current.get()
     return function(*inputs) if remaking is None else remaking.run(function, inputs)
-
-
-class Kept(Protocol):
-    """What autograd's own graph keeps of a run."""
-
-    def drop(self) -> None:
-        """Let go of it: no backward comes by."""
 
 
 class Keeping:
@@ -96,18 +89,6 @@ class Keeping:
 
     def _pack(self, tensor: Tensor) -> _Held:
         return self._hold(tensor)
-
-
-class KeptByNode:
-    """What the one node keeps that a compiled run is to autograd, which sees itself what is written into."""
-
-    def __init__(self, made: Tensor) -> None:
-        self._forget = forgetting(made)
-
-    def drop(self) -> None:
-        """Keep nothing any longer: no backward comes by."""
-        if self._forget is not None:
-            self._forget()
 
 
 class Remaking(Keeping):

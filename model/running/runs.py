@@ -36,14 +36,9 @@ Option = str | int | bool | Callable[..., Any]  # of torch.compile
 
 def new_target(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> Tensor:
     """The new target of a run that is not in pieces."""
-    if is_compiled(strategy, submodule, tensors):
+    if strategy.kernel == COMPILED and has_data(tensors[submodule.target]):
         return _compiled_target(type(submodule).__name__, submodule.attends)(submodule, tensors)
     return _new_target(submodule, tensors)
-
-
-def is_compiled(strategy: Strategy, submodule: Submodule, tensors: Tensors) -> bool:
-    """Whether a run goes through torch.compile: what has no data is not compiled for."""
-    return strategy.kernel == COMPILED and has_data(tensors[submodule.target])
 
 
 def _new_target(submodule: Submodule, tensors: Tensors) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor, UntypedStorage
 
 from evoplan.model.running.parameters import Parameters
-from evoplan.model.running.remake import Kept
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.submodule import Axis, Submodule, Tensors
 
 _PATTERN = re.compile(r"(\w+)(?:\((\w+), *(\d+)\))?(?:\+([\w-]+(?:\(\w+\))?))?(?:\[(.+)\])?")
@@ -115,7 +115,7 @@ class Kind:
 
     def written(
         self, submodule: Submodule, strategy: Strategy, tensors: Tensors, owner: str
-    ) -> tuple[Kept | None, Tensor]:
+    ) -> tuple[Keeping | None, Tensor]:
         """What autograd's own graph keeps of a run, where it can be let go of, and the new target.
 
         Of kinds that cut nothing.

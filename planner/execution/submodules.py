@@ -17,7 +17,7 @@ from evoplan.model.running.layers import altered_layers
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.regions import region
-from evoplan.model.running.remake import Kept
+from evoplan.model.running.remake import Keeping
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.submodule import Submodule
 from evoplan.model.running.unchanged import Mark, check, mark, marks
@@ -88,7 +88,9 @@ class SubmoduleRuns:
         run = action.run
         return self.in_graph and run is not None and action.recorded and not run.strategy.in_pieces
 
-    def written(self, step: Step, action: Action, state: Mapping[str, Tensor]) -> tuple[Kept | None, Tensor]:
+    def written(
+        self, step: Step, action: Action, state: Mapping[str, Tensor]
+    ) -> tuple[Keeping | None, Tensor]:
         """What the graph keeps of such a step, where it can be let go of, and what the step makes."""
         assert action.run is not None
         tensors = step.tensors(state, self.constants, self.seed)

@@ -22,7 +22,7 @@ from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import State
 from evoplan.model.running.internals import backward_pass
 from evoplan.model.running.regions import region
-from evoplan.model.running.remake import Kept, come_past
+from evoplan.model.running.remake import Keeping, come_past
 from evoplan.model.running.strategy import Record, Strategy
 from evoplan.model.running.unchanged import Mark, check, marks
 from evoplan.planner.execution.departures import Departures
@@ -48,7 +48,7 @@ class _WrittenStep:
     """A step in autograd's own graph, and what that keeps of it, where it can be let go of."""
 
     step: Placed
-    kept: Kept | None
+    kept: Keeping | None
 
     @property
     def first(self) -> int:
@@ -102,7 +102,7 @@ class Tape:
         made: Outputs = _StepNode.apply(self, state, *how, *inputs)  # type: ignore[no-untyped-call]
         return made
 
-    def written(self, step: Placed, made: Outputs, kept: Kept | None) -> None:
+    def written(self, step: Placed, made: Outputs, kept: Keeping | None) -> None:
         """A step of forward has run in autograd's own graph.
 
         Args:

@@ -12,8 +12,8 @@ from evoplan.model.running.affine import leaves_results_unread
 from evoplan.model.running.internals import has_saving_hooks
 from evoplan.model.running.kernels import using
 from evoplan.model.running.parameters import Parameters
-from evoplan.model.running.remake import Keeping, Kept, KeptByNode
-from evoplan.model.running.runs import WholeRun, is_compiled, new_target
+from evoplan.model.running.remake import Keeping
+from evoplan.model.running.runs import WholeRun, new_target
 from evoplan.model.running.strategy import Kind, Record, Strategy
 from evoplan.model.running.submodule import Submodule, Tensors
 from evoplan.model.running.unchanged import marks
@@ -49,14 +49,10 @@ class Whole(Kind):
 
     def written(
         self, submodule: Submodule, strategy: Strategy, tensors: Tensors, owner: str
-    ) -> tuple[Kept | None, Tensor]:
+    ) -> tuple[Keeping | None, Tensor]:
         """What autograd's own graph keeps of a run, where it can be let go of, and the new target."""
         read = {name: tensors[name].detach() for name in (*submodule.reads, *submodule.constants)}
         marks(read)
-        if is_compiled(strategy, submodule, tensors):
-            with torch.enable_grad():
-                made = new_target(strategy, submodule, tensors)
-            return KeptByNode(made), made
         with torch.enable_grad(), using(strategy.kernel), self.keeping(submodule, owner, read) as kept:
             return kept, new_target(strategy, submodule, tensors)
 
