@@ -941,6 +941,14 @@ MUTANTS = [
         ("roofline.py::test_the_least_batch_is_where_the_bound_changes",),
     ),
     Mutant(
+        "frontier-exact-peaks",
+        "planner/solvers/frontier.py",
+        "if self._peak(index, units) <= budget_bytes",
+        "if units <= below + 2",
+        "what is found ahead of a budget need not fit it",
+        ("frontier.py::test_steep_falls_come_at_exact_peaks",),
+    ),
+    Mutant(
         "frontier-steps",
         "planner/solvers/frontier.py",
         "budgets.add(self.output_bytes + first)",

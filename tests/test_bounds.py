@@ -92,6 +92,7 @@ def test_no_schedule_beats_a_bound(table: CostTable, units: int, max_depth: int 
     outputs = table.bytes_of(table.liveness.outputs)
     for memory in range(0, UNITS, 7):
         assert bound.seconds(outputs + memory) <= optimum[memory] + 1e-9
+        assert bound.seconds(outputs + memory, enough=np.inf) == pytest.approx(optimum[memory])
     exact = LowerBound(table, max_depth, units=UNITS)
     times = Program(table, 1, UNITS, max_depth).times
     for memory in range(1, UNITS, 11):

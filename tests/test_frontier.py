@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
+from evoplan.planner.schedules.replay import replay
 from evoplan.planner.solvers.frontier import Frontier
 from tests.test_dp import cases, starts, tables
 
@@ -81,3 +82,37 @@ def test_of_long_chains_every_grid_is_asked(stack_table: CostTable) -> None:
         frontier = Frontier(table)
         answers = frontier._answers(frontier.output_bytes + frontier.spans[-1])
         assert [index for _, index, _ in answers] == [*range(len(frontier.spans))]
+
+
+@cases(40)
+@given(tables(steps=(2, 3), most=3), st.integers(2, 8))
+def test_steep_falls_come_at_exact_peaks(table: CostTable, times: int) -> None:
+    """On a coarse grid: never later than without a look ahead, and more budget is never slower."""
+    chain = times_longer(table, times, SCALE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.frontier.UNITS", 60)
+        ahead, blind = Frontier(chain), Frontier(chain)
+        patch.setattr(Frontier, "_ahead", lambda *_: [])
+        rounded = blind.steps()
+        patch.undo()
+        patch.setattr("evoplan.planner.solvers.frontier.UNITS", 60)
+        steps = ahead.steps()
+        assert all(ahead.seconds(budget) <= seconds for budget, seconds in rounded)
+        assert [seconds for _, seconds in steps] == sorted((seconds for _, seconds in steps), reverse=True)
+        for budget, seconds in steps:
+            assert ahead.seconds(budget - 1) > ahead.seconds(budget) == seconds
+            assert replay(ahead.schedule(budget), chain).peak_bytes <= budget
+
+
+def test_a_look_ahead_finds_what_rounding_hides(stack_table: CostTable) -> None:
+    """A grid of few steps, on real costs: times close to those of a fine one."""
+    fine = Frontier(stack_table)
+    budgets = fine.budgets(60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoplan.planner.solvers.frontier.UNITS", 500)
+        coarse = Frontier(stack_table)
+        found = [coarse.seconds(budget) / fine.seconds(budget) for budget in budgets]
+        patch.setattr(Frontier, "_ahead", lambda *_: [])
+        blind = Frontier(stack_table)
+        rounded = [blind.seconds(budget) / fine.seconds(budget) for budget in budgets]
+    assert max(found) - 1 < (max(rounded) - 1) / 2

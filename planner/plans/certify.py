@@ -19,6 +19,7 @@ from evoplan.planner.solvers.proof import best_proof
 
 ROUNDING = "dynamic program on costs rounded down"
 CP_SAT = "CP-SAT"
+CLOSE = 0.01  # gap for which no finer grid is solved
 MOST_PROVEN = 256  # groups, for which the relaxed program takes seconds
 ANY_ORDER = "runs that are owed, memory at a price"
 
@@ -77,7 +78,7 @@ def proven(
         budget = table.most_bytes
     progress("bounding every depth")
     start = time.perf_counter()
-    bound = least_possible(table, budget)
+    bound = least_possible(table, budget, planned - after)
     found = [_certificate(ROUNDING, None, bound + after, planned, start)]
     from evoplan.planner.solvers import cp_sat  # OR-Tools takes a while to import
 
@@ -99,9 +100,13 @@ def proven(
     return solver.model_copy(update={"gap": found[0].gap, "certificates": tuple(found)})
 
 
-def least_possible(table: CostTable, budget: int) -> float:
-    """Seconds below which no persistent schedule can be; inf if none fits."""
-    bound = LowerBound(table).seconds(budget)
+def least_possible(table: CostTable, budget: int, planned: float) -> float:
+    """Seconds below which no persistent schedule can be; inf if none fits.
+
+    Args:
+        planned: seconds of a schedule; a bound that leaves more than CLOSE to it is looked at once more.
+    """
+    bound = LowerBound(table).seconds(budget, enough=planned / (1 + CLOSE))
     if len(table.groups) > MOST_PROVEN:
         return bound
     seconds = best_proof(table, budget).seconds

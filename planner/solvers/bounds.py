@@ -28,6 +28,7 @@ WASTE = 0.02  # of the state: so little is not worth a finer grid
 FINER = 3
 # Where so few states fit, times change fast with memory, and so many times as many grid steps are worth it.
 FEW_STATES, FINER_THERE = 24, 16
+CLOSER = (MOST_UNITS, 4 * MOST_UNITS)  # steps of a budget's own grids, where a bound is to be closer
 
 
 class LowerBound:
@@ -49,24 +50,37 @@ class LowerBound:
         self._programs: dict[int, tuple[int, Times]] = {}
         self._prices, self._priced = priced(table, max_depth)
 
-    def seconds(self, budget_bytes: int) -> float:
-        """No schedule whose peak, as the program charges it, fits is faster; inf if none fits."""
+    def seconds(self, budget_bytes: int, enough: float = 0.0) -> float:
+        """No schedule whose peak, as the program charges it, fits is faster; inf if none fits.
+
+        Args:
+            enough: while the bound is less, finer grids of the budget's own are solved too.
+        """
         memory = budget_bytes - self._output_bytes
         if memory < 0:
             return np.inf
         kept = memory - self.table.loss_bytes
-        return max(float(np.max(self._priced - self._prices * kept)), self._on_grid(memory))
+        found = max(float(np.max(self._priced - self._prices * kept)), self._on_grid(memory))
+        for units in CLOSER:
+            if found >= enough:
+                break
+            found = max(found, float(self._solved(memory, units)[1][-1]))
+        return found
 
     def _on_grid(self, memory: int) -> float:
         span = next((span for span in self._spans if span >= memory), memory)
         if span not in self._programs:
             few = span < FEW_STATES * sum(self.table.state_bytes.values())
             units = self.units * FINER_THERE if few else self.units
-            unit = dividing_unit(self.table, span, min(units, MOST_UNITS), FINER)
-            program = Program(self.table, unit, span // unit, self.max_depth, optimistic=True)
-            self._programs[span] = unit, program.times.copy()
+            self._programs[span] = self._solved(span, min(units, MOST_UNITS))
         unit, times = self._programs[span]
         return float(times[memory // unit])
+
+    def _solved(self, span: int, units: int) -> tuple[int, Times]:
+        """A grid's step, and least times by budget in such steps."""
+        unit = dividing_unit(self.table, span, units, FINER)
+        program = Program(self.table, unit, span // unit, self.max_depth, optimistic=True)
+        return unit, program.times.copy()
 
 
 def priced(table: CostTable, max_depth: int | None) -> tuple[Times, Times]:

@@ -2,7 +2,8 @@
 
 A grid of fixed size resolves small budgets poorly when it spans large ones. So each grid spans four
 times the last, a budget is answered by the best of all grids up to the first that spans it, and
-more budget can never be slower.
+more budget can never be slower. Grids round sizes up: where times fall steeply, what fits in exact
+bytes is looked for a few steps beyond a budget.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ ROUNDING = 1e-9  # more than sums of the same times in another order differ by, 
 # Beyond the first grid, checkpoints hold at most so many groups, or this often as many as there are for each
 # state that fits, whichever is more.
 LONG, SHARE = 48, 8
+# Sizes are rounded up to the grid, so a schedule is found a little above its exact peak. Where the least time
+# falls by more than this share at once, schedules of so many more grid steps are tried too.
+STEEP, AHEAD = 0.01, 8
 KEEP_BYTES = 128 << 20  # tables of programs kept beside the one at work; dropped ones are solved again
 
 
@@ -65,6 +69,7 @@ class Frontier:
     max_depth: int | None = None
     _times: dict[int, Times] = field(default_factory=dict, repr=False)
     _readers: dict[int, Reader] = field(default_factory=dict, repr=False)  # of the latest few programs
+    _peaks: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)  # exact, by grid and units
 
     def __post_init__(self) -> None:
         table = self.table
@@ -166,9 +171,16 @@ class Frontier:
 
     def _best(self, budget_bytes: int) -> tuple[float, Callable[[], Sequence]]:
         """Least seconds, and how to read the schedule."""
+        answers = self._answers(budget_bytes)
+        if len(self.table.groups) <= MANY and any(np.isfinite(seconds) for seconds, *_ in answers):
+            answers += [
+                (seconds, index, units)
+                for _, index, below in answers
+                for seconds, units in self._ahead(index, below, below + AHEAD)
+                if self._peak(index, units) <= budget_bytes
+            ]
         found: list[tuple[float, Callable[[], Sequence]]] = [
-            (seconds, partial(self._read, index, units))
-            for seconds, index, units in self._answers(budget_bytes)
+            (seconds, partial(self._read, index, units)) for seconds, index, units in answers
         ]
         # Two schedules whose peaks are known exactly, not rounded up to a grid.
         if budget_bytes >= self._most.peak_bytes:
@@ -177,6 +189,21 @@ class Frontier:
             fits = self.least_replay.peak_bytes <= budget_bytes
             found.append((self.least_replay.seconds if fits else np.inf, lambda: self.least))
         return min(found, key=lambda answer: answer[0])
+
+    def _ahead(self, index: int, below: int, last: int) -> list[tuple[float, int]]:
+        """Steep falls of the least time on a grid, past one of its budgets and up to another: seconds, units.
+
+        Which falls are steep is no matter of the budget: found ahead of one, they are found for larger ones.
+        """
+        times = self._grid_times(index)[below : last + 1]
+        steep = np.flatnonzero(times[1:] * (1 + STEEP) < times[:-1]) + 1
+        return [(float(times[fall]), below + int(fall)) for fall in steep]
+
+    def _peak(self, index: int, units: int) -> int:
+        """Exact peak of the schedule that a grid has for some of its units."""
+        if (index, units) not in self._peaks:
+            self._peaks[index, units] = replay(self._read(index, units), self.table).peak_bytes
+        return self._peaks[index, units]
 
     def _read(self, index: int, units: int) -> Sequence:
         return self._reader(index).schedule(units)
@@ -222,6 +249,11 @@ class Frontier:
             # A grid is asked for what the one before does not span.
             first = self.spans[index - 1] + 1 if index else 0
             budgets |= {self.output_bytes + int(units) * unit for units in falls}
+            if len(self.table.groups) <= MANY:
+                budgets |= {
+                    max(self._peak(index, units), self.output_bytes + (units - AHEAD) * unit)
+                    for _, units in self._ahead(index, first // unit, len(times) - 1)
+                }
             budgets.add(self.output_bytes + first)
         found: list[tuple[int, float]] = []
         for budget in sorted(budgets):
