@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
@@ -116,14 +117,15 @@ def gap_rows(table: CostTable, blocks: int, say: Progress, count: int = 10) -> l
     rows = []
     for budget in flat.budgets(count)[:count]:
         start = time.perf_counter()
-        proved = cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds
+        best = flat.seconds(budget)
+        proved = cp_sat.answer(table, budget, max_depth=1, optimistic=True, known_seconds=best).bound_seconds
         rows.append(
             {
                 "blocks": blocks, "budget_bytes": budget,
                 "seconds": frontier.seconds(budget),
-                "gap": frontier.seconds(budget) / bound.seconds(budget) - 1,
-                "depth_1_seconds": flat.seconds(budget),
-                "cp_sat_gap": max(0.0, flat.seconds(budget) / proved - 1),
+                "gap": max(0.0, frontier.seconds(budget) / bound.seconds(budget) - 1),
+                "depth_1_seconds": best,
+                "cp_sat_gap": max(0.0, best / proved - 1) if proved else np.inf,
                 "cp_sat_seconds": time.perf_counter() - start,
             }
         )  # fmt: skip

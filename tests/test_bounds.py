@@ -26,6 +26,11 @@ def check(table: CostTable, memory: int, max_depth: int, expected: float) -> Non
     found = cp_sat.answer(table, outputs + memory, max_depth, units=max(1, memory))
     assert found.seconds == pytest.approx(expected)
     assert found.bound_seconds == pytest.approx(expected)
+    for known in (expected, 0.9 * expected):  # one of the class, and one that is faster than all of it
+        told = cp_sat.answer(
+            table, outputs + memory, max_depth, optimistic=True, units=max(1, memory), known_seconds=known
+        )
+        assert told.bound_seconds == pytest.approx(known)
     if found.schedule is not None:
         played = replay(found.schedule, table)
         assert played.peak_bytes <= outputs + memory

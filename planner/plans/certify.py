@@ -87,8 +87,9 @@ def proven(
         start = time.perf_counter()
         # What holds for every depth holds for one; the search may be cut off before it knows as much.
         flat = max(bound, LowerBound(table, max_depth=1).seconds(budget))
-        flat = max(flat, cp_sat.answer(table, budget, max_depth=1, optimistic=True).bound_seconds)
-        best = Frontier(table, max_depth=1).seconds(budget) + after
+        best = Frontier(table, max_depth=1).seconds(budget)
+        searched = cp_sat.answer(table, budget, max_depth=1, optimistic=True, known_seconds=best)
+        flat, best = max(flat, searched.bound_seconds), best + after
         if depth(schedule) <= 1:
             best = min(best, planned)
         found.append(_certificate(CP_SAT, 1, flat + after, best, start))

@@ -30,6 +30,7 @@ SHORT = 12  # steps up to which every step is chosen by itself
 UNITS, MANY_GROUPS, MANY_GROUPS_UNITS = 1024, 8, 512  # of memory; a group's table has their square
 GROUP_UNITS = 80  # at least, of the most that a group makes use of
 WORK = 8.0  # of search, in OR-tools' deterministic time, so that a busy machine finds as much: half a minute
+NOISE = 1e-9  # that sums of seconds in another order differ by, as a share
 TICKS = 2**34  # of the slowest item: seconds become whole numbers
 
 
@@ -59,6 +60,7 @@ def answer(
     optimistic: bool = False,
     units: int | None = None,
     limit: float = WORK,
+    known_seconds: float = np.inf,
 ) -> Answer:
     """Solve a chain for which it `applies`, for training.
 
@@ -68,6 +70,7 @@ def answer(
         optimistic: round costs down, for a bound; the schedule may need more then.
         units: steps of the grid of memory.
         limit: of search, in OR-tools' deterministic time.
+        known_seconds: of a schedule that is known; no slower one is looked for.
     """
     if not applies(table):
         raise ValueError("cp-sat plans at most 12 steps, or any number of equal blocks; use --solver dp")
@@ -85,7 +88,7 @@ def answer(
         unit = max(1, min(unit, -(-_most_of_a_group(table) // GROUP_UNITS)))
     memory = memory_bytes // unit
     maker = ItemMaker(GridCosts(table, unit, memory + 1, optimistic), max_depth)
-    return (_by_steps if short else _by_counts)(maker, memory, limit)
+    return (_by_steps if short else _by_counts)(maker, memory, _Search(optimistic, limit, known_seconds))
 
 
 def _most_of_a_group(table: CostTable) -> int:
@@ -97,24 +100,38 @@ def _most_of_a_group(table: CostTable) -> int:
     return held + state + 2 * sum(table.state_bytes.values()) + max(peaks)
 
 
-def _solve(
-    model: cp_model.CpModel, cost: list[tuple[cp_model.IntVar, float]], optimistic: bool, limit: float
-) -> tuple[cp_model.CpSolver | None, float]:
-    """Minimise the seconds; the solver if it has a solution, and the bound."""
-    scale = TICKS / max((seconds for _, seconds in cost if seconds), default=1.0)
-    rounded = np.floor if optimistic else np.ceil
-    model.minimize(sum(int(rounded(seconds * scale)) * variable for variable, seconds in cost))
-    solver = cp_model.CpSolver()
-    solver.parameters.max_deterministic_time = limit
-    solver.parameters.num_workers = 2
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return None, np.inf
-    bound = solver.best_objective_bound / scale
-    return (solver if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None), bound
+@dataclass(frozen=True)
+class _Search:
+    """How an integer program is solved."""
+
+    optimistic: bool
+    limit: float
+    known_seconds: float
+
+    def solve(
+        self, model: cp_model.CpModel, cost: list[tuple[cp_model.IntVar, float]]
+    ) -> tuple[cp_model.CpSolver | None, float]:
+        """Minimise the seconds; the solver if it has a solution, and the bound."""
+        scale = TICKS / max((seconds for _, seconds in cost if seconds), default=1.0)
+        rounded = np.floor if self.optimistic else np.ceil
+        total = sum(int(rounded(seconds * scale)) * variable for variable, seconds in cost)
+        model.minimize(total)
+        if np.isfinite(self.known_seconds):
+            model.add(total <= int(np.ceil(self.known_seconds * scale * (1 + NOISE))))
+        solver = cp_model.CpSolver()
+        solver.parameters.max_deterministic_time = self.limit
+        solver.parameters.num_workers = 2
+        # With thousands of items these would take most of the limit, and find nothing.
+        solver.parameters.cp_model_probing_level = 0
+        solver.parameters.symmetry_level = 0
+        status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:  # nothing fits, or nothing as fast
+            return None, self.known_seconds
+        bound = solver.best_objective_bound / scale
+        return (solver if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None), bound
 
 
-def _by_steps(maker: ItemMaker, memory: int, limit: float) -> Answer:
+def _by_steps(maker: ItemMaker, memory: int, search: _Search) -> Answer:
     """A boolean for each item; positions are steps."""
     table, costs = maker.table, maker.costs
     count = len(table.options)
@@ -138,7 +155,7 @@ def _by_steps(maker: ItemMaker, memory: int, limit: float) -> Answer:
     kept = sum(item.kept * x for x, item in zip(chosen, items, strict=True))
     model.add(kept + costs.units(table.loss_bytes) <= memory)
     cost = [(x, item.seconds) for x, item in zip(chosen, items, strict=True)]
-    solver, bound = _solve(model, cost, costs.optimistic, limit)
+    solver, bound = search.solve(model, cost)
     if solver is None:
         return Answer(None, np.inf, bound)
     taken = sorted((i for x, i in zip(chosen, items, strict=True) if solver.value(x)), key=lambda i: i.start)
@@ -146,7 +163,7 @@ def _by_steps(maker: ItemMaker, memory: int, limit: float) -> Answer:
     return Answer(Sequence(parts), sum(item.seconds for item in taken), bound)
 
 
-def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
+def _by_counts(maker: ItemMaker, memory: int, search: _Search) -> Answer:
     """A count for each item of the groups before the last, which are equal; a boolean for the last."""
     table, costs = maker.table, maker.costs
     groups = table.groups
@@ -188,7 +205,7 @@ def _by_counts(maker: ItemMaker, memory: int, limit: float) -> Answer:
     model.add(held + sum(item.need * x for x, item in zip(last, final, strict=True)) <= memory)
     model.add(held + sum(item.kept * x for x, item in zip(last, final, strict=True)) + loss <= memory)
     cost = [(x, i.seconds) for x, i in [*zip(counts, body, strict=True), *zip(last, final, strict=True)]]
-    solver, bound = _solve(model, cost, costs.optimistic, limit)
+    solver, bound = search.solve(model, cost)
     if solver is None:
         return Answer(None, np.inf, bound)
     taken = [item for n, item in zip(counts, body, strict=True) for _ in range(solver.value(n))]
