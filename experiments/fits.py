@@ -9,7 +9,9 @@ Peaks are above parameters, gradients and inputs. Plans are made with times meas
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 import evoplan
 from evoplan.cost_model import measure
+from evoplan.experiments.interleaved import interleaved
 from evoplan.model.running.internals import other_forwards
 from evoplan.planner.commands.flags import json_option
 from evoplan.planner.commands.terminal import run_command
 from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.fitting.plan import FitPlan
 
 BLOCKS = 8
 
@@ -112,9 +116,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def compare(given: Given, rounds: int) -> dict[str, Any]:
     """Least peak, and time at the peak of checkpointing by hand, over those of checkpointing by hand."""
 
-    def step() -> None:
-        out = given.model(*given.args, **given.kwargs)  # held to the end: plans reckon with that
-        given.loss(out).backward()
+    step = partial(_step, given)
 
     def brief_step() -> None:
         given.loss(given.model(*given.args, **given.kwargs)).backward()
@@ -136,19 +138,8 @@ def compare(given: Given, rounds: int) -> dict[str, Any]:
     peak = measure.peak_bytes(step)
     predicted = fitted.plan.predicted.peak_bytes - static
     plan = fitted.plan
-    times: dict[str, list[float]] = {"plan": [], "by hand": [], "free": [], "plain": []}
     fitted.remove()
-    for _ in range(rounds):
-        with checkpointed(given.blocks):
-            step()  # what a first step does besides is no part of the others
-            times["by hand"].append(measure.seconds(step))
-        for name, one in (("plan", plan), ("free", free)):
-            fitted = evoplan.fit(given.model, given.args, given.kwargs, loss=given.loss, plan=one)
-            step()
-            times[name].append(measure.seconds(step))
-            fitted.remove()
-        step()
-        times["plain"].append(measure.seconds(step))
+    times = _timed(given, {"plan": plan, "free": free}, rounds)
     ratios = sorted(a / b for a, b in zip(times["plan"], times["by hand"], strict=True))
     of_free = sorted(a / b for a, b in zip(times["free"], times["plain"], strict=True))
     return {
@@ -164,6 +155,25 @@ def compare(given: Given, rounds: int) -> dict[str, Any]:
         "unlimited_time_spread": [of_free[0], of_free[-1]],
         "predicted_time_over_large": plan.predicted.step_seconds / plan.baselines["large"].step_seconds,
     }
+
+
+def _step(given: Given) -> None:
+    out = given.model(*given.args, **given.kwargs)  # held to the end: plans reckon with that
+    given.loss(out).backward()
+
+
+def _timed(given: Given, plans: dict[str, FitPlan], rounds: int) -> dict[str, list[float]]:
+    """Seconds of steps of the plain model, by hand and under plans; each has a model of its own."""
+    runs: dict[str, Callable[[], None]] = {}
+    with ExitStack() as applied:
+        for name in ("plain", "by hand", *plans):
+            own = deepcopy(given)
+            if name == "by hand":
+                applied.enter_context(checkpointed(own.blocks))
+            elif name in plans:
+                evoplan.fit(own.model, own.args, own.kwargs, loss=own.loss, plan=plans[name])
+            runs[name] = partial(_step, own)
+        return interleaved(runs, rounds)
 
 
 @click.command(help=__doc__)
