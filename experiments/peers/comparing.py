@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from evoplan.experiments.benchmark import MAX_PIECES, Bench
+from evoplan.experiments.benchmark import Bench
 from evoplan.experiments.interleaved import interleaved
 from evoplan.experiments.peers.plans import plan_within
 from evoplan.experiments.peers.registry import Peer, Setting, UnavailableError
@@ -47,7 +47,7 @@ class Comparison:
         compiled: bool = False,
     ) -> None:
         if times == "measured":
-            profile_problem(problem, cache, 5, MAX_PIECES, compiled=compiled, progress=say)
+            profile_problem(problem, cache, 5, compiled=compiled, progress=say)
         self.problem, self.rounds = problem, rounds
         self.bench = Bench(cost_with_times(problem, times, cache), problem.device)
         self.bench.add_module(PLAIN, self.bench.stack)
