@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -117,6 +118,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     A link stays, and what it points to is replaced; a file that is replaced keeps its permissions.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():  # a device, say, in whose place a file would lie then
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +254,8 @@ def test_the_checker_stands_alone(folder: Path, stack_table: CostTable) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format": "evoplan-plan"}', "null", "\0", "[" * 5000]
+    "text",
+    ["", "{", "[]", "{}", '{"format": "evoplan-plan"}', "null", "\0", "[" * 5000, '{"budget_bytes": NaN}'],
 )
 def test_unreadable_is_told_from_invalid(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "certificate.json"
@@ -260,6 +263,26 @@ def test_unreadable_is_told_from_invalid(text: str, tmp_path: Path, capsys: pyte
     assert checker.main(path) == 2
     assert checker.main(tmp_path / "none.json") == 2
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_numbers_that_are_none_prove_nothing(folder: Path, stack_table: CostTable) -> None:
+    """A budget or grid step of NaN would have no memory at all, for which any bound holds; sealed anew."""
+    document = document_of(stack_table, Frontier(stack_table).budgets(3)[1])
+    paths = []
+    for name, value in (("budget_bytes", math.nan), ("budget_bytes", math.inf), ("unit_bytes", math.nan)):
+        forged = json.loads(json.dumps(document))
+        (forged if name in forged else forged["bound"])[name] = value
+        forged["bound"]["seconds"] = "1" * 9
+        paths.append(folder / f"{len(paths)}.json")
+        paths[-1].write_text(json.dumps(resealed(forged)))
+        assert checker.main(paths[-1]) == 2
+    good = folder / "good.json"
+    good.write_text(json.dumps(document))
+    run = partial(subprocess.run, capture_output=True, text=True)
+    assert run([sys.executable, CHECKER, good, paths[0]]).returncode == 2  # every file counts
+    none = run([sys.executable, CHECKER])
+    assert (none.returncode, none.stderr) == (2, "")
+    assert "check_certificate.py CERTIFICATE.json" in none.stdout
 
 
 def test_certify_writes_what_the_checker_takes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

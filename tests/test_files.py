@@ -120,6 +120,16 @@ def test_a_full_disk_leaves_the_old_file(odd: Path, monkeypatch: pytest.MonkeyPa
     assert not list(odd.rglob(".*"))
 
 
+def test_what_is_no_ordinary_file_stays(tmp_path: Path) -> None:
+    """A device or a pipe: a plan that is saved there must not take its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not an ordinary file"):
+        write_text(pipe, "plan")
+    assert pipe.is_fifo()
+    assert [*tmp_path.iterdir()] == [pipe]
+
+
 def test_picture_formats() -> None:
     assert [picture_format(name) for name in ("a.PNG", "a", "a.svg", "b.pdf")] == ["png", "png", "svg", "pdf"]
     with pytest.raises(ValueError, match=r"a\.gif: pictures are written as png, svg or pdf, not 'gif'"):

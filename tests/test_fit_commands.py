@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import evoplan
 from tests.test_cli import call
 
 BUILDS = """
@@ -29,6 +32,15 @@ def build():
 
 def fails():
     raise RuntimeError("no weights")
+
+
+def leaves():
+    raise SystemExit(0)
+
+
+def three():
+    model, args = build()
+    return model, args, torch.sum
 
 
 def odd():
@@ -110,3 +122,41 @@ def test_a_sweep_has_all_budgets(source: str, capsys: pytest.CaptureFixture) -> 
     code, _, error = call(capsys, "sweep", "--from", source, "--memory", "1GiB")
     assert code == 2
     assert "leave --memory out" in error
+
+
+@pytest.mark.parametrize(("name", "says"), [("leaves", "fails: SystemExit"), ("three", "a dictionary")])
+def test_a_file_that_does_otherwise_is_one_line(
+    source: str, name: str, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    code, _, error = call(capsys, "plan", "--from", source.replace("build", name), "--memory", "1MiB")
+    assert code == 2
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("plan", "--out"), ("plan", "--json"), ("sweep", "--html"), ("sweep", "--plot")]
+)
+def test_the_file_of_a_model_is_not_written_over(
+    source: str, arguments: tuple[str, str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = Path(source.rpartition(":")[0])
+    link = tmp_path / "link.svg"
+    link.symlink_to(path)
+    command, flag = arguments
+    code, _, error = call(capsys, command, "--from", source, flag, str(link if flag == "--plot" else path))
+    assert code == 2
+    assert "would be overwritten" in error
+    assert path.read_text() == BUILDS
+
+
+def test_what_fit_is_given_is_looked_at() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for args, more, says in (
+        (torch.zeros(2, 8), {}, r"give a tuple, such as \(x,\)"),
+        ((torch.zeros(2, 8),), {"optimizer": "adam"}, "choose none or sgd or adamw"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            evoplan.fit(model, args, **more)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the model is of class int"):
+        evoplan.fit(3, ())  # type: ignore[arg-type]

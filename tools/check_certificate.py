@@ -123,7 +123,7 @@ class Chain:  # versions of tensors are (name, maker); the chain's inputs are ma
 def main(path):
     code, said = 2, "not a certificate that can be read"
     try:
-        plain = json.loads(text := Path(path).read_text(encoding="utf-8"))
+        plain = json.loads(text := Path(path).read_text(encoding="utf-8"), parse_constant=int)  # no NaN
         digest = {"evoplan-certificate": plain.pop("digest")}[plain["format"]]
         code, said = 1, "NOT VALID"
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
@@ -136,7 +136,7 @@ def main(path):
         proved = chain.bound(budget, bound["unit_bytes"], Fraction("+" + bound["price"]))
         assert proved is None or Fraction("+" + stated) <= proved, f"only {proved} is proved"
         gap = f"at most {float(took / Fraction(stated) - 1):.3%} slower than any" if stated else "no bound"
-        code, said = 0, f"valid: {float(took):.6g} s, {gap} ({cert['class']})"
+        code, said = 0, f"valid: {float(took):.6g} s, {gap} ({cert['class']!r})"
     except Exception as error:
         said += f" ({error!r})"
     print(f"{path}: {said}")
@@ -146,4 +146,4 @@ def main(path):
 if __name__ == "__main__":
     __debug__ or sys.exit("python -O leaves out the checks: run it without")
     sys.setrecursionlimit(10**6)  # one level for each step
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(max(map(main, sys.argv[1:]), default=2) if sys.argv[1:] else print(__doc__) or 2)

@@ -73,7 +73,7 @@ def making(only: str | None, folder: Path) -> None:
 @click.option("--folder", type=click.Path(file_okay=False, exists=True, path_type=Path), default=FOLDER)
 def scoring(solver: str, only: str | None, json_path: str | None, folder: Path) -> None:
     """How a solver does: its times over the best known, and over what is proven."""
-    check_writable(json_path=json_path)
+    check_writable(json_path=json_path, reads=(solver.rpartition(":")[0],))
     find, names = found_solver(solver), chosen(only, kept(folder))
     console = console_for_output(json_path=json_path)
     table = new_table(solver, "instance", "budget", "step time", "over best", "over bound", "took")

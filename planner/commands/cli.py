@@ -77,7 +77,7 @@ def plan(
     **flags: Any,
 ) -> None:
     """Find the fastest schedule that fits; print it and what it saves. With --from of any model."""
-    check_writable(out, json_path=json_path, reads=files_read(cache, **flags))
+    check_writable(out, json_path=json_path, reads=files_read(cache, source=source, **flags))
     if source is not None:
         plan_from(source, flags, out, json_path, certify)
         return

@@ -217,7 +217,15 @@ def say(text: str) -> None:
 
 
 def files_read(
-    cache: str | None = None, msa: str | None = None, device: str = "", **_: Any
+    cache: str | None = None,
+    msa: str | None = None,
+    device: str = "",
+    source: str | None = None,
+    **_: Any,
 ) -> list[str | None]:
-    """Files that a command with these flags reads, and so must not write over."""
-    return [cache, msa, device if device.endswith(".json") else None]
+    """Files that a command with these flags reads, and so must not write over.
+
+    Args:
+        source: FILE.py:FUNCTION, of --from.
+    """
+    return [cache, msa, device if device.endswith(".json") else None, (source or "").rpartition(":")[0]]

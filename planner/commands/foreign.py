@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def built_by(source: str) -> Built:
         if not hasattr(module, name):
             raise ValueError(f"{path} has no {name}; give {SOURCE}") from None
         raise ValueError(f"{source} fails: {error}") from None
-    except Exception as error:  # somebody else's code
+    except (Exception, SystemExit) as error:  # somebody else's code, which may read arguments of its own
         raise ValueError(f"{source} fails: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop(0)
@@ -62,8 +63,13 @@ def _checked(source: str, made: Any) -> Built:
 
     few = isinstance(made, tuple) and 2 <= len(made) <= 5
     model, args, kwargs, loss, knobs = (*made, None, None, None)[:5] if few else (None,) * 5
-    if not isinstance(model, nn.Module) or not isinstance(args, tuple):
-        raise ValueError(f"{source} returns something else; give {SOURCE}")
+    named = all(part is None or isinstance(part, Mapping) for part in (kwargs, knobs))
+    called = loss is None or callable(loss)
+    if not (isinstance(model, nn.Module) and isinstance(args, tuple) and named and called):
+        raise ValueError(
+            f"{source} returns something else; give {SOURCE}: a module, a tuple, a dictionary (which may be "
+            "empty), a function and a dictionary, in this order"
+        )
     return Built(model, args, dict(kwargs or {}), loss, dict(knobs or {}))
 
 

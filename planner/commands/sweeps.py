@@ -49,7 +49,7 @@ def sweep(
     **flags: Any,
 ) -> None:
     """The frontier of memory and time, baselines marked on it. With --from of any model."""
-    check_writable(out, plot, html, json_path=json_path, reads=files_read(cache, **flags))
+    check_writable(out, plot, html, json_path=json_path, reads=files_read(cache, source=source, **flags))
     if plot is not None:
         picture_format(plot)
     if source is not None:

@@ -211,13 +211,10 @@ def fit(
         CaptureError: the model cannot be planned; says why.
         PlanFileError: the file is none, or was altered.
     """
-    if on_change not in ("error", "unplanned"):
-        raise ValueError(f"on_change is {on_change!r}; choose error or unplanned")
+    _check(model, args, optimizer, on_change, times)
     size = bytes_of(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
-    if times not in get_args(Timing):
-        raise ValueError(f"times is {times!r}; choose predicted or measured")
     before = None if plan is None else plan if isinstance(plan, FitPlan) else load_fit_plan(plan)
     about = given_loss, optimizer, autocast, device, knobs, times, before.strategies if before else ()
     # Many objects are made here, among many that a model's packages have: to look for garbage takes long.
@@ -225,3 +222,15 @@ def fit(
         fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
         made = planned(fitting, size) if before is None else made_before(fitting, before, size)
     return Fitted(fitting, made, on_change)
+
+
+def _check(model: object, args: object, optimizer: str, on_change: str, times: str) -> None:
+    """ValueError for what `fit` is not to be called with."""
+    choices = {"optimizer": Optimizer, "on_change": OnChange, "times": Timing}
+    for (name, kinds), given in zip(choices.items(), (optimizer, on_change, times), strict=True):
+        if given not in get_args(kinds):
+            raise ValueError(f"{name} is {given!r}; choose {' or '.join(get_args(kinds))}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is of class {type(model).__name__}; give an nn.Module")
+    if not isinstance(args, tuple | list):  # a tensor would be taken apart along its first axis
+        raise ValueError(f"args are a {type(args).__name__}; give a tuple, such as (x,)")
