@@ -47,6 +47,9 @@ class AutogradsRun(CallRun):
         """It is called with copies, whose holders show."""
         return self.arguments.into(recording)
 
+    def look(self, returned: Sequence[Any], made: Sequence[Tensor], given: Sequence[Any]) -> None:
+        """Nothing: it returns copies."""
+
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """None: gradients come of a node of the graph, which holds them no longer than their readers do."""
         if wanted := [tensor for tensor in made if tensor.requires_grad]:

@@ -30,7 +30,7 @@ from evoplan.cost_model.trace import Trace
 from evoplan.model.adapters import adapter_of
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
-from evoplan.model.foreign.capture import Captured
+from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.children import SELF, Axis, Child, Declared, layouts_of
 from evoplan.model.foreign.declared import declared
 from evoplan.model.foreign.independence import about_axes, independent_axes
@@ -142,6 +142,11 @@ def _watched(
         trace.reset()
         with torch.enable_grad(), casting(), watch:
             watch.run(SELF, copy, copy.forward, args, kwargs)
+    if watch.wants_more:
+        raise CaptureError(
+            f"{call.name} reads a tensor that wants a gradient and is neither given to it nor a parameter of "
+            "its own: run again it would have none; make it an argument, or a parameter of the block"
+        )
     return {
         path: replace(child, plain=child.plain and stays, stays=stays)
         for path, child in watch.found.items()
@@ -182,6 +187,7 @@ class _Children(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.clock = trace, clock
         self.found: dict[str, Child] = {}
+        self.wants_more = False  # a gradient of something that the block is not given
         self._open: list[_Frame] = []
         self._own = {storage_key(tensor) for tensor in (*block.parameters(), *block.buffers())}
         # Who was given a storage, and who was given one that was written into afterwards.
@@ -275,7 +281,10 @@ class _Children(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = [storage_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = [storage_key(t) for t in given]
+        known = self._open[0].known
+        self.wants_more |= any(t.requires_grad and storage_key(t) not in known for t in given)
         made = [storage_key(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         if func._schema.is_mutable:
             for tensor in written(func, args, kwargs or {}):

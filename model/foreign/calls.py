@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.children import Child
 from evoplan.model.foreign.knobs import Knob
-from evoplan.model.foreign.leaves import ChangedCallError, Key, Layout, Value, key_of
+from evoplan.model.foreign.leaves import ChangedCallError, Layout, Numbers, Value, numbers_of
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,13 @@ class Call:
             if not isinstance(argument, Value) and argument.differentiable
         )
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], latest: Mapping[str, Key]) -> list[Any]:
+    def check(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], latest: Mapping[str, Numbers]
+    ) -> list[Any]:
         """The leaves of arguments that are as they were when the call was captured.
 
         Args:
-            latest: of each state tensor, the key of what was made last.
+            latest: of each state tensor, the numbers of what was made last.
 
         Raises:
             ChangedCallError: they are not; says what differs.
@@ -142,7 +144,7 @@ class Call:
             there, here = argument.layout, Layout.of(leaf)
             if (here.shape, here.dtype) != (there.shape, there.dtype):
                 raise ChangedCallError(f"{self.name} is given {here}, and was planned for {there}")
-            if isinstance(argument, FromState) and key_of(leaf) != latest.get(argument.name):
+            if isinstance(argument, FromState) and numbers_of(leaf) != latest.get(argument.name):
                 raise ChangedCallError(
                     f"{self.name} is given another tensor than an earlier block has returned: something "
                     "between them has changed since it was planned"
@@ -163,13 +165,30 @@ class Call:
         leaves, structure = pytree.tree_flatten(returned)
         if structure != self.returned:
             raise ChangedCallError(f"{self.name} returns something else than when it was planned")
-        made = []
+        made: list[Tensor] = []
         for leaf, result in zip(leaves, self.results, strict=True):
             if isinstance(result, Made):
-                if not isinstance(leaf, Tensor) or tuple(leaf.shape) != result.layout.shape:
-                    raise ChangedCallError(f"{self.name} returns something else than when it was planned")
+                planned = isinstance(leaf, Tensor) and tuple(leaf.shape) == result.layout.shape
                 made.append(leaf)
+            else:
+                planned = isinstance(leaf, Tensor) != isinstance(result, Value)
+            if not planned:
+                raise ChangedCallError(f"{self.name} returns something else than when it was planned")
         return tuple(made), leaves
+
+    def check_passed(self, leaves: Sequence[Any], made: Sequence[Tensor], given: Sequence[Any]) -> None:
+        """That leaves of results are arguments, or other results, where they were when it was captured.
+
+        Raises:
+            ChangedCallError: one is not.
+        """
+        for leaf, result in zip(leaves, self.results, strict=True):
+            if isinstance(result, Passed | Same):
+                other = given[result.position] if isinstance(result, Passed) else made[result.number]
+                if numbers_of(leaf) != numbers_of(other):
+                    raise ChangedCallError(
+                        f"{self.name} returns another tensor in place of one that it passed on when planned"
+                    )
 
     def result_of(self, made: Sequence[Tensor], leaves: Sequence[Any], given: Sequence[Any]) -> Any:
         """What the block returns: what was made, arguments that are passed on, and the rest of the leaves."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
 from evoplan.model.foreign.finding import blocks_in, closing_in
-from evoplan.model.foreign.leaves import Key, Layout, Value
+from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
 from evoplan.model.running.internals import has_hooks, storage_key
@@ -96,8 +96,8 @@ def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
     latest: dict[str, Key] = {}
     calls = []
     for call, visit in zip(captured.calls, visits, strict=True):
-        names = {key: name for name, key in latest.items()}
-        read = {at: names[key] for at, key in enumerate(visit.keys) if key in names}
+        names = {key.numbers: name for name, key in latest.items()}
+        read = {at: names[seen] for at, seen in enumerate(visit.numbers) if seen in names}
         arguments = tuple(_argument(visit, at, read, call.name) for at in range(len(visit.arguments)))
         calls.append(replace(call, arguments=arguments, structure=visit.structure))
         made = [at for at, result in enumerate(call.results) if isinstance(result, Made)]
@@ -113,20 +113,22 @@ def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
 
 def _wired(visits: list[Visit], operators: list[Operator], results: list[Any]) -> Captured:
     versions: dict[Key, tuple[int, int]] = {}  # who has made a tensor: the call, and which of its results
+    # The same by numbers: a step is given the tensor that the model has, through which gradients go.
+    shown: dict[Numbers | None, tuple[int, int]] = {}
     reads: list[dict[int, tuple[int, int]]] = []  # for each call and argument that is one, which
     last_read: dict[tuple[int, int], int] = {}
     for index, visit in enumerate(visits):
-        found = {at: versions[key] for at, key in enumerate(visit.keys) if key in versions}
+        found = {at: shown[seen] for at, seen in enumerate(visit.numbers) if seen in shown}
         reads.append(found)
         last_read |= dict.fromkeys(found.values(), index)
         for at, key in enumerate(visit.out_keys):
             if key is not None and key not in visit.keys and key not in visit.out_keys[:at]:
-                versions[key] = index, at
+                versions[key] = shown[key.numbers] = index, at
     end = len(visits)
     after = operators[visits[-1].stop :]
     storages = {storage_key(leaf) for leaf in results if isinstance(leaf, Tensor)}
     storages = storages.union(*(operator.read for operator in after))
-    read_after = [version for key, version in versions.items() if key[0] in storages]
+    read_after = [version for key, version in versions.items() if key.numbers[0] in storages]
     last_read |= dict.fromkeys(read_after, end)
     names = _names(visits, versions.values(), last_read)
     calls = tuple(_calls(visits, reads, names, operators))
@@ -217,7 +219,7 @@ def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argu
 def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
     leaf = visit.results[at]
     if made(at):
-        storages = [None if key is None else key[0] for key in visit.keys]
+        storages = [None if key is None else key.numbers[0] for key in visit.keys]
         own = storage_key(leaf)
         return Made(Layout.of(leaf), leaf.requires_grad, storages.index(own) if own in storages else None)
     key = visit.out_keys[at]

@@ -12,7 +12,30 @@ from torch import Tensor
 
 from evoplan.model.running.internals import storage_key
 
-Key = tuple[Any, ...]
+# Autograd's nodes of plain views: a chain of them that ends at the same place in memory changes no gradient.
+# What somebody else's function returns as a view, with a gradient of its own, is none.
+VIEWS = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Alias", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze", "T", "Transpose", "UnsafeView",
+        "Unsqueeze", "View",
+    )
+) | {"BackwardHookFunctionBackward"}  # fmt: skip
+
+
+Numbers = tuple[Any, ...]
+
+
+class Key(NamedTuple):
+    """What tells a tensor from others.
+
+    Attributes:
+        numbers: equal for tensors that show the same numbers: the same place in memory, not written between.
+        source: where its gradient goes; None where it wants none.
+    """
+
+    numbers: Numbers
+    source: Any
 
 
 class ChangedCallError(RuntimeError):
@@ -61,9 +84,25 @@ class Value:
 
 
 def key_of(tensor: Tensor) -> Key:
-    """Equal for tensors that show the same numbers: the same place in memory, not written in between."""
+    """Equal for tensors that are one another in all that a block can see. Holds autograd's node."""
+    return Key(numbers_of(tensor), _source_of(tensor))
+
+
+def numbers_of(tensor: Tensor) -> Numbers:
+    """As `Key` has them; the storage first."""
     version = 0 if tensor.is_inference() else tensor._version
-    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), version
+    layout = tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+    return storage_key(tensor), *layout, tensor.is_conj(), tensor.is_neg(), version
+
+
+def _source_of(tensor: Tensor) -> Any:
+    if not tensor.requires_grad:
+        return None
+    node, number = tensor.grad_fn, tensor.output_nr
+    while node is not None and node.name() in VIEWS:
+        node, number = node.next_functions[number]
+    leaf = tensor if node is None else getattr(node, "variable", None)
+    return (node, number) if leaf is None else id(leaf)
 
 
 class Distinct(NamedTuple):

@@ -21,9 +21,11 @@ def discarded(
     call: Call, forward: Forward, leaves: Sequence[Any], inside: Inside
 ) -> tuple[tuple[Tensor, ...], list[Any]]:
     """What a call makes, and all leaves of what it returns; keeps nothing. Call without autograd."""
-    args, kwargs = call.arguments_from([*map(without_graph, leaves)])
+    given = [*map(without_graph, leaves)]
+    args, kwargs = call.arguments_from(given)
     with inside.discarding(forward) as discarding:
         made, returned = call.made_of(discarding(*args, **kwargs))
+    call.check_passed(returned, made, given)
     # As a record has them: what is a view without a graph could not be written into by who gets it.
     return tuple(tensor.detach() for tensor in made), returned
 
@@ -64,6 +66,7 @@ class CallRun:
                 given[position] = as_input(leaf)
             args, kwargs = call.arguments_from(given)
             made, returned = call.made_of(self.entered(recording)(*args, **kwargs))
+        self.look(returned, made, given)
         self.edges = self.ends(made)
         self.made: tuple[Tensor, ...] = tuple(tensor.detach() for tensor in made)
         self.returned = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in returned]
@@ -71,6 +74,10 @@ class CallRun:
     def entered(self, recording: Forward) -> Forward:
         """What is called: the forward as it is recorded."""
         return recording
+
+    def look(self, returned: Sequence[Any], made: Sequence[Tensor], given: Sequence[Any]) -> None:
+        """At what it returns and did not make."""
+        self.call.check_passed(returned, made, given)
 
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """Where gradients come in: edges, not tensors, as what was made belongs to whoever reads it next."""

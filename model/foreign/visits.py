@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.leaves import Key, key_of
+from evoplan.model.foreign.leaves import Key, Numbers, key_of, numbers_of
 
 
 @dataclass(eq=False)
@@ -47,7 +47,17 @@ class Visit:
         self.keys = keys_of(self.arguments)
         self.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.arguments]
 
+    @property
+    def numbers(self) -> list[Numbers | None]:
+        """Of the leaves of its arguments that are tensors, as they were."""
+        return [None if key is None else key.numbers for key in self.keys]
+
 
 def keys_of(leaves: Sequence[Any]) -> list[Key | None]:
     """Of those leaves that are tensors."""
     return [key_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def numbers_in(leaves: Sequence[Any]) -> list[Numbers | None]:
+    """Of those leaves that are tensors."""
+    return [numbers_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.model.foreign.leaves import Layout
-from evoplan.model.foreign.visits import Visit, keys_of
+from evoplan.model.foreign.visits import Visit, keys_of, numbers_in
 from evoplan.model.running.internals import has_saving_hooks, storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -79,7 +79,7 @@ class Watch(TorchDispatchMode):
             visit.out_keys = keys_of(visit.results)
             now, structure_now = pytree.tree_flatten((args, kwargs))
             visit.writes = (
-                structure_now != structure or keys_of(leaves) != visit.keys or len(now) != len(leaves)
+                structure_now != structure or numbers_in(leaves) != visit.numbers or len(now) != len(leaves)
             )
             after = buffers()
             visit.changes = _with_siblings(

@@ -23,7 +23,7 @@ from evoplan.cost_model.trace import Trace
 from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Argument, Call, Made
 from evoplan.model.foreign.inside import in_autograds_graph
-from evoplan.model.foreign.leaves import Key, Value
+from evoplan.model.foreign.leaves import Numbers, Value
 from evoplan.model.foreign.runs import other_buffers
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.random_state import ImaginedState
@@ -66,7 +66,7 @@ class GhostRuns(CallRuns):
         }
 
     def accepted(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Numbers]
     ) -> list[Any]:
         """What the block is planned for, where code before it does otherwise without data."""
         leaves, structure = pytree.tree_flatten((args, kwargs))

@@ -15,7 +15,7 @@ from evoplan.cost_model.calls import liveness_of
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.inside import Forward
-from evoplan.model.foreign.leaves import ChangedCallError, key_of
+from evoplan.model.foreign.leaves import ChangedCallError, numbers_of
 from evoplan.model.running.chain import State
 from evoplan.model.running.internals import has_saving_hooks, other_forwards
 from evoplan.planner.execution.tape import Tape
@@ -145,8 +145,8 @@ class _Pass:
                     f"a checkpoint or other saved-tensor hooks lie around {type(block).__name__}"
                 )
             call = self._next(block)
-            keys = {name: key_of(self.state[name]) for name in call.reads if name in self.state}
-            leaves = self.runs.accepted(call, args, kwargs, keys)
+            latest = {name: numbers_of(self.state[name]) for name in call.reads if name in self.state}
+            leaves = self.runs.accepted(call, args, kwargs, latest)
         except ChangedCallError as error:
             self._changed(error)
             return forward(*args, **kwargs)
@@ -178,7 +178,9 @@ class _Pass:
         finally:
             self.busy = False
         try:
-            self._made(call, call.made_of(result)[0])
+            made, returned = call.made_of(result)
+            call.check_passed(returned, made, leaves)
+            self._made(call, made)
         except ChangedCallError as error:
             self._changed(error)
         return result

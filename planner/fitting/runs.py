@@ -15,7 +15,7 @@ from evoplan.model.foreign.attributes import Attributes
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.fingerprints import alike, fingerprint
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
-from evoplan.model.foreign.leaves import Key, Value
+from evoplan.model.foreign.leaves import Numbers, Value
 from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
@@ -41,7 +41,7 @@ class CallRuns:
         self.met: dict[int, MetCall] = {}
 
     def accepted(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Key]
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latest: Mapping[str, Numbers]
     ) -> list[Any]:
         """The leaves of what a block is called with; ChangedCallError where they are not as planned."""
         return call.check(args, kwargs, latest)

@@ -1,0 +1,126 @@
+"""What blocks return besides new tensors, and what they read besides what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evoplan
+from evoplan.model.foreign.capture import CaptureError
+from evoplan.model.foreign.leaves import ChangedCallError
+
+WIDTH = 8
+
+
+class Reversed(torch.autograd.Function):
+    """A view whose gradient is turned round (Ganin and Lempitsky 2015)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Block(nn.Module):
+    def __init__(self, returns: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.returns = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH), returns
+
+    def forward(self, x: Tensor) -> Any:
+        return self.returns(x, x + self.down(torch.tanh(self.up(x))))
+
+
+class Stack(nn.Module):
+    """Both results of every block are used."""
+
+    def __init__(
+        self, returns: Callable[[Tensor, Tensor], Any], block: Callable[..., nn.Module] = Block
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(returns) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x
+        for block in self.blocks:
+            first, second = block(x)
+            x, total = first + 0.1 * second, total + (first * second).cos()
+        return total * x
+
+
+RESULTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "detached": lambda x, y: (y, y.detach()),
+    "detached first": lambda x, y: (y.detach(), y),
+    "argument detached": lambda x, y: (y, x.detach()),
+    "reversed": lambda x, y: (y, Reversed.apply(y)),
+    "argument reversed": lambda x, y: (y, Reversed.apply(x)),
+    "twice": lambda x, y: (y, y),
+    "argument": lambda x, y: (y, x),
+    "view": lambda x, y: (y, y.view(y.shape)),
+}
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    out.square().mean().backward()
+    return [out, *(p.grad for p in (x, *model.parameters()) if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_with_gradients_of_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(RESULTS[name]).double(), torch.randn(37, WIDTH, dtype=torch.float64)
+    expected = gradients(deepcopy(model), x)
+    fitted = evoplan.fit(model, (x.clone().requires_grad_(),))
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2, None):
+        fitted.replan(budget)
+        torch.testing.assert_close(gradients(model, x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_results_that_have_changed_are_refused(share: float) -> None:
+    """A flag that is turned after the plan was made; in autograd's own graph and out of it."""
+    late: list[Callable[[Tensor, Tensor], Any]] = []
+
+    def returns(x: Tensor, y: Tensor) -> Any:
+        return late[0](x, y) if late else (y, x)
+
+    model, x = Stack(returns).double(), torch.randn(37, WIDTH, dtype=torch.float64)
+    fitted = evoplan.fit(model, (x,))
+    if not share:
+        fitted.replan(fitted.plan.least_feasible_bytes)
+    gradients(model, x)
+    late.append(lambda x, y: (y, 2 * x))
+    with pytest.raises(ChangedCallError, match="in place of one that it passed on"):
+        gradients(model, x)
+
+
+class Reads(nn.Module):
+    """Weights that are no parameters of its own."""
+
+    def __init__(self, weights: list[nn.Module]) -> None:
+        super().__init__()
+        self.own, self.weights = nn.Linear(WIDTH, WIDTH), weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + torch.tanh(self.weights[0](self.own(x)))
+        return y, y
+
+
+def test_what_is_read_and_wants_a_gradient_is_given() -> None:
+    weights = [nn.Linear(WIDTH, WIDTH)]
+    model, x = Stack(weights, block=Reads), torch.randn(37, WIDTH)  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="neither given to it nor a parameter of its own"):
+        evoplan.fit(model, (x,))
+    weights[0].requires_grad_(False)
+    evoplan.fit(model, (x,)).remove()
