@@ -108,7 +108,13 @@ def _versions(module: nn.Module) -> dict[str, int]:
 
 
 def _is_kept(name: str, value: Any) -> bool:
-    return not name.startswith("_") and isinstance(value, (*_PLAIN, *_GENERATORS))
+    """Adapters are switched by names such as `_active_adapter`: torch's own alone are left out."""
+    if isinstance(value, (*_PLAIN, *_GENERATORS)):
+        return name not in _OF_TORCH
+    # The names of several adapters, say; what is written into such a list itself is not put back.
+    return (
+        type(value) in (list, tuple) and name not in _OF_TORCH and all(isinstance(v, _PLAIN) for v in value)
+    )
 
 
 def _as_it_is(value: Any) -> Any:
