@@ -758,8 +758,8 @@ MUTANTS = [
     Mutant(
         "rehearsal-buffers",
         "model/foreign/rehearsal.py",
-        "if not torch.equal(buffer, value):",
-        "if False:",
+        "        put_back(buffers)",
+        "        pass",
         "fitting a model changes its buffers",
         ("fit_times.py::test_measuring_leaves_everything_as_it_is",),
     ),

@@ -428,6 +428,26 @@ def test_what_modules_are_is_what_they_were_in_forward() -> None:
             assert_same(expected, loop(given.model, given))
 
 
+class Scaled(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("scale", torch.full((width,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.filterwarnings("error:.*not run in slices")
+def test_slices_go_on_after_the_plan_was_verified_and_a_snapshot_read() -> None:
+    given = Case(Odd(Scaled).double(), (random(4, 64, 16).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given, share=0.0) as under:
+        assert "chunk" in str(under.plan.to_json()["schedule"])
+        assert under.verify(given.args).ok
+        given.model.load_state_dict(copy.deepcopy(given.model.state_dict()))
+        assert_same(expected, step(given))
+
+
 class Switched(Block):
     """Adapters as peft has them: which is in use says an attribute whose name begins with `_`."""
 

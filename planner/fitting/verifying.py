@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.cost_model import measure
 from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.unchanged import put_back
 from evoplan.planner.checking.verify import PEAK_FLOOR, PEAK_TOLERANCE, TOLERANCES
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.fitting.plan import FitPlan
@@ -112,9 +113,7 @@ class _Step:
         for parameter in self.trained:
             assert parameter.grad is not None
             parameter.grad.zero_()
-        with torch.no_grad():
-            for name, buffer in self.fitting.model.named_buffers():
-                buffer.copy_(self.buffers[name])
+        put_back((buffer, self.buffers[name]) for name, buffer in self.fitting.model.named_buffers())
 
     def run(self) -> Tensor:
         """Forward, loss, backward; the output is held to the end, as a caller may."""
@@ -144,11 +143,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        put_back((buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
 def _own(tensor: Tensor) -> Tensor:
