@@ -34,11 +34,11 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.children import SELF, Axis, Child, Declared, layouts_of
 from evoplan.model.foreign.declared import declared
 from evoplan.model.foreign.independence import about_axes, independent_axes
-from evoplan.model.foreign.lean import written
 from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.noise import Draw, draw_of
 from evoplan.model.foreign.sources import told
 from evoplan.model.foreign.watching import about_operator, draws_numbers, operands
+from evoplan.model.foreign.writes import written
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -160,7 +160,7 @@ class _Frame:
 
     Attributes:
         known: storages that it may read: its arguments, parameters, buffers, and what was made in it.
-        made, read: what was made in it, and what it has read.
+        made, read, wrote: what was made in it, and what it has read and written into.
     """
 
     path: str
@@ -169,6 +169,7 @@ class _Frame:
     known: set[int]
     made: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
+    wrote: set[int] = field(default_factory=set)
     peak: int = 0
     draws: list[Draw | None] = field(default_factory=list)
     reads_more: bool = False
@@ -235,7 +236,8 @@ class _Children(TorchDispatchMode):
             self.rewritten |= self._left.get(key, set())
         for key in frame.made - apart:
             self._left.setdefault(key, set()).add(path)
-        changes = marks(dict(module.named_buffers())) != before
+        after = marks(dict(module.named_buffers()))
+        changes = after != before or any(storage in frame.wrote for _, storage in after.values())
         alone = len(apart) == len(made) > 0 and apart.isdisjoint(map(storage_key, (*given, *own)))
         made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in made)
         child = Child(
@@ -286,9 +288,9 @@ class _Children(TorchDispatchMode):
         known = self._open[0].known
         self.wants_more |= any(t.requires_grad and storage_key(t) not in known for t in given)
         made = [storage_key(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        if func._schema.is_mutable:
-            for tensor in written(func, args, kwargs or {}):
-                self.rewritten |= self._given.get(storage_key(tensor), set())
+        wrote = [storage_key(tensor) for tensor in written(func, args, kwargs or {})]
+        for key in wrote:
+            self.rewritten |= self._given.get(key, set())
         for key in read:
             self.rewritten |= self._left.get(key, set())
         new = set(made).difference(read)
@@ -309,6 +311,7 @@ class _Children(TorchDispatchMode):
             frame.known.update(made)
             frame.made.update(new)
             frame.read.update(read)
+            frame.wrote.update(wrote)
             frame.peak = max(frame.peak, live - frame.base)
             frame.draws += draws
         return out

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
@@ -33,6 +34,14 @@ def real_tensors_too() -> Iterator[None]:
         yield
     finally:
         mode.allow_non_fake_inputs = before
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is made inside has no data, as outside, and no trace counts it."""
+    mode = torch._guards.detect_fake_mode()
+    with _disable_current_modes(), torch.device("meta") if mode is None else mode:
+        yield
 
 
 def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str = "cpu") -> SomeModule:

@@ -106,6 +106,53 @@ def test_where_the_loss_takes_most_little_is_held_there() -> None:
     assert_same(expected, step(given))
 
 
+class Outside(nn.Sequential):
+    """A head that the model calls by a function of its own: a copy of the model has the same one."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__(*(Block(16) for _ in range(4)))
+        self.out: Callable[[Tensor], Tensor] = lambda x: torch.tanh(head(x))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(super().forward(x))
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["loss", "function"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_a_loss_or_a_function_has_of_its_own_is_left_alone(within: bool, share: float) -> None:
+    """Its gradients are neither fakes after fitting nor sums of two steps after verifying."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 5).double()
+    model = Outside(head) if within else nn.Sequential(*(Block(16) for _ in range(4))).double()
+    loss = lambda out: (out if within else torch.tanh(head(out))).square().mean()  # noqa: E731
+    given = Case(model, (random(3, 37, 16).requires_grad_(),), loss=loss)
+
+    def trained() -> dict[str, Tensor]:
+        return step(given) | {
+            name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None
+        }
+
+    expected = trained()
+    before = head.weight.grad
+    assert before is not None
+    seen: list[Tensor] = []
+    head.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight))
+    head.bias.grad = None
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    fitted.replan(int(least + share * (most - least)))
+    assert not seen
+    found = fitted.verify(given.args)
+    assert found.ok
+    assert found.measured_peak_bytes <= found.predicted_peak_bytes
+    assert head.weight.grad is before
+    assert head.bias.grad is None
+    assert torch.equal(before, expected["weight"])
+    head.zero_grad()
+    assert_same(expected, trained())
+
+
 def test_the_least_is_no_more_than_without_knowing_of_the_loss() -> None:
     for given in (heavy(), case("gpt"), case("pairs"), case("sequential")):
         fitted = given.fit()

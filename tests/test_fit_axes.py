@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -357,6 +358,21 @@ def test_a_switch_that_is_turned_is_seen(what: str) -> None:
         module.on.fill_(True)
     with pytest.warns(UserWarning, match="settings have changed"):
         torch.testing.assert_close(forward(x), module(x))
+
+
+def test_a_buffer_that_is_given_the_values_it_has_is_no_switch() -> None:
+    module, x = Switched().double(), random(9, 8)
+    child = child_of(module, x)
+    forward = InSlices(module, module.forward, child, child.axis(0), 2, Settings(module), refused)
+    for _ in range(2):
+        module.load_state_dict(copy.deepcopy(module.state_dict()))
+        torch.testing.assert_close(forward(x), module(x))
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    torch.testing.assert_close(forward(x), module(x))
+
+
+def refused(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("it is not run in slices")
 
 
 def test_switches_that_are_turned_have_other_axes() -> None:

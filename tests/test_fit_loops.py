@@ -428,6 +428,60 @@ def test_what_modules_are_is_what_they_were_in_forward() -> None:
             assert_same(expected, loop(given.model, given))
 
 
+class Scaled(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("scale", torch.full((width,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.filterwarnings("error:.*not run in slices")
+def test_slices_go_on_after_the_plan_was_verified_and_a_snapshot_read() -> None:
+    given = Case(Odd(Scaled).double(), (random(4, 64, 16).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    with fitted(given, share=0.0) as under:
+        assert "chunk" in str(under.plan.to_json()["schedule"])
+        assert under.verify(given.args).ok
+        given.model.load_state_dict(copy.deepcopy(given.model.state_dict()))
+        assert_same(expected, step(given))
+
+
+class Switched(Block):
+    """Adapters as peft has them: which is in use says an attribute whose name begins with `_`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.adapters = nn.ModuleDict({name: nn.Linear(width, width) for name in "ab"})
+        self._active: Any = "a"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + sum(torch.tanh(self.adapters[name](x)) for name in self._active)
+
+
+@pytest.mark.parametrize("other", ["b", ["a", "b"], ["b"]])
+def test_adapters_switched_between_two_forwards_are_what_they_were_in_each(other: Any) -> None:
+    def switch(model: nn.Module, name: Any) -> None:
+        for block in model.blocks:
+            block._active = name
+
+    def loop(model: nn.Module, given: Case) -> dict[str, Tensor]:
+        model.zero_grad()
+        one = model(*given.args)
+        switch(model, other)
+        (one * model(*given.args)).square().mean().backward()
+        assert all(block._active is other for block in model.blocks)
+        switch(model, "a")
+        return gradients(model)
+
+    given = odd(Switched)
+    expected = loop(copy.deepcopy(given.model), given)
+    for share in (0.0, 0.5):
+        with fitted(given, share=share):
+            assert_same(expected, loop(given.model, given))
+
+
 class Draws(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * float(np.random.rand())

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.cost_model.menus import strategies_of
+from evoplan.model.foreign.children import SELF
 from evoplan.model.foreign.independence import independent_axes
+from evoplan.model.foreign.writes import quietly_written
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.patched import Patched
@@ -219,6 +222,55 @@ def test_blocks_results_may_be_written_into_where_they_were_not_recorded() -> No
     assert_same(expected, step(given))
 
 
+class Normalised(nn.Module):
+    """A batch normalisation of one's own, which counts no batches: a kernel writes, and no version tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
+        self.weight, self.bias = nn.Parameter(random(24)), nn.Parameter(random(24, seed=1))
+        self.register_buffer("running_mean", random(24, seed=2))
+        self.register_buffer("running_var", random(24, seed=3).square())
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        normal = nn.functional.batch_norm(self.up(x), *statistics, self.weight, self.bias, self.training)
+        return x + self.down(torch.tanh(normal))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_running_statistics_count_every_batch_once(share: float) -> None:
+    model = nn.Sequential(*(Normalised() for _ in range(4))).double()
+    given = Case(model, (random(57, 6).requires_grad_(),))
+    plain = copy.deepcopy(model)
+    expected = [step(given, plain) for _ in range(2)]
+    fitted = given.fit()
+    assert all(call.changes and call.children[SELF].changes for call in fitted._fitting.captured.calls)
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    fitted.replan(int(least + share * (most - least)))
+    for found in expected:
+        assert_same(found, step(given))
+
+
+def test_what_operators_write_into_without_counting_it() -> None:
+    x, mean, var = random(57, 6), random(6), random(6).square()
+    seen: list[tuple[str, set[int]]] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            quiet = quietly_written(func, args, kwargs or {})
+            seen.append((func._schema.name, {id(tensor) for tensor in quiet}))
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        for training in (True, False):
+            made = nn.functional.batch_norm(x.requires_grad_(), mean, var, training=training)
+            torch.autograd.grad(made.square().sum(), x)
+    norms = [(name, quiet) for name, quiet in seen if "batch_norm" in name]
+    assert [bool(quiet) for _, quiet in norms] == [True, False, False, False]  # forward, backward
+    assert norms[0][1] == {id(mean), id(var)}
+
+
 class Experts(nn.Module):
     """Room for so many tokens; the rest goes by."""
 
@@ -238,7 +290,7 @@ def test_what_mixes_above_a_size_alone_is_not_independent() -> None:
         assert [axis.dim for axis in independent_axes(module, child)] == axes
 
 
-STATE = {"scale": 1.0}
+STATE = {"scale": 1.0, "calls": 0}
 
 
 class Scales(nn.Module):
@@ -247,11 +299,11 @@ class Scales(nn.Module):
     def __init__(self, counts: bool) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
-        self.counts, self._calls = counts, 0
+        self.counts = counts
 
     def forward(self, x: Tensor) -> Tensor:
-        self._calls += 1
-        scale = self._calls if self.counts else STATE["scale"]
+        STATE["calls"] += 1
+        scale = STATE["calls"] if self.counts else STATE["scale"]
         return self.down(torch.tanh(self.up(x * scale)))
 
 

@@ -29,6 +29,7 @@ from evoplan.model.running.internals import (
     holders,
     is_plain,
     is_tracked,
+    leaves_of,
     members,
     on_meta,
     other_forwards,
@@ -381,6 +382,21 @@ def test_a_parameters_hooks_rest_and_are_there_again() -> None:
     (weight * 3).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [15, 15]
+    seen: list[Tensor] = []
+    weight.register_post_accumulate_grad_hook(seen.append)
+    with without_hooks([weight]):
+        weight.sum().backward()
+    assert not seen
+    weight.sum().backward()
+    assert len(seen) == 1
+
+
+def test_leaves_are_those_that_get_gradients() -> None:
+    one, other, frozen = (torch.ones(2, requires_grad=wanted) for wanted in (True, True, False))
+    found = leaves_of(((one * other).sin() @ frozen + one.sum()).exp())
+    assert {id(leaf) for leaf in found} == {id(one), id(other)}
+    assert len(found) == 2
+    assert not leaves_of(frozen)
 
 
 def test_saving_hooks_are_seen_where_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from evoplan.model.running.internals import has_data, storage_key
+from evoplan.model.running.unchanged import Mark
 
 _NONE = object()
 _PLAIN = (bool, int, float, complex, str, type(None))
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_NOT_COPIED = (*_GENERATORS, torch.Tensor)
+_NOT_COPIED = (*_GENERATORS, Tensor)
 
 
 class Attributes:
@@ -45,7 +49,7 @@ class Attributes:
 def _copy(own: dict[str, Any]) -> dict[str, Any]:
     """What a module has, but for tensors, which are not to be held here; generators as they stand."""
     if any(issubclass(kind, _NOT_COPIED) for kind in set(map(type, own.values()))):
-        found = {name: value for name, value in own.items() if not isinstance(value, torch.Tensor)}
+        found = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
         return {name: _as_it_is(value) for name, value in found.items()}
     return own.copy()
 
@@ -68,17 +72,24 @@ class Settings:
     def __init__(self, block: nn.Module | None = None) -> None:
         named = [] if block is None else list(block.named_modules(remove_duplicate=False))
         self._of = {path: settings_of(module) for path, module in named}
-        self._versions = {} if block is None else _versions(block)
+        buffers = () if block is None else _buffers(block)
+        self._marks = {path: (_mark(buffer), _values(buffer)) for path, buffer in buffers}
 
     def hold(self, path: str, module: nn.Module) -> bool:
         """Whether they are still those of the module of a path in it, and of all in that."""
         of_module = module.named_modules(remove_duplicate=False)
         return all(
             self._of.get(f"{path}.{name}".strip(".")) == settings_of(inner) for name, inner in of_module
-        ) and all(
-            self._versions.get(f"{path}.{name}".strip(".")) == version
-            for name, version in _versions(module).items()
-        )
+        ) and all(self._has(f"{path}.{name}".strip("."), buffer) for name, buffer in _buffers(module))
+
+    def _has(self, path: str, buffer: Tensor) -> bool:
+        """Whether a buffer has the values that it had: a snapshot that is read back writes them anew."""
+        mark, (then, values) = _mark(buffer), self._marks.get(path, (None, None))
+        if mark != then:
+            if values is None or _values(buffer) != values:
+                return False
+            self._marks[path] = mark, values  # so that they are looked at once
+        return True
 
 
 def settings_of(module: nn.Module) -> tuple[type, Any, dict[str, Any]]:
@@ -88,6 +99,9 @@ def settings_of(module: nn.Module) -> tuple[type, Any, dict[str, Any]]:
 
 
 _OF_TORCH = (nn.Module().__dict__.keys() - {"training"}) | {"forward"}
+_LOOKED_AT = (
+    2**20
+)  # bytes of a buffer whose values are compared; of a larger one, whether it was written into
 _DEEP, _LONG = 3, 100  # containers within one another, and what they hold: more is told by its kind
 
 
@@ -101,14 +115,33 @@ def _said(value: Any, depth: int = 0) -> Any:
     return id(value) if callable(value) else type(value)
 
 
-def _versions(module: nn.Module) -> dict[str, int]:
-    """How often each buffer was written into."""
-    buffers = module.named_buffers(remove_duplicate=False)
-    return {name: 0 if buffer.is_inference() else buffer._version for name, buffer in buffers}
+def _buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return module.named_buffers(remove_duplicate=False)
+
+
+def _mark(buffer: Tensor) -> Mark:
+    """While it is the same, so are the values: how often they were written, and where they lie."""
+    return 0 if buffer.is_inference() else buffer._version, storage_key(buffer)
+
+
+def _values(buffer: Tensor) -> bytes | None:
+    """Equal for equal values; None where they are not looked at, being many or none."""
+    plain = type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_quantized
+    if not plain or not has_data(buffer) or buffer.numel() * buffer.element_size() > _LOOKED_AT:
+        return None
+    values = buffer.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    told = repr((values.dtype, values.shape)).encode()
+    return hashlib.sha256(told + values.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _is_kept(name: str, value: Any) -> bool:
-    return not name.startswith("_") and isinstance(value, (*_PLAIN, *_GENERATORS))
+    """Adapters are switched by names such as `_active_adapter`: torch's own alone are left out."""
+    if isinstance(value, (*_PLAIN, *_GENERATORS)):
+        return name not in _OF_TORCH
+    # The names of several adapters, say; what is written into such a list itself is not put back.
+    return (
+        type(value) in (list, tuple) and name not in _OF_TORCH and all(isinstance(v, _PLAIN) for v in value)
+    )
 
 
 def _as_it_is(value: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoplan.model.foreign.writes import written
 from evoplan.model.running.context import Context
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.remake import Remaking
@@ -53,9 +54,8 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for tensor in written(func, args, kwargs):
-                self.remaking.writes(storage_key(tensor))
+        for tensor in written(func, args, kwargs):
+            self.remaking.writes(storage_key(tensor))
         out = func(*args, **kwargs)
         if not _is_cheap(func) or _as_written.get():
             return out
@@ -70,16 +70,6 @@ class _Operators(TorchDispatchMode):
             places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             self.remaking.ran(made, partial(_again, func, rest, places, structure), read)
         return out
-
-
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What an operator writes into."""
-    schema = func._schema.arguments
-    names = {argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write}
-    by_name = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
-    return [
-        leaf for name in names for leaf in pytree.tree_leaves(by_name.get(name)) if isinstance(leaf, Tensor)
-    ]
 
 
 def _again(func: Any, rest: list[Any], places: list[int], structure: Any, *tensors: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import other_forwards
 from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.unchanged import put_back
 
 
 class _Enough(Exception):
@@ -117,8 +118,4 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
         with random:
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                # Not by their versions: a batch normalisation writes into its buffers and says nothing.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        put_back(buffers)

@@ -15,17 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit, keys_of, numbers_in
+from evoplan.model.foreign.writes import given_as, quietly_written
 from evoplan.model.running.internals import has_saving_hooks, storage_key
-from evoplan.model.running.unchanged import marks
+from evoplan.model.running.unchanged import Mark, marks
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator that ran: what tells it from others, whether it draws, and the storages that it read."""
+    """One operator that ran: what tells it from others, whether it draws, the storages that it read, and
+    those that it wrote into without counting it.
+    """
 
     about: str
     draws: bool
     read: frozenset[int]
+    wrote: frozenset[int]
 
 
 # Kernels whose results, or choice among several, depend on the device.
@@ -62,7 +66,7 @@ class Watch(TorchDispatchMode):
     def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         within = list(module.modules())
 
-        def buffers() -> dict[str, Any]:
+        def buffers() -> dict[str, Mark]:
             return marks(dict(module.named_buffers())) if any(m._buffers for m in within) else {}
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -82,8 +86,9 @@ class Watch(TorchDispatchMode):
                 structure_now != structure or numbers_in(leaves) != visit.numbers or len(now) != len(leaves)
             )
             after = buffers()
+            wrote = {key for operator in self.operators[visit.start :] for key in operator.wrote}
             visit.changes = _with_siblings(
-                module, [name for name in after if after[name] != before.get(name)]
+                module, [name for name in after if after[name] != before.get(name) or after[name][1] in wrote]
             )
             return result
 
@@ -97,7 +102,8 @@ class Watch(TorchDispatchMode):
         about = about_operator(func, leaves)
         draws = draws_numbers(func, args, kwargs or {})
         read = frozenset([storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-        self.operators.append(Operator(about, draws, read))
+        wrote = frozenset(map(storage_key, quietly_written(func, args, kwargs or {})))
+        self.operators.append(Operator(about, draws, read, wrote))
         return out
 
 
@@ -105,12 +111,7 @@ def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     """Whether an operator draws random numbers: attention with dropout does, without it does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    names = [argument.name for argument in func._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    at = names.index("dropout_p")
-    part = kwargs.get("dropout_p", args[at] if at < len(args) else func._schema.arguments[at].default_value)
-    return bool(part)
+    return bool(given_as(func, args, kwargs, "dropout_p", True))
 
 
 def operands(args: Sequence[Any], kwargs: dict[str, Any] | None) -> Iterator[Any]:
@@ -148,7 +149,7 @@ def _text(func: Any, leaves: Sequence[Any]) -> str:
 
 
 def _with_siblings(module: nn.Module, names: list[str]) -> tuple[str, ...]:
-    """All buffers of the layers that have written into one: kernels write into some without telling."""
+    """All buffers of the layers that have written into one."""
     if not names:
         return ()
     layers = {name.rpartition(".")[0] for name in names}

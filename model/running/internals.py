@@ -185,10 +185,23 @@ def gradients_of(
     return found
 
 
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a backward from a tensor adds gradients to."""
+    seen, todo, found = set[Any](), [tensor.grad_fn], list[Tensor]()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+            found += [node.variable] if hasattr(node, "variable") else []
+    return found
+
+
 @contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Leaves whose own hooks do not run: a parameter's do once, when its gradient is added up."""
-    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    own = (hooks for t in tensors for hooks in (t._backward_hooks, t._post_accumulate_grad_hooks))
+    hooks = [of_one for of_one in own if of_one]
     saved = [dict(of_one) for of_one in hooks]
     for of_one in hooks:
         of_one.clear()

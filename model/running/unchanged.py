@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from evoplan.model.running.internals import storage_key
@@ -54,3 +55,14 @@ def changed(name: str, owner: str) -> ChangedError:
         f"{name} of {owner} was changed in place between forward and backward, which needs it as it was; "
         "change it after backward, or give the model a clone"
     )
+
+
+def put_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Have tensors be what they were, given with each; those that are so are not written into.
+
+    Not by their marks: a batch normalisation writes into its buffers and says nothing.
+    """
+    with torch.no_grad():
+        for tensor, value in tensors:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)

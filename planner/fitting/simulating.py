@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
-from evoplan.cost_model.fakes import fake_copy, real_tensors_too
+from evoplan.cost_model.fakes import fake_copy, real_tensors_too, unseen
 from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
@@ -24,7 +24,7 @@ from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, capture
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
-from evoplan.model.running.internals import storage_key
+from evoplan.model.running.internals import leaves_of, storage_key, without_hooks
 from evoplan.planner.fitting.ghosts import GhostRuns
 from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.patched import Patched
@@ -170,7 +170,9 @@ class Simulator:
                 with self.casting():  # backward outside, as torch has it
                     output = copy(*args, **kwargs)
                     value = self.loss(output)
-                value.backward()
+                known = [*own, *pytree.tree_leaves((args, kwargs))]
+                with _as_they_were(leaves_of(value), known, trace):
+                    value.backward()
             finally:
                 patched.remove()
             phases.passed("backward")
@@ -182,6 +184,26 @@ class Simulator:
             backward = peaks["backward"]
             loss = peaks.get("loss", backward)
             return Simulated(max(peaks.values()), static, took, loss, backward)
+
+
+@contextmanager
+def _as_they_were(leaves: Iterable[Tensor], known: Iterable[Any], trace: Trace) -> Iterator[None]:
+    """Leaves that are not among those known are somebody else's, with data: a head in the loss, say.
+
+    Gradients are added to others that nobody counts, as to those of parameters; their hooks do not run.
+    """
+    known = set(map(id, known))
+    others = {leaf: leaf.grad for leaf in leaves if id(leaf) not in known}
+    try:
+        with unseen():
+            for leaf in others:
+                leaf.grad = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        trace.leave_out(leaf.grad for leaf in others if leaf.grad is not None)
+        with without_hooks(others):
+            yield
+    finally:
+        for leaf, grad in others.items():
+            leaf.grad = grad
 
 
 class _Phases:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model import measure
+from evoplan.model.running.internals import leaves_of
 from evoplan.model.running.random_state import RandomState
+from evoplan.model.running.unchanged import put_back
 from evoplan.planner.checking.verify import PEAK_FLOOR, PEAK_TOLERANCE, TOLERANCES
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.fitting.plan import FitPlan
@@ -28,7 +30,8 @@ class FitVerification:
         unplanned_peak_bytes: of a step of the model as it is.
         static_bytes: of all three peaks: parameters, gradients, optimizer, inputs.
         max_loss_error: relative.
-        max_gradient_error: of any parameter or input, over the largest entry of any gradient.
+        max_gradient_error: of any parameter, the loss's own among them, or input; over the largest entry of
+            any gradient.
         tolerances: what errors are held against.
         ok: whether they are within, and the peak within the budget.
     """
@@ -51,12 +54,12 @@ class FitVerification:
 def verify_fit(
     fitting: Fitting, plan: FitPlan, patched: Patched, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> FitVerification:
-    """Measure and compare; the model's gradients and buffers are left as they were."""
+    """Measure and compare; gradients and the model's buffers are left as they were."""
     model = fitting.model
     args, kwargs = pytree.tree_map_only(Tensor, _own, (tuple(args), dict(kwargs)))
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _wants(leaf)]
-    step = _Step(fitting, args, dict(kwargs), leaves)
-    with _restored(model):
+    with _restored(model) as gradients:
+        step = _Step(fitting, args, dict(kwargs), leaves, gradients)
         planned_peak, planned_loss, planned = step.measured()
         patched.remove()
         try:
@@ -66,10 +69,9 @@ def verify_fit(
     static = sum(plan.static.values())
     measured, unplanned = static + planned_peak, static + plain_peak
     tolerance = TOLERANCES[_tolerance_of(plan.precision)]
-    largest = max((float(g.abs().max()) for g in plain if g is not None and g.numel()), default=1.0)
-    gradient_error = max(
-        (_apart(a, b) / (largest or 1.0) for a, b in zip(plain, planned, strict=True)), default=0.0
-    )
+    entries = (float(g.abs().max()) for g in plain.values() if g is not None and g.numel())
+    largest = max(entries, default=1.0) or 1.0
+    gradient_error = max((_apart(g, planned.get(of)) / largest for of, g in plain.items()), default=0.0)
     loss_error = _apart(plain_loss, planned_loss) / max(float(plain_loss.abs().max()), 1e-300)
     predicted = plan.predicted.peak_bytes
     checks = [
@@ -92,12 +94,22 @@ def verify_fit(
 
 
 class _Step:
-    """A training step that does the same every time; gradients of parameters stay allocated between."""
+    """A training step that does the same every time; gradients of parameters stay allocated between.
+
+    Args:
+        gradients: that parameters have; those that are met are added, such as a head's in the loss.
+    """
 
     def __init__(
-        self, fitting: Fitting, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor]
+        self,
+        fitting: Fitting,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Tensor],
+        gradients: dict[Tensor, Tensor | None],
     ) -> None:
         self.fitting, self.args, self.kwargs, self.leaves = fitting, args, kwargs, leaves
+        self.gradients, self.met = gradients, list[Tensor]()
         self.trained = [p for p in fitting.model.parameters() if p.requires_grad]
         self.kind = self.trained[0].device.type if self.trained else "cpu"
         self.random = RandomState()
@@ -109,27 +121,35 @@ class _Step:
         """Everything as before the first run."""
         for leaf in self.leaves:
             leaf.grad = None
-        for parameter in self.trained:
+        for parameter in (*self.trained, *self.met):
             assert parameter.grad is not None
             parameter.grad.zero_()
-        with torch.no_grad():
-            for name, buffer in self.fitting.model.named_buffers():
-                buffer.copy_(self.buffers[name])
+        put_back((buffer, self.buffers[name]) for name, buffer in self.fitting.model.named_buffers())
 
     def run(self) -> Tensor:
         """Forward, loss, backward; the output is held to the end, as a caller may."""
         with self.fitting.autocasting(self.kind):
             output = self.fitting.model(*self.args, **self.kwargs)
             loss = self.fitting.loss(output)
+        self._meet(leaves_of(loss))
         loss.backward()
         return loss.detach()
 
-    def measured(self) -> tuple[int, Tensor, list[Tensor | None]]:
+    def _meet(self, leaves: Iterable[Tensor]) -> None:
+        """Those that are not the model's: their gradients stay allocated as well."""
+        for leaf in leaves:
+            if leaf not in self.gradients and not any(leaf is own for own in self.leaves):
+                self.gradients[leaf] = leaf.grad
+                self.met.append(leaf)
+                leaf.grad = torch.zeros_like(leaf)
+
+    def measured(self) -> tuple[int, Tensor, dict[Tensor, Tensor | None]]:
         """Peak above what is there before, the loss, and all gradients."""
         self.begin()
         with self.random:
             loss = self.run()
-        gradients = [t.grad if t.grad is None else t.grad.clone() for t in (*self.trained, *self.leaves)]
+        of = (*self.trained, *self.leaves, *self.met)
+        gradients = {tensor: None if tensor.grad is None else tensor.grad.clone() for tensor in of}
         self.begin()
         with self.random:
             peak = measure.peak_bytes(self.run, self.kind)
@@ -137,18 +157,16 @@ class _Step:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Gradients and buffers as they are now, afterwards."""
-    gradients = {p: None if p.grad is None else p.grad.clone() for p in model.parameters()}
+def _restored(model: nn.Module) -> Iterator[dict[Tensor, Tensor | None]]:
+    """Buffers, and gradients of parameters and of what is added to them, as they are now, afterwards."""
+    gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in model.parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     try:
-        yield
+        yield gradients
     finally:
-        with torch.no_grad():
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        put_back((buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
 def _own(tensor: Tensor) -> Tensor:
