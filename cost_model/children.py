@@ -39,6 +39,7 @@ from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.noise import Draw, draw_of
 from evoplan.model.foreign.sources import told
 from evoplan.model.foreign.watching import about_operator, draws_numbers, operands
+from evoplan.model.running.context import autocast_dtype
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.unchanged import marks
 
@@ -250,6 +251,7 @@ class _Children(TorchDispatchMode):
             kept_bytes=max(0, self.trace.live_bytes - frame.base - made_bytes),
             peak_bytes=frame.peak,
             seconds=self.clock() - frame.begun,
+            autocast=autocast_dtype(),
         )
         self._note(child, place)
         return result
