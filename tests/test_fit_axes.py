@@ -400,3 +400,67 @@ def test_what_is_no_tensor_is_the_modules_own() -> None:
     state.append(1)
     assert forward(x)[1] == 1
     assert forward(x.requires_grad_())[1] == 1
+
+
+# --- numbers and dtypes that code asks for -----------------------------------------------------
+
+IDS = torch.arange(180).view(6, 30)
+PADDED = torch.rand(6, 30, generator=torch.Generator().manual_seed(0)) < 0.8
+
+
+def table(at: Tensor) -> Tensor:
+    return torch.arange(200 * 8, dtype=torch.float64).view(200, 8).sin()[at]
+
+
+# What whole numbers decide, and the dimensions that are independent whatever they are.
+OF_WHOLE_NUMBERS: dict[str, tuple[Callable[..., Tensor], Tensor, Dims]] = {
+    "look-up": (lambda x, ids: x + table(ids), IDS, {0, 1}),
+    "special number": (lambda x, ids: x * (ids == 102)[..., None], IDS, {0, 1}),
+    "segments": (lambda x, ids: x + table((ids == 102).cumsum(-1)), IDS, {0}),
+    "segments in floating numbers": (
+        lambda x, ids: x + table((ids == 102).double().cumsum(-1).long()), IDS, {0},
+    ),
+    "classes": (lambda x, ids: x + nn.functional.one_hot(ids % 8, 8), IDS, {0, 1}),
+    "mean where special": (
+        lambda x, ids: torch.where((ids == 102)[..., None], x.mean(1, True), x), IDS, {0},
+    ),
+    "otherwise where one is special": (lambda x, ids: x.flip(0) if (ids == 102).any() else x, IDS, set()),
+    "those that are special": (lambda x, ids: x + len((ids == 102).nonzero()), IDS, set()),
+    "padding": (lambda x, mask: x.masked_fill(~mask[..., None], 0), PADDED, {0, 1}),
+    "mean of what is no padding": (
+        lambda x, mask: (x * mask[..., None]).sum(1, True) / mask.sum(1)[:, None, None] + x, PADDED, {0},
+    ),
+    # Masks that no slice has less of.
+    "longest": (lambda x, mask: x * mask.sum(1).amax(), PADDED, {0, 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_WHOLE_NUMBERS)
+def test_axes_hold_for_whole_numbers_that_no_trial_has_met(name: str) -> None:
+    function, whole, expected = OF_WHOLE_NUMBERS[name]
+    module = nn.Sequential(Of(lambda x, w: torch.tanh(x @ w), 8, 8)).double()
+    both = Of(lambda x, numbers: function(module(x), numbers))
+    found = {axis.dim for axis in child_of(both, BATCH, whole).axes}
+    assert found & {0, 1} == expected
+
+
+def quantised(x: Tensor) -> Tensor:
+    scale = x.detach().abs().amax() / 127
+    return x + ((x / scale).round() * scale - x).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_axes_hold_in_the_dtype_of_the_call(dtype: torch.dtype) -> None:
+    """What is done in double precision alone is not what the module does."""
+    x, weight = BATCH.to(dtype), (8, 24)
+    plain, hidden = Of(attention, *weight).to(dtype), HIDDEN
+    assert {axis.dim for axis in child_of(plain, x, hidden).axes} == {0}
+    by_dtype = lambda x: x if x.dtype == torch.float64 else quantised(x)  # noqa: E731
+    branch = Of(lambda x, hidden, w: attention(by_dtype(x), hidden, w), *weight)
+    assert not child_of(branch.to(dtype), x, hidden).axes
+
+
+def test_what_looks_at_a_number_is_not_independent() -> None:
+    for limit in (0.5, 1e9):
+        module = Of(lambda x, w: x @ w if x.max() < limit else x.flip(0), 8, 8)  # noqa: B023
+        assert not child_of(module.double(), BATCH).axes

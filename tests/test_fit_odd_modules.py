@@ -329,3 +329,45 @@ def test_a_module_that_does_not_repeat_itself_is_an_error_and_no_gradient(counts
     Patched(model, chain, Sequence(tuple(runs))).install()
     with pytest.raises(RuntimeError, match="inner does not do the same when it runs again"):
         model(x).square().mean().backward()
+
+
+class Segments(MLP):
+    """What follows a special number is of another segment; below double precision what it is given is rounded
+    to its largest number's hundredths.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.segments = nn.Embedding(8, 6)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        if x.dtype != torch.float64:
+            scale = x.detach().abs().amax() / 100
+            x = x + ((x / scale).round() * scale - x).detach()
+        return super().forward(torch.tanh(x + self.segments((ids == 102).cumsum(-1))))
+
+
+class OfSegments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Segments() for _ in range(4))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x, ids)
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_where_special_numbers_and_dtypes_decide(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(900)[None] % 100
+    ids[:, [200, 600]] = 102
+    model = OfSegments().to(dtype)
+    given = Case(model, (random(1, 900, 6).to(dtype).requires_grad_(), ids))
+    expected = step(given, copy.deepcopy(model))
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        fitted.replan(budget)
+        assert_same(expected, step(given), 1e-12 if dtype == torch.float64 else 1e-5)

@@ -69,6 +69,7 @@ class Child:
         kept_bytes: what autograd keeps of it to its backward, beside what it was given and returned.
         peak_bytes: the most that it adds to what is live when it is called.
         seconds: predicted time of a run.
+        autocast: the dtype that it was called under torch.autocast to.
         prove: finds its axes; asked when they are wanted first, as it runs the module.
         compare: finds which submodule of ours it is; asked when that is wanted first.
     """
@@ -90,6 +91,7 @@ class Child:
     kept_bytes: int
     peak_bytes: int
     seconds: float
+    autocast: torch.dtype | None = None
     prove: Callable[[Child], tuple[Axis, ...]] = lambda child: ()
     compare: Callable[[Child], Declared | None] = lambda child: None
 

@@ -7,7 +7,8 @@ trained may be zero and hide everything:
   product, also one by zero, so nothing that a part is mixed into stays hidden.
 - Slices of uneven length against the whole: results, and gradients of arguments and of parameters.
 
-Where a module runs with smaller sizes than those it was called with, it is tested with these.
+Both are made once more in the dtypes that it is called in, as it may do otherwise there. Where a module runs
+with smaller sizes than those it was called with, it is tested with these.
 """
 
 from __future__ import annotations
@@ -57,12 +58,11 @@ def independent_axes(module: nn.Module, child: Child) -> tuple[Axis, ...]:
 def about_axes(module: nn.Module, child: Child) -> str:
     """What its axes follow from besides its layers and their settings."""
     tensors = [
-        *((name, tensor.shape, tensor.requires_grad) for name, tensor in module.named_parameters()),
-        *((name, tensor.shape, _value(tensor)) for name, tensor in module.named_buffers()),
+        *((name, t.shape, t.dtype, t.requires_grad) for name, t in module.named_parameters()),
+        *((name, tensor.shape, tensor.dtype, _value(tensor)) for name, tensor in module.named_buffers()),
     ]
-    return repr(
-        (child.work, tensors, child.structure, child.arguments, child.read, child.returned, child.results)
-    )
+    called = child.structure, child.arguments, child.read, child.autocast
+    return repr((child.work, tensors, called, child.returned, child.results))
 
 
 def _value(buffer: Tensor) -> Any:
@@ -87,7 +87,8 @@ def _axes(child: Child, module: nn.Module, shapes: Shapes, numbers: int) -> Iter
     full = shapes == shapes_of(child)
     for axis in Probe(child, module, shapes, numbers).axes():
         found = axis if full else _at_full_length(child, module, shapes, numbers, axis)
-        if found is not None and _in_full(child, module, shapes, numbers, found):
+        about = child, module, shapes, numbers
+        if found is not None and _in_full(*about, found) and _in_its_dtypes(*about, found):
             yield found
 
 
@@ -123,9 +124,30 @@ def _in_full(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis
     full = shapes_of(child)
     largest = full if numbers_in(full) <= MOST_NUMBERS else _long(child, shapes, axis)
     try:
-        return Probe(child, module, largest, numbers, scale=LARGE).same(axis)
+        probe = Probe(child, module, largest, numbers, scale=LARGE)
+        # Slices show what numbers do; what whole numbers might have done, their marks.
+        return probe.holds(axis) if _cuts_whole_numbers(child, axis) else probe.same(axis)
     except Exception as error:
         logger.debug("%s with shapes %s: %s", child.path, largest, error)
+        return False
+
+
+def _cuts_whole_numbers(child: Child, axis: Axis) -> bool:
+    layouts = [then for then, dim in zip(child.arguments, axis.arguments, strict=True) if dim is not None]
+    return any(not then.dtype.is_floating_point for then in layouts if isinstance(then, Layout))
+
+
+def _in_its_dtypes(child: Child, module: nn.Module, shapes: Shapes, numbers: int, axis: Axis) -> bool:
+    """Whether the axis is one in the dtypes that the module is called in: it may quantise there, say."""
+    dtypes = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+    dtypes |= {then.dtype for then in child.arguments if isinstance(then, Layout)}
+    dtypes = {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
+    if child.autocast is None and dtypes <= {torch.float64, torch.complex128}:
+        return True
+    try:
+        return Probe(child, module, _long(child, shapes, axis), numbers, dtype=None).holds(axis)
+    except Exception as error:
+        logger.debug("%s along %s in its dtypes: %s", child.path, axis, error)
         return False
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoplan.model.foreign.children import Axis, Child
+from evoplan.model.foreign.comparing import Dtypes, close_to, common, confined, joined, largest_of
 from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.marked import LookedError, Marked
 from evoplan.model.foreign.noise import SlicedDraws, WholeDraws
 
 Shapes = list[tuple[int, ...] | None]  # of the arguments' leaves; None where one is no tensor
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 CLOSE = 1e-9
 # Modules that go over to single precision by themselves are known by this: what is mixed in is far more.
 CLOSE_IN_SINGLE = 2e-4
+# In the dtype of a call: of the largest number, so many roundings. Not-a-number needs no tolerance.
+ROUNDINGS, CLOSE_AT_MOST = 8, 0.1
 # Of the largest gradient: a softmax does not change with the bias of keys, of whose gradient nothing but
 # rounding is left.
 ROUNDING = 1e-4
@@ -47,7 +50,7 @@ class Probe:
     Args:
         numbers: integers are below this.
         scale: of other numbers.
-        dtype: of all that is floating.
+        dtype: of all that is floating; None: that which each has, under the autocast of the call.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Probe:
         shapes: Shapes,
         numbers: int = 2,
         scale: float = 1.0,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = torch.float64,
     ) -> None:
         self.dtype = dtype
         self.child, self.numbers, self.scale = child, numbers, scale
@@ -71,16 +74,21 @@ class Probe:
         self.wanted = [
             at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
-        with _Dtypes() as dtypes, WholeDraws() as draws:  # type: ignore[no-untyped-call]
+        with Dtypes() as dtypes, WholeDraws() as draws:  # type: ignore[no-untyped-call]
             self.made = [tensor.detach() for tensor in self._run(self.leaves)]
         self.draws = draws.found
-        self.close = CLOSE_IN_SINGLE if dtypes.single else CLOSE
+        self.close = CLOSE_IN_SINGLE if dtypes.coarsest > torch.finfo(torch.float64).eps else CLOSE
+        self.rounding = ROUNDING * self.close
+        if dtype is None:
+            self.close = max(self.close, min(CLOSE_AT_MOST, ROUNDINGS * dtypes.coarsest))
+            self.rounding = self.close
         self.weights = [self._normal(tensor) for tensor in self.made]
 
     def _copy(self, module: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {}
         for parameter in module.parameters():
-            data = torch.rand(parameter.shape, generator=self.random, dtype=self.dtype) - 0.5
+            dtype = self.dtype or parameter.dtype
+            data = torch.rand(parameter.shape, generator=self.random, dtype=dtype) - 0.5
             memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
             memo[id(buffer)] = self._tensor(buffer.shape, buffer) if buffer.is_meta else self._on_cpu(buffer)
@@ -88,13 +96,15 @@ class Probe:
 
     def _tensor(self, shape: Sequence[int], like: Layout | Tensor) -> Tensor:
         if like.dtype.is_floating_point or like.dtype.is_complex:
-            dtype = self.dtype.to_complex() if like.dtype.is_complex else self.dtype
+            dtype = self.dtype or like.dtype
+            if like.dtype.is_complex and not dtype.is_complex:
+                dtype = dtype.to_complex()
             return self.scale * torch.randn(tuple(shape), generator=self.random, dtype=dtype)
         most = 2 if like.dtype == torch.bool else self.numbers
         return torch.randint(most, tuple(shape), generator=self.random).to(like.dtype)
 
     def _on_cpu(self, buffer: Tensor) -> Tensor:
-        dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
+        dtype = self.dtype if self.dtype and buffer.is_floating_point() else buffer.dtype
         return buffer.detach().to("cpu", dtype, copy=True)
 
     def _normal(self, like: Tensor) -> Tensor:
@@ -104,7 +114,8 @@ class Probe:
         if draws is None:
             torch.manual_seed(0)  # or, it may draw, nothing would be as before
         args, kwargs = pytree.tree_unflatten(list(leaves), self.child.structure)
-        with draws or nullcontext():
+        casts = torch.autocast("cpu", self.child.autocast) if self.child.autocast and not self.dtype else None
+        with draws or nullcontext(), casts or nullcontext():
             returned, structure = pytree.tree_flatten(self.module(*args, **kwargs))
         if structure != self.child.returned:
             raise ValueError("it returns something else")
@@ -121,7 +132,7 @@ class Probe:
         }
         whole = self.differentiated(self.leaves, self.weights)
         # It may ask whether what it is given wants a gradient, which in slices it does in backward alone.
-        alike = all(_close(*pair, self.close) for pair in zip(self.made, whole.made, strict=True))
+        alike = all(close_to(*pair, self.close) for pair in zip(self.made, whole.made, strict=True))
         for dim in range(self.made[0].ndim):
             axis = self._axis(dim, follows)
             try:
@@ -137,25 +148,25 @@ class Probe:
         """
         size = self.leaves[at].shape[dim]
         found = [self._follows_part(at, dim, part) for part in {0, size // 2, size - 1}]
-        return [_common(parts) for parts in zip(*found, strict=True)]
+        return [common(parts) for parts in zip(*found, strict=True)]
 
     def _follows_part(self, at: int, dim: int, part: int) -> list[set[int] | None]:
         leaves = list(self.leaves)
         leaves[at] = leaves[at].clone()
         there = leaves[at].narrow(dim, part, 1)
-        if there.is_floating_point() or there.is_complex():
-            there.fill_(float("nan"))
-        else:
-            there.copy_(~there if there.dtype == torch.bool else 1 - there)
+        marked = Marked(whole=not (there.is_floating_point() or there.is_complex()))
+        marked.mark(there, torch.ones(there.shape, dtype=torch.bool))
         size = self.leaves[at].shape[dim]
+        try:
+            with torch.no_grad(), marked.watching():
+                made = self._run(leaves)
+        except LookedError as error:  # what is done may be another for all
+            logger.debug("%s: %s", self.child.path, error)
+            return [set() for _ in self.made]
         return [
-            _confined(tensor, before, part, size)
-            for tensor, before in zip(self._unrecorded(leaves), self.made, strict=True)
+            confined(~torch.isclose(tensor, before, rtol=0, atol=0) | marked.of(tensor), part, size)
+            for tensor, before in zip(made, self.made, strict=True)
         ]
-
-    def _unrecorded(self, leaves: Sequence[Any]) -> list[Tensor]:
-        with torch.no_grad():
-            return self._run(leaves)
 
     def _axis(self, dim: int, follows: Mapping[tuple[int, int], list[set[int] | None]]) -> Axis | None:
         """The axis along a dimension of the first result, if what follows what allows for one."""
@@ -213,6 +224,16 @@ class Probe:
         """Whether it passes the second test alone."""
         return self._same(axis, self.differentiated(self.leaves, self.weights))
 
+    def holds(self, axis: Axis) -> bool:
+        """Whether an axis that was found otherwise passes both tests."""
+        results = [dim for dim in axis.results if dim is not None]
+        for at, dim in enumerate(axis.arguments):
+            if dim is not None:
+                follows = zip(self._follows(at, dim), results, strict=True)
+                if not all(found is None or there in found for found, there in follows):
+                    return False
+        return self.same(axis)
+
     def _same(self, axis: Axis, whole: Ran) -> bool:
         """Whether slices of uneven length give what the whole does."""
         dims = [dim for dim in axis.results if dim is not None]
@@ -236,62 +257,9 @@ class Probe:
         ]
         of_inputs = [axis.arguments[at] for at in self.wanted] + [None] * len(self.trained)
         grads = [
-            _joined(pieces, dim)
+            joined(pieces, dim)
             for *pieces, dim in zip(*(part.grads for part in parts), of_inputs, strict=True)
         ]
         pairs = [*zip(made, whole.made, strict=True), *zip(grads, whole.grads, strict=True)]
-        largest = max(map(_largest, whole.grads), default=0.0)
-        return all(_close(one, other, self.close, ROUNDING * self.close * largest) for one, other in pairs)
-
-
-class _Dtypes(TorchDispatchMode):
-    """Whether a module goes over to single precision, or less, by itself."""
-
-    single = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(out):
-            self.single |= isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize < 8
-        return out
-
-
-def _common(found: Sequence[set[int] | None]) -> set[int] | None:
-    """What holds for all parts that anything follows."""
-    known = [dims for dims in found if dims is not None]
-    return set.intersection(*known) if known else None
-
-
-def _confined(tensor: Tensor, before: Tensor, part: int, size: int) -> set[int] | None:
-    """The dimensions of which only that part has changed; None if nothing has."""
-    changed = ~torch.isclose(tensor, before, rtol=0, atol=0)
-    if not changed.any():
-        return None
-    found = set()
-    for dim in range(tensor.ndim):
-        if tensor.shape[dim] == size:
-            others = [other for other in range(size) if other != part]
-            if not changed.index_select(dim, torch.tensor(others)).any():
-                found.add(dim)
-    return found
-
-
-def _joined(pieces: Sequence[Tensor | None], dim: int | None) -> Tensor | None:
-    present = [piece for piece in pieces if piece is not None]
-    if len(present) < len(pieces):
-        return present[0] if present and dim is None else None
-    return sum(present[1:], start=present[0]) if dim is None else torch.cat(present, dim)
-
-
-def _largest(grad: Tensor | None) -> float:
-    return 0.0 if grad is None or not grad.numel() else float(grad.abs().max())
-
-
-def _close(one: Tensor | None, other: Tensor | None, close: float, rounding: float = 0.0) -> bool:
-    if one is None or other is None:
-        return one is None and other is None
-    if one.shape != other.shape or not (torch.isfinite(one).all() and torch.isfinite(other).all()):
-        return False
-    return not one.numel() or bool((one - other).abs().max() <= close * other.abs().max() + rounding)
+        largest = max(map(largest_of, whole.grads), default=0.0)
+        return all(close_to(one, other, self.close, self.rounding * largest) for one, other in pairs)

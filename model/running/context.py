@@ -74,6 +74,12 @@ def autocast(kind: str, dtype: str | None, keep_casts: bool = True) -> AbstractC
     return torch.autocast(kind, getattr(torch, dtype), cache_enabled=keep_casts)
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """That of the torch.autocast in force here, on whichever device."""
+    kinds = [name.removeprefix("autocast on ") for name in _settings() if name.startswith("autocast on ")]
+    return next((torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)), None)
+
+
 class Context:
     """All settings as they are now; they are in force inside `with`, which may be entered again and again."""
 
