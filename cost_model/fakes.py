@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from evoplan.model.foreign.capture import CaptureError
 
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
@@ -45,7 +48,7 @@ def unseen() -> Iterator[None]:
 
 
 def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str = "cpu") -> SomeModule:
-    """The same module with parameters and buffers that have no data.
+    """The same module with parameters, buffers and other tensors that have no data.
 
     Args:
         where: meta; or cpu, inside `fake_tensors`.
@@ -56,4 +59,29 @@ def fake_copy(module: SomeModule, dtype: torch.dtype | None = None, where: str =
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
-    return copy.deepcopy(module, memo)
+    with _WithoutData(where):
+        return copy.deepcopy(module, memo)
+
+
+class _WithoutData(TorchFunctionMode):
+    """Tensors that a copy comes upon in attributes, lists and objects are made anew, without data."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if tensor.grad_fn is not None:
+            raise CaptureError(
+                f"a module has a tensor {tuple(tensor.shape)} with a graph in an attribute, of which blocks "
+                "that run again would cut off the gradient; hand it to them as an argument, and return it"
+            )
+        if id(tensor) not in memo:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.where)
+            memo[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.menus import strategies_of
+from evoplan.model.foreign.capture import CaptureError
 from evoplan.model.foreign.children import SELF
 from evoplan.model.foreign.independence import independent_axes
 from evoplan.model.foreign.writes import quietly_written
+from evoplan.model.running.internals import has_data
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
+from evoplan.model.running.unchanged import ChangedError
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.test_fit import assert_same, chain_of, step
@@ -269,6 +273,60 @@ def test_what_operators_write_into_without_counting_it() -> None:
     norms = [(name, quiet) for name, quiet in seen if "batch_norm" in name]
     assert [bool(quiet) for _, quiet in norms] == [True, False, False, False]  # forward, backward
     assert norms[0][1] == {id(mean), id(var)}
+
+
+class Tabled(nn.Module):
+    """Reads a table in an attribute, and one that lies deeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
+        self.table, self.tables = random(6, seed=2), SimpleNamespace(other=[random(24, seed=3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x * self.table) * self.tables.other[0]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_tensors_in_attributes_are_read_as_they_are(share: float) -> None:
+    given = Case(nn.Sequential(*(Tabled() for _ in range(4))).double(), (random(5, 57, 6).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    with fake_tensors():
+        copied = fake_copy(given.model)
+    assert not has_data(copied[0].table)
+    assert not has_data(copied[0].tables.other[0])
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    fitted.replan(int(least + share * (most - least)))
+    assert_same(expected, step(given))
+    assert fitted.verify(given.args).max_gradient_error < 1e-12
+    loss = given.model(*given.args).square().mean()
+    given.model[0].table = given.model[0].table * 2
+    with pytest.raises(ChangedError, match="table of 0 was changed"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_state_in_attributes_is_refused(in_place: bool) -> None:
+    class Averaging(Tabled):
+        def forward(self, x: Tensor) -> Tensor:
+            made = super().forward(x)
+            if in_place:
+                self.table.mul_(0.9).add_(made.detach().mean((0, 1)), alpha=0.1)
+            else:
+                self.table = 0.9 * self.table + 0.1 * made.detach().mean((0, 1))
+            return made
+
+    given = Case(nn.Sequential(*(Averaging() for _ in range(4))).double(), (random(5, 57, 6),))
+    with pytest.raises(CaptureError, match="0 changes table, which it reads, and which is no buffer"):
+        given.fit()
+
+
+def test_a_tensor_with_a_graph_in_an_attribute_is_refused() -> None:
+    model = nn.Sequential(*(Tabled() for _ in range(4))).double()
+    model[1].table = model[0].up.weight.sum(0)
+    with pytest.raises(CaptureError, match="with a graph in an attribute"):
+        Case(model, (random(5, 57, 6),)).fit()
 
 
 class Experts(nn.Module):

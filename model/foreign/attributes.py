@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from evoplan.model.running.internals import has_data, storage_key
 from evoplan.model.running.unchanged import Mark
@@ -73,7 +74,7 @@ class Settings:
         named = [] if block is None else list(block.named_modules(remove_duplicate=False))
         self._of = {path: settings_of(module) for path, module in named}
         buffers = () if block is None else _buffers(block)
-        self._marks = {path: (_mark(buffer), _values(buffer)) for path, buffer in buffers}
+        self._marks = {path: (mark_of(buffer), _values(buffer)) for path, buffer in buffers}
 
     def hold(self, path: str, module: nn.Module) -> bool:
         """Whether they are still those of the module of a path in it, and of all in that."""
@@ -84,7 +85,7 @@ class Settings:
 
     def _has(self, path: str, buffer: Tensor) -> bool:
         """Whether a buffer has the values that it had: a snapshot that is read back writes them anew."""
-        mark, (then, values) = _mark(buffer), self._marks.get(path, (None, None))
+        mark, (then, values) = mark_of(buffer), self._marks.get(path, (None, None))
         if mark != then:
             if values is None or _values(buffer) != values:
                 return False
@@ -94,11 +95,11 @@ class Settings:
 
 def settings_of(module: nn.Module) -> tuple[type, Any, dict[str, Any]]:
     """Of one module, without those that it has in it; its class may have got another forward."""
-    own = {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH}
+    own = {name: value for name, value in module.__dict__.items() if name not in OF_TORCH}
     return type(module), type(module).forward, {name: _said(value) for name, value in own.items()}
 
 
-_OF_TORCH = (nn.Module().__dict__.keys() - {"training"}) | {"forward"}
+OF_TORCH = (nn.Module().__dict__.keys() - {"training"}) | {"forward"}
 _LOOKED_AT = (
     2**20
 )  # bytes of a buffer whose values are compared; of a larger one, whether it was written into
@@ -119,9 +120,21 @@ def _buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return module.named_buffers(remove_duplicate=False)
 
 
-def _mark(buffer: Tensor) -> Mark:
+def mark_of(tensor: Tensor) -> Mark:
     """While it is the same, so are the values: how often they were written, and where they lie."""
-    return 0 if buffer.is_inference() else buffer._version, storage_key(buffer)
+    return 0 if tensor.is_inference() else tensor._version, storage_key(tensor)
+
+
+def plain_tensors(module: nn.Module) -> dict[str, Mark]:
+    """Marks of the tensors that modules have in their attributes, neither parameters nor buffers."""
+    found: dict[str, Mark] = {}
+    for path, inner in module.named_modules():
+        for name, value in inner.__dict__.items():
+            if name not in OF_TORCH and isinstance(value, (Tensor, list, tuple, dict)):
+                leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+                for at, tensor in enumerate(t for t in leaves if not isinstance(t, nn.Parameter)):
+                    found[f"{path}.{name}".strip(".") + f"[{at}]" * (at > 0)] = mark_of(tensor)
+    return found
 
 
 def _values(buffer: Tensor) -> bytes | None:
@@ -137,11 +150,9 @@ def _values(buffer: Tensor) -> bytes | None:
 def _is_kept(name: str, value: Any) -> bool:
     """Adapters are switched by names such as `_active_adapter`: torch's own alone are left out."""
     if isinstance(value, (*_PLAIN, *_GENERATORS)):
-        return name not in _OF_TORCH
+        return name not in OF_TORCH
     # The names of several adapters, say; what is written into such a list itself is not put back.
-    return (
-        type(value) in (list, tuple) and name not in _OF_TORCH and all(isinstance(v, _PLAIN) for v in value)
-    )
+    return type(value) in (list, tuple) and name not in OF_TORCH and all(isinstance(v, _PLAIN) for v in value)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -75,6 +75,7 @@ class Call:
         returned, results: of what it returns.
         makes: names of what it makes in the state, for each `Made` among the results.
         changes: names of the buffers that it writes into.
+        plain: names of tensors that it reads in its modules' attributes and that are no buffers.
         draws: whether it draws random numbers.
         work: equal for calls that run the same operators on the same shapes.
         children: the modules that it calls in turn, by path in the block; `.` is the block itself.
@@ -94,6 +95,7 @@ class Call:
     changes: tuple[str, ...]
     draws: bool
     work: str
+    plain: tuple[str, ...] = ()
     children: Mapping[str, Child] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
     knobs: Mapping[str, Knob] = field(default_factory=dict)

@@ -85,7 +85,7 @@ def _is_simple(visit: Visit) -> bool:
     leaves = (*visit.arguments, *visit.results)
     return (
         visit.recorded
-        and not (visit.hooked or visit.writes or visit.changes)
+        and not (visit.hooked or visit.writes or visit.changes or visit.replaces)
         and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         and not any(has_hooks(inner) for inner in visit.module.modules())
     )
@@ -176,6 +176,11 @@ def _calls(
         of_call = {at for other, at in names if other == index}
         results = [_result(visit, at, of_call.__contains__) for at in range(len(visit.results))]
         ran = operators[visit.start : visit.stop]
+        if visit.replaces:
+            raise CaptureError(
+                f"{name} changes {', '.join(visit.replaces[:3])}, which it reads, and which is no buffer: "
+                "run again it would change that once more; register it as a buffer"
+            )
         assert visit.returned is not None
         yield Call(
             index=index,
@@ -187,6 +192,7 @@ def _calls(
             results=tuple(results),
             makes=tuple(names[index, at] for at in range(len(results)) if (index, at) in names),
             changes=visit.changes,
+            plain=visit.plain,
             draws=any(operator.draws for operator in ran),
             work=hashlib.sha256("\n".join(operator.about for operator in ran).encode()).hexdigest(),
         )

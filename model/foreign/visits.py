@@ -22,6 +22,8 @@ class Visit:
         keys, out_keys: of the leaves of its arguments and of its results that are tensors, as they were then.
         wanted: which of the arguments require a gradient.
         changes: names of the buffers that were written into.
+        plain: names of tensors in its modules' attributes, no buffers, that were read.
+        replaces: those of them that were written into or replaced.
         writes: whether it wrote into one of its arguments.
         hooked: whether something else keeps tensors in autograd's place there: a checkpoint around it, say.
     """
@@ -40,6 +42,8 @@ class Visit:
     returned: pytree.TreeSpec | None = None
     out_keys: list[Key | None] = field(default_factory=list)
     changes: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
     writes: bool = False
     hooked: bool = False
 

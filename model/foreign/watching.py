@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoplan.model.foreign.attributes import plain_tensors
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit, keys_of, numbers_in
 from evoplan.model.foreign.writes import given_as, quietly_written
@@ -72,7 +73,7 @@ class Watch(TorchDispatchMode):
         def watched(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = pytree.tree_flatten((args, kwargs))
             visit = Visit(path, module, leaves, structure, len(self.operators))
-            before = buffers()
+            before, plain = buffers(), plain_tensors(module)
             self._open[-1].children.append(visit)
             self._open.append(visit)
             visit.hooked = has_saving_hooks()
@@ -87,6 +88,12 @@ class Watch(TorchDispatchMode):
             )
             after = buffers()
             wrote = {key for operator in self.operators[visit.start :] for key in operator.wrote}
+            read = {key for operator in self.operators[visit.start :] for key in operator.read}
+            visit.plain = tuple(name for name, (_, storage) in plain.items() if storage in read)
+            there = plain_tensors(module) if visit.plain else {}
+            visit.replaces = tuple(
+                name for name in visit.plain if there.get(name) != plain[name] or plain[name][1] in wrote
+            )
             visit.changes = _with_siblings(
                 module, [name for name in after if after[name] != before.get(name) or after[name][1] in wrote]
             )

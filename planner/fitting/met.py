@@ -29,6 +29,7 @@ class MetCall:
         attributes: flags and numbers of its modules, as they were before.
         buffers: values of those that it writes into, as they were before.
         others: its other buffers, and `of_others` their marks.
+        plain: marks of what else it reads that its modules have in attributes.
         random: where the generators stood; None where it has drawn nothing.
         returned: what it returned and did not make, until the caller has it.
         fingerprint: of what it made, where it will run again.
@@ -43,6 +44,7 @@ class MetCall:
     buffers: dict[str, Tensor]
     others: dict[str, Tensor]
     of_others: dict[str, Mark]
+    plain: dict[str, Mark]
     random: RandomState | None
     returned: list[Any] = field(default_factory=list)
     fingerprint: Fingerprint = ()

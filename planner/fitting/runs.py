@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.foreign.attributes import Attributes
+from evoplan.model.foreign.attributes import Attributes, plain_tensors
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.fingerprints import alike, fingerprint
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
@@ -23,7 +23,7 @@ from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
-from evoplan.model.running.unchanged import check, mark, marks
+from evoplan.model.running.unchanged import Mark, changed, check, mark, marks
 from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.fitting.met import MetCall, Planned
 from evoplan.planner.schedules.schedule import Action
@@ -78,10 +78,15 @@ class CallRuns:
             {name: module.get_buffer(name).detach().clone() for name in call.changes},
             others,
             marks(others),
+            self.plain(call),
             self.random_state(call),
         )
         self.met[call.index] = met
         return met, found.modules
+
+    def plain(self, call: Call) -> dict[str, Mark]:
+        """Marks of tensors that a call reads and that are neither parameters nor buffers."""
+        return plain_tensors(self.blocks[call.path].module) if call.plain else {}
 
     def as_written(self, action: Action) -> bool:
         """Whether a step of forward runs in autograd's own graph."""
@@ -221,6 +226,10 @@ class CallRuns:
         """The block as forward found it, but for its parameters; ChangedError where that is not known."""
         met, module = self.met[call.index], self.blocks[call.path].module
         check(met.of_others, met.others, call.name)
+        now = self.plain(call)
+        for name in call.plain:
+            if name in met.plain and met.plain[name] != now.get(name):
+                raise changed(name, call.name)
         with met.attributes.installed(), other_buffers(module, met.buffers, met.others):
             yield
 
