@@ -319,3 +319,32 @@ def test_gradients_where_special_numbers_and_dtypes_decide(dtype: torch.dtype) -
     for budget in (least, (least + most) // 2):
         fitted.replan(budget)
         assert_same(expected, step(given), 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+class Tied(MLP):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.tanh(self.b(torch.tanh(self.a(x))))
+
+
+def test_gradients_of_other_weights_that_are_tied_within_a_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Tied() for _ in range(4))).double()
+    given = Case(model, (random(3, 50, 6),))
+    others = {name: p.detach() * 1.5 for name, p in model.named_parameters()}
+
+    def gradients() -> dict[str, Tensor]:
+        weights = {name: value.clone().requires_grad_() for name, value in others.items()}
+        out = torch.func.functional_call(model, weights, given.args)
+        return dict(zip(weights, torch.autograd.grad(out.pow(2).mean(), [*weights.values()]), strict=True))
+
+    expected = gradients()
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        fitted.replan(budget)
+        assert_same(expected, gradients())
