@@ -348,3 +348,53 @@ def test_gradients_of_other_weights_that_are_tied_within_a_block() -> None:
     for budget in (least, (least + most) // 2):
         fitted.replan(budget)
         assert_same(expected, gradients())
+
+
+class ReturnsAView(nn.Module):
+    """Of a tensor eight times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(x)).view(*x.shape[:-1], 8, 16)
+        return y.permute(2, 0, 1, 3).contiguous()[0]
+
+
+class ReturnsAParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.down(torch.tanh(self.up(x))), self.up.weight
+
+
+class Chain(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(16, 16), nn.ModuleList(kind() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, more = self.first(x), x.new_zeros(())
+        for block in self.blocks:
+            found = block(x)
+            x, *weights = found if isinstance(found, tuple) else (found,)
+            more = more + sum(weight.pow(2).mean() for weight in weights)
+        return x + more
+
+
+@pytest.mark.parametrize("kind", [ReturnsAView, ReturnsAParameter])
+def test_what_results_keep_is_counted(kind: type[nn.Module]) -> None:
+    """The memory behind a view, and nothing for what is there anyway."""
+    torch.manual_seed(0)
+    given = Case(Chain(kind).double(), (random(4, 100, 16).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2, most):
+        fitted.replan(budget)
+        assert_same(expected, step(given))
+        found = fitted.verify(given.args, given.kwargs)
+        assert 0.97 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.001
