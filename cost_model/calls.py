@@ -63,10 +63,14 @@ def calls_table(
     calls = captured.calls
     liveness = liveness_of(captured)
     layouts: dict[str, Layout] = {}
+    state_bytes: dict[str, int] = {}
     known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
     options = []
     for call in calls:
         layouts |= dict(zip(call.makes, (made.layout for made in call.made), strict=True))
+        for name, made in zip(call.makes, call.made, strict=True):
+            nbytes = device.in_blocks(made.state_bytes)
+            state_bytes[name] = max(nbytes, state_bytes.get(name, 0))
         live = {version.tensor: layouts[version.tensor] for version in liveness.alive(call.index + 1)}
         module = model.get_submodule(call.path)
         key = signature(call, module), repr(live)
@@ -75,7 +79,6 @@ def calls_table(
             found = _recalled(call, module, repr(key), trace, kept)
             known[key] = needed([timed(cost, device, precision) for cost in found], also, slack)
         options.append(known[key])
-    state_bytes = {name: device.in_blocks(layout.nbytes) for name, layout in layouts.items()}
     return CostTable(
         options=tuple(options),
         step_reads=tuple(call.reads for call in calls),
@@ -225,10 +228,10 @@ class CallTracing:
         keeps = tuple(
             at
             for at, (storage, _) in enumerate(storages)
-            if trace.holds(storage) and call.made[at].within is None
+            if trace.holds(storage) and call.made[at].within is None and call.made[at].own is None
         )
         # Tensors of the state count once, however many hold them.
-        of_state = sum(storages[at][1] for at in keeps)
+        of_state = sum({storages[at][0]: storages[at][1] for at in keeps}.values())
         preserved_bytes = trace.live_bytes - base + number_bytes - of_state
 
         given_bytes = 0 if as_written is None else as_written.look(trace)

@@ -429,3 +429,82 @@ def test_gradients_where_special_numbers_and_dtypes_decide(dtype: torch.dtype) -
     for budget in (least, (least + most) // 2):
         fitted.replan(budget)
         assert_same(expected, step(given), 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+class Tied(MLP):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.tanh(self.b(torch.tanh(self.a(x))))
+
+
+def test_gradients_of_other_weights_that_are_tied_within_a_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Tied() for _ in range(4))).double()
+    given = Case(model, (random(3, 50, 6),))
+    others = {name: p.detach() * 1.5 for name, p in model.named_parameters()}
+
+    def gradients() -> dict[str, Tensor]:
+        weights = {name: value.clone().requires_grad_() for name, value in others.items()}
+        out = torch.func.functional_call(model, weights, given.args)
+        return dict(zip(weights, torch.autograd.grad(out.pow(2).mean(), [*weights.values()]), strict=True))
+
+    expected = gradients()
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        fitted.replan(budget)
+        assert_same(expected, gradients())
+
+
+class ReturnsAView(nn.Module):
+    """Of a tensor eight times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(x)).view(*x.shape[:-1], 8, 16)
+        return y.permute(2, 0, 1, 3).contiguous()[0]
+
+
+class ReturnsAParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.down(torch.tanh(self.up(x))), self.up.weight
+
+
+class Chain(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(16, 16), nn.ModuleList(kind() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, more = self.first(x), x.new_zeros(())
+        for block in self.blocks:
+            found = block(x)
+            x, *weights = found if isinstance(found, tuple) else (found,)
+            more = more + sum(weight.pow(2).mean() for weight in weights)
+        return x + more
+
+
+@pytest.mark.parametrize("kind", [ReturnsAView, ReturnsAParameter])
+def test_what_results_keep_is_counted(kind: type[nn.Module]) -> None:
+    """The memory behind a view, and nothing for what is there anyway."""
+    torch.manual_seed(0)
+    given = Case(Chain(kind).double(), (random(4, 100, 16).requires_grad_(),))
+    expected = step(given, copy.deepcopy(given.model))
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2, most):
+        fitted.replan(budget)
+        assert_same(expected, step(given))
+        found = fitted.verify(given.args, given.kwargs)
+        assert 0.97 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.001

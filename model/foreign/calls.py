@@ -38,11 +38,22 @@ class Made:
 
     Attributes:
         within: position of the argument in whose memory it lies, if it does in one's.
+        own: name of the block's parameter or buffer in whose memory it lies, likewise.
+        storage_bytes: of the memory that it keeps, which may be more than it shows.
+        offset: where in that it begins.
     """
 
     layout: Layout
     differentiable: bool
     within: int | None = None
+    own: str | None = None
+    storage_bytes: int = 0
+    offset: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """What it adds to the state."""
+        return self.layout.nbytes if self.within is not None else 0 if self.own else self.storage_bytes
 
 
 @dataclass(frozen=True)

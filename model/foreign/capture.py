@@ -227,7 +227,15 @@ def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
     if made(at):
         storages = [None if key is None else key.numbers[0] for key in visit.keys]
         own = storage_key(leaf)
-        return Made(Layout.of(leaf), leaf.requires_grad, storages.index(own) if own in storages else None)
+        tensors = (*visit.module.named_parameters(), *visit.module.named_buffers())
+        return Made(
+            Layout.of(leaf),
+            leaf.requires_grad,
+            storages.index(own) if own in storages else None,
+            next((name for name, tensor in tensors if storage_key(tensor) == own), None),
+            leaf.untyped_storage().nbytes(),
+            leaf.storage_offset(),
+        )
     key = visit.out_keys[at]
     if key is not None and key in visit.keys:
         return Passed(visit.keys.index(key))

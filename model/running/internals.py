@@ -143,11 +143,15 @@ def own_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Members(NamedTuple):
     """A module and those within it, each once; their parameters and buffers by the names that
     `named_parameters` and `named_buffers` give them.
+
+    Attributes:
+        tied: further names of parameters, with those that they are listed under.
     """
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    tied: dict[str, str]
 
 
 def members(module: nn.Module) -> Members:
@@ -160,13 +164,17 @@ def members(module: nn.Module) -> Members:
             paths[inner] = path
             below = [(child, f"{path}{name}.") for name, child in inner._modules.items() if child is not None]
             todo += reversed(below)
-    found, known = Members(list(paths), {}, {}), set[int]()
+    found, known = Members(list(paths), {}, {}, {}), dict[int, str]()
     for inner, path in paths.items():
         for there, own in ((found.parameters, inner._parameters), (found.buffers, inner._buffers)):
             for name, tensor in own.items():
-                if tensor is not None and id(tensor) not in known:
-                    known.add(id(tensor))
-                    there[path + name] = tensor
+                if tensor is None:
+                    continue
+                first = known.setdefault(id(tensor), path + name)
+                if first == path + name:
+                    there[first] = tensor
+                elif own is inner._parameters:
+                    found.tied[path + name] = first
     return found
 
 

@@ -39,21 +39,23 @@ class Parameters:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The module with these parameters, trained as they were."""
-        present = members(self.module).parameters
+        found = members(self.module)
+        present = found.parameters
         if present.keys() != self.all.keys():
             odd = ", ".join(sorted(present.keys() ^ self.all.keys()))
             raise RuntimeError(
                 f"layers were replaced between forward and backward ({odd}); do so after backward"
             )
-        others = {name: tensor for name, tensor in present.items() if tensor is not self.all[name]}
-        for name in others:
-            put_parameter(self.module, name, self.all[name])
+        listed = {name: name for name in present} | found.tied
+        others = {at: present[name] for at, name in listed.items() if present[name] is not self.all[name]}
+        for at in others:
+            put_parameter(self.module, at, self.all[listed[at]])
         try:
             with self.as_trained():
                 yield
         finally:
-            for name, tensor in others.items():
-                put_parameter(self.module, name, tensor)
+            for at, tensor in others.items():
+                put_parameter(self.module, at, tensor)
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from evoplan.model.foreign.calls import Argument, Call, Made
 from evoplan.model.foreign.inside import in_autograds_graph
 from evoplan.model.foreign.leaves import Numbers, Value
 from evoplan.model.foreign.runs import other_buffers
-from evoplan.model.running.internals import storage_key
+from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.random_state import ImaginedState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.execution.placed import Outputs
@@ -59,6 +59,11 @@ class GhostRuns(CallRuns):
         super().__init__(blocks)
         self.passed, self.last = passed, calls[-1]
         self.table, self.trace, self.where = table, trace, where
+        self.gradient_bytes = {
+            name: trace.in_blocks(made.layout.nbytes)
+            for call in calls
+            for name, made in zip(call.makes, call.made, strict=True)
+        }
         uses = Counter(id(p) for call in calls for p in blocks[call.path].module.parameters())
         # Of parameters of several calls autograd holds the sum until the last of them.
         self._shared = {
@@ -127,12 +132,29 @@ class GhostRuns(CallRuns):
         keep = recorded and self.met[call.index].differentiable
         self.trace.took(cost.forward_bytes if keep else cost.discard_bytes)
         leaves = self.leaves(call, state)
-        made = tuple(_imagined(result, leaves, self.where) for result in call.made)
+        made = tuple(self._imagined(call, result, leaves) for result in call.made)
         rest = [result.value if isinstance(result, Value) else None for result in call.results]
         if not keep:
             return None, made, rest
         own = [made[at] for at in cost.keeps_made]
         return _GhostRecord(call, cost, leaves, own, self), made, rest
+
+    def _imagined(self, call: Call, made: Made, leaves: list[Any]) -> Tensor:
+        """It keeps as much memory as what a run makes."""
+        where = made.layout.shape, made.layout.stride
+        if made.within is not None:
+            lies: Tensor = leaves[made.within].detach().as_strided(*where)
+            return lies
+        if made.own is not None:
+            found = members(self.blocks[call.path].module)
+            return (found.parameters | found.buffers)[made.own].detach().as_strided(*where, made.offset)
+        if made.storage_bytes == made.layout.nbytes:
+            return made.layout.empty(self.where)
+        dtype = made.layout.dtype
+        storage = torch.empty(made.storage_bytes // dtype.itemsize, dtype=dtype, device=self.where)
+        return storage.as_strided(
+            *where, made.offset
+        ).data  # the model may write into it: no view to autograd
 
 
 def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
@@ -142,13 +164,6 @@ def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
     if isinstance(leaf, Tensor) and tuple(leaf.shape) == there.shape and leaf.dtype == there.dtype:
         return leaf
     return there.empty(where).requires_grad_(argument.differentiable)
-
-
-def _imagined(made: Made, leaves: list[Any], where: str) -> Tensor:
-    if made.within is None:
-        return made.layout.empty(where)
-    lies: Tensor = leaves[made.within].detach().as_strided(made.layout.shape, made.layout.stride)
-    return lies
 
 
 class _Kept(ImaginedState):
@@ -197,9 +212,9 @@ class _GhostRecord:
     @cached_property
     def live_bytes(self) -> int:
         """Gradients that the cost of its backward counts."""
-        table = self.runs.table
-        names = {v.tensor for v in table.liveness.alive(self.call.index + 1)}.union(self.call.makes)
-        return sum(table.state_bytes[name] for name in names)
+        alive = self.runs.table.liveness.alive(self.call.index + 1)
+        names = {version.tensor for version in alive}.union(self.call.makes)
+        return sum(self.runs.gradient_bytes[name] for name in names)
 
     def vjp(
         self, grads: tuple[Tensor | None, ...], keep: bool = False
@@ -207,11 +222,11 @@ class _GhostRecord:
         """Gradients without data."""
         self.runs.passed("loss")
         met, trace, cost = self.runs.met[self.call.index], self.runs.trace, self.cost
-        own = [(storage_key(tensor), trace.in_blocks(tensor.nbytes)) for tensor in self.own]
+        own = {storage_key(t): trace.in_blocks(t.untyped_storage().nbytes()) for t in self.own}
         self.own.clear()
         size = cost.backward_bytes
-        if any(trace.holds(storage) for storage, _ in own):
-            more = sum(nbytes for storage, nbytes in own if not trace.holds(storage))
+        if any(trace.holds(storage) for storage in own):
+            more = sum(nbytes for storage, nbytes in own.items() if not trace.holds(storage))
             size = max(size, cost.backward_held_bytes + more)
         # What is preserved and the gradients of the state are in the cost, and live here as well.
         trace.took(size - cost.preserved_bytes - self.live_bytes)
