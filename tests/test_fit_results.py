@@ -124,3 +124,22 @@ def test_what_is_read_and_wants_a_gradient_is_given() -> None:
         evoplan.fit(model, (x,))
     weights[0].requires_grad_(False)
     evoplan.fit(model, (x,)).remove()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda out: out.square().mean(0), "the loss is float64"),
+        (lambda out: 3.0, "of class float"),
+        (lambda out: None, "of class NoneType"),
+        (lambda out: out.detach().mean(), "wants no gradient"),
+        (lambda out: out.sum() * 1j, "the loss is complex128"),
+    ],
+)
+def test_a_loss_is_one_real_number(loss: Callable[[Tensor], Tensor], says: str) -> None:
+    model, x = Stack(RESULTS["argument"]).double(), torch.randn(37, WIDTH, dtype=torch.float64)
+    with pytest.raises(CaptureError, match=says):
+        evoplan.fit(model, (x,), loss=loss)
+    model.requires_grad_(False)
+    with pytest.raises(CaptureError):
+        evoplan.fit(model, (x,))

@@ -21,7 +21,7 @@ from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.foreign.calls import Call
-from evoplan.model.foreign.capture import Captured, capture
+from evoplan.model.foreign.capture import Captured, CaptureError, capture
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import leaves_of, storage_key, without_hooks
@@ -37,7 +37,12 @@ Loss = Callable[[Any], Tensor]
 def mean_of_squares(output: Any) -> Tensor:
     """Of all floating tensors in what a model returns."""
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return mean_square(*(tensor for tensor in tensors if tensor.is_floating_point() and tensor.requires_grad))
+    trained = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.requires_grad]
+    if not trained:
+        raise CaptureError(
+            "the model returns no real tensor that wants a gradient; train some of it, or give `loss`"
+        )
+    return mean_square(*trained)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,20 @@ def captured(
         copy = fake_copy(model, where=where)
         args, kwargs = given.made(where)
         with casting():
-            return capture(copy, lambda: loss(copy(*args, **kwargs)))
+            return capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))))
+
+
+def _scalar(value: Any) -> Tensor:
+    """A loss, if backward can begin there."""
+    if not isinstance(value, Tensor):
+        found = f"is of class {type(value).__name__}"
+    elif value.numel() != 1 or value.is_complex():
+        found = f"is {Layout.of(value)}"
+    elif not value.requires_grad:
+        found = "wants no gradient"
+    else:
+        return value
+    raise CaptureError(f"the loss {found}; have it return one real number, of which gradients can be found")
 
 
 @dataclass(frozen=True)
