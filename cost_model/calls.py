@@ -62,16 +62,17 @@ def calls_table(
     """
     calls = captured.calls
     liveness = liveness_of(captured)
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, Layout | None] = {}  # of what gradients are found of
     state_bytes: dict[str, int] = {}
     known: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
     options = []
     for call in calls:
-        layouts |= dict(zip(call.makes, (made.layout for made in call.made), strict=True))
         for name, made in zip(call.makes, call.made, strict=True):
+            layouts[name] = made.layout if made.differentiable else None
             nbytes = device.in_blocks(made.state_bytes)
             state_bytes[name] = max(nbytes, state_bytes.get(name, 0))
-        live = {version.tensor: layouts[version.tensor] for version in liveness.alive(call.index + 1)}
+        alive = {version.tensor: layouts[version.tensor] for version in liveness.alive(call.index + 1)}
+        live = {name: layout for name, layout in alive.items() if layout is not None}
         module = model.get_submodule(call.path)
         key = signature(call, module), repr(live)
         if key not in known:
@@ -236,7 +237,7 @@ class CallTracing:
 
         given_bytes = 0 if as_written is None else as_written.look(trace)
         grads = [_gradient(made, self.where) for made in call.made if as_written is None]
-        more = [layout.empty(self.where) for name, layout in self.live.items() if name not in call.makes]
+        more = [layout.gradient(self.where) for name, layout in self.live.items() if name not in call.makes]
         trace.reset()
         found = run.vjp(grads)
         backward_bytes = trace.peak_bytes - base + number_bytes - (of_state if held else 0) - given_bytes
@@ -254,6 +255,4 @@ class CallTracing:
 
 def _gradient(made: Made, where: str) -> Tensor | None:
     """Of what a call makes, as backward finds it."""
-    if not made.differentiable:
-        return None
-    return torch.empty(made.layout.shape, dtype=made.layout.dtype, device=where)
+    return made.layout.gradient(where) if made.differentiable else None

@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.liveness import Liveness, Version
 from evoplan.cost_model.loss import Loss
-from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES, StepCost, offered_strategies
+from evoplan.cost_model.tensor_spec import TensorSpec
 from evoplan.cost_model.times import Roofline, TimeSource
 from evoplan.cost_model.times_cache import MissingTimesError
 from evoplan.cost_model.tracing import Given, Here, Specs, Tracer, prepared

@@ -7,8 +7,9 @@ A trace on fake tensors does not see them. On the CPU these operators have some:
 - Batched products: a copy of one matrix of an operand whose rows and columns both have gaps.
 - Products in half precision, where oneDNN runs them: it packs blocks of the operands and of the
   result in buffers whose size follows from shapes, strides and threads in no simple way. Such a
-  product is run once, on zeros, and its allocations are read from the profiler.
-- Convolutions, and torch's attention: run once as well.
+  product is run once, on ones, and its allocations are read from the profiler.
+- Convolutions, torch's attention, and a few others that nobody has a formula for: run once as well.
+- Losses that are reduced: what they are the mean or the sum of.
 - Elementwise operators on tensors of unlike dtypes (mixed precision): a copy of each operand that is not of
   the common dtype, and where they write into one that is not, a buffer for the result.
 - Any operator with a Python number: it becomes a tensor of one element.
@@ -19,7 +20,6 @@ For the others, closed forms give the exact bytes. Checked with torch 2.13 on x8
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
 from functools import cache, reduce
 from math import prod
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import _disable_current_modes
+
+from evoplan.cost_model.tensor_spec import TensorSpec, contiguous_stride
 
 # A product beyond either limit is not run; a smaller one stands for it.
 MAX_FLOPS = 2 * 10**9
@@ -45,63 +47,19 @@ _KERNELS = {
     _aten.convolution_backward.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    _aten._trilinear.default,
+    _aten.col2im.default,
+    _aten.im2col.default,
+    _aten.kthvalue.default,
+    _aten.linalg_matrix_exp.default,
+    _aten._linalg_eigh.default,
+    _aten.soft_margin_loss_backward.default,
+    _aten.mkldnn_rnn_layer.default,
+    _aten.mkldnn_rnn_layer_backward.default,
 }
+# Losses that are made whole, once more, before they are reduced; and where their reduction stands.
+_REDUCED = {_aten.mse_loss.default: 2, _aten.smooth_l1_loss.default: 2}
 _NORMS = {_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default}
-
-
-class TensorSpec(NamedTuple):
-    """A tensor without data; strides in elements."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """A tensor's own."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-    @classmethod
-    def dense(
-        cls, shape: Iterable[int], dtype: torch.dtype, stride: tuple[int, ...] | None = None
-    ) -> TensorSpec:
-        """One without gaps, unless strides are given."""
-        shape = tuple(shape)
-        return cls(shape, _contiguous_stride(shape) if stride is None else stride, dtype)
-
-    def empty(self, where: str) -> Tensor:
-        """A tensor like it on a device."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Without gaps, in the order of its dimensions."""
-        layout = zip(self.shape, self.stride, _contiguous_stride(self.shape), strict=True)
-        return all(size == 1 or step == dense for size, step, dense in layout)
-
-    @property
-    def transposed(self) -> TensorSpec:
-        """The same elements, the last two dimensions swapped."""
-        *batch, rows, columns = range(len(self.shape))
-        order = (*batch, columns, rows)
-        return TensorSpec(
-            tuple(self.shape[i] for i in order), tuple(self.stride[i] for i in order), self.dtype
-        )
-
-    @property
-    def is_dense(self) -> bool:
-        """A batch of matrices without gaps, each by rows or by columns: what oneDNN reads as it lies."""
-        return self.is_contiguous or self.transposed.is_contiguous
-
-    def zeros(self) -> Tensor:
-        """A real tensor like it."""
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return torch.zeros(last + 1, dtype=self.dtype).as_strided(self.shape, self.stride)
 
 
 class Call(NamedTuple):
@@ -109,6 +67,11 @@ class Call(NamedTuple):
 
     operator: Any
     args: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, operator: Any, args: tuple[Any, ...]) -> Call:
+        """That on these tensors."""
+        return cls(operator, tuple(map(_hashable, args)))
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -131,12 +94,14 @@ class CpuScratch:
 
     def call(self, operator: Any, args: tuple[Any, ...]) -> Call | None:
         """What to ask the other methods about; None: no scratch, except `NUMBER_BYTES`."""
+        if operator in _REDUCED:
+            return Call.of(operator, args)
         if _is_pointwise(operator):
             dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
-            return None if len(dtypes) < 2 else Call(operator, tuple(map(_hashable, args)))
-        if operator not in _PRODUCTS and operator not in _NORMS and operator not in _KERNELS:
+            return None if len(dtypes) < 2 else Call.of(operator, args)
+        if not any(operator in known for known in (_PRODUCTS, _NORMS, _KERNELS)):
             return None
-        return Call(operator, tuple(map(_hashable, args)))
+        return Call.of(operator, args)
 
     def bound_bytes(self, call: Call) -> int:
         """Not less than `bytes`, without running anything."""
@@ -150,6 +115,8 @@ class CpuScratch:
 
     def bytes(self, call: Call) -> int:
         """Scratch of a call beyond its outputs. A oneDNN product is run once per process."""
+        if call.operator in _REDUCED:
+            return _loss_bytes(call) + NUMBER_BYTES
         if _is_pointwise(call.operator):
             return _cast_bytes(call) + NUMBER_BYTES
         if call.operator in _NORMS:
@@ -175,10 +142,6 @@ def _hashable(arg: Any) -> Any:
     return tuple(arg) if isinstance(arg, list) else arg
 
 
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
 @cache
 def _is_pointwise(operator: Any) -> bool:
     return torch.Tag.pointwise in operator.tags
@@ -199,6 +162,16 @@ def _cast_bytes(call: Call) -> int:
     if _writes_first(call.operator) and call.tensors[0].dtype != common:
         copied.append(call.tensors[0])
     return sum(prod(tensor.shape) * common.itemsize for tensor in copied)
+
+
+def _loss_bytes(call: Call) -> int:
+    given, target, *_ = call.tensors
+    at = _REDUCED[call.operator]
+    if call.args[at:] and not call.args[at]:
+        return 0
+    dtype = torch.promote_types(given.dtype, target.dtype)
+    shape: tuple[int, ...] = torch.broadcast_shapes(given.shape, target.shape)
+    return prod(shape) * dtype.itemsize
 
 
 def _norm_bytes(call: Call, threads: int) -> int:
@@ -256,7 +229,15 @@ def _dense(shape: tuple[int, ...], like: TensorSpec) -> TensorSpec:
     """A dense tensor, its matrices by columns where those of `like` are."""
     if len(shape) > 1 and like.stride[-2] < like.stride[-1]:
         return _dense((*shape[:-2], shape[-1], shape[-2]), like.transposed).transposed
-    return TensorSpec(shape, _contiguous_stride(shape), like.dtype)
+    return TensorSpec(shape, contiguous_stride(shape), like.dtype)
+
+
+@cache
+def made_bytes(call: Call) -> tuple[int, ...]:
+    """Of each tensor that a call makes, as it is when it runs for real."""
+    with _disable_current_modes(), torch.enable_grad():  # some keep less where there is no backward
+        out = call.operator(*(arg.ones() if isinstance(arg, TensorSpec) else arg for arg in call.args))
+        return tuple(tensor.untyped_storage().nbytes() for tensor in out)
 
 
 def _run(call: Call) -> int:
@@ -267,7 +248,7 @@ def _run(call: Call) -> int:
         torch.no_grad(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        args = [arg.zeros() if isinstance(arg, TensorSpec) else arg for arg in call.args]
+        args = [arg.ones() if isinstance(arg, TensorSpec) else arg for arg in call.args]
         with record_function(mark):
             output = call.operator(*args)
         del args, output

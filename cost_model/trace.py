@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from evoplan.cost_model.meta_calls import tensors_in
+from evoplan.cost_model.results import as_real
 from evoplan.cost_model.scratch import NUMBER_BYTES, Call, CpuScratch
 from evoplan.model.running.pieces import PieceSample
 
@@ -171,10 +172,7 @@ class Trace(TorchDispatchMode, PieceSample):
             return args[0].fake_device
         kwargs = kwargs or {}
         out = self._call(func, args, kwargs)
-        if func is _LAYER_NORM:
-            out = _with_statistics(out, args[0], args[2], on_cpu=self.scratch is not None)
-        if func is _VIEW and 1 in out.shape:
-            out = _strided_as_viewed(out)
+        out = as_real(func, args, out, on_cpu=self.scratch is not None)
         outputs = tensors_in(out)
         made = sum([self._track(t) for t in outputs])  # a list: every output must be tracked
         self.kept_number_bytes += KEPT_NUMBER_BYTES * (self.scratch is not None and _keeps_number(func, args))
@@ -239,40 +237,11 @@ def _keeps_number(func: Any, args: tuple[Any, ...]) -> bool:
 KEPT_NUMBER_BYTES = 8
 _SCALING = {torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor}
 _DEVICE = torch.ops.prim.device.default
-_VIEW = torch.ops.aten.view.default
-_LAYER_NORM = torch.ops.aten.native_layer_norm.default
 _FREE = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,
 }
-
-
-def _with_statistics(
-    out: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, on_cpu: bool
-) -> tuple[Tensor, ...]:
-    """A normalisation's results with means and deviations in the dtype that real tensors get them in.
-
-    Of half precision that is float32, but on a CPU only where the weight is in float32. Without data they are
-    given x's on fake tensors, and float32 on the meta device.
-    """
-    normalised, *statistics = out
-    own = x.dtype.itemsize > 2 or (on_cpu and (weight is None or weight.dtype == x.dtype))
-    dtype = x.dtype if own else torch.float32
-    return normalised, *(t if t.dtype == dtype else t.new_empty(t.shape, dtype=dtype) for t in statistics)
-
-
-def _strided_as_viewed(tensor: Tensor) -> Tensor:
-    """A view with the strides that real tensors get: a dimension of one element has a new one.
-
-    Fake tensors keep the old one. It addresses nothing, but half-precision products on the CPU choose by it
-    how to pack their factors.
-    """
-    stride = list(tensor.stride())
-    for dim in reversed(range(tensor.ndim - 1)):
-        if tensor.shape[dim] == 1:
-            stride[dim] = stride[dim + 1] * tensor.shape[dim + 1]
-    return tensor if tuple(stride) == tensor.stride() else tensor.as_strided(tensor.shape, stride)
 
 
 def _moved_bytes(tensor: Tensor) -> int:

@@ -15,9 +15,9 @@ from evoplan.cost_model.devices import Device
 from evoplan.cost_model.fakes import fake_copy
 from evoplan.cost_model.kept_traces import KeptTraces
 from evoplan.cost_model.loss import Loss, trace_loss
-from evoplan.cost_model.scratch import TensorSpec
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import StepCost, trace_step
+from evoplan.cost_model.tensor_spec import TensorSpec
 from evoplan.model.running.chain import Plannable, Step
 from evoplan.model.running.internals import storage_key
 from evoplan.model.running.strategy import Strategy

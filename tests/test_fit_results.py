@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import evoplan
 from evoplan.model.foreign.capture import CaptureError
 from evoplan.model.foreign.leaves import ChangedCallError
+from evoplan.model.running.kinds import WHOLE
+from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence, actions
 
 WIDTH = 8
 
@@ -103,6 +105,126 @@ def test_results_that_have_changed_are_refused(share: float) -> None:
     late.append(lambda x, y: (y, 2 * x))
     with pytest.raises(ChangedCallError, match="in place of one that it passed on"):
         gradients(model, x)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_detached_wants_no_gradient(again: bool) -> None:
+    """As without a plan; and where it wants one later, of what forward has not recorded, that is said."""
+    late: list[Callable[[Tensor], Tensor]] = [Tensor.detach]
+    seen: list[bool] = []
+
+    def returns(x: Tensor, y: Tensor) -> Any:
+        return y, late[-1](y)
+
+    class Watching(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x, aside = block(x)
+                seen.append(aside.requires_grad)
+                x = x + aside.cos()
+            return x
+
+    model, x = Watching(returns).double(), torch.randn(37, WIDTH, dtype=torch.float64)
+    fitted = evoplan.fit(model, (x,))
+    if again:
+        whole = Checkpoint(Sequence(tuple(Run(at, WHOLE) for at in range(4))), (WHOLE,) * 4)
+        fitted._patched.todo = tuple(actions(Sequence((whole,))))
+    seen.clear()
+    model(x)
+    assert seen == [False] * 4
+    late.append(torch.sin)
+    if again:
+        with pytest.raises(RuntimeError, match="of what it had detached"):
+            gradients(model, x)
+
+
+SHARED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[..., Tensor]]] = {
+    "split": (lambda x, y: y.split(3, -1), lambda *parts: torch.cat(parts, -1)),
+    "unbound": (lambda x, y: y.unbind(0), lambda *rows: torch.stack(rows)),
+    "view of an argument": (lambda x, y: (y, x[:, :3]), lambda y, part: y + part.mean()),
+    "transposed": (lambda x, y: y.transpose(0, 1), lambda y: y.transpose(0, 1)),
+    "argument detached": (lambda x, y: (y, x.detach()), lambda y, aside: y + aside.cos()),
+    "detached": (lambda x, y: (y, y.detach()), lambda y, aside: y + aside.cos()),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_memory_of_results_that_share_it(name: str) -> None:
+    """Of views and what is detached: once, and gradients as large as they are."""
+    returns, joined = SHARED[name]
+
+    class Joining(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(returns) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                found = block(x)
+                x = joined(*found) if isinstance(found, tuple) else joined(found)
+            return x
+
+    model, x = Joining(), torch.randn(17, 129, WIDTH)
+    fitted = evoplan.fit(model, (x,), optimizer="none")
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2, most):
+        fitted.replan(budget)
+        found = fitted.verify((x,))
+        assert found.ok
+        assert 0.99 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.0005
+
+
+def test_memory_of_arguments_that_are_parts() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Bilinear(WIDTH, WIDTH, 2 * WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = torch.tanh(block(*x.chunk(2, -1)))
+            return x
+
+    x = torch.randn(17, 129, 2 * WIDTH)
+    fitted = evoplan.fit(Parts(), (x,), optimizer="none")
+    found = fitted.verify((x,))
+    assert 0.98 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.0005
+
+
+class Collected(nn.Module):
+    """What a module in each block makes is collected by hooks, while the model runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(lambda x, y: y) for _ in range(3))
+        self.seen: list[Tensor] = []
+        self.collecting = self.keeping = False
+        for block in self.blocks:
+            block.up.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if self.collecting:
+            self.seen.append(out if self.keeping else out.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        self.collecting = True
+        try:
+            for block in self.blocks:
+                x = block(x)
+        finally:
+            self.collecting = False
+        return x.square().mean() + sum(out.square().mean() for out in self.seen)
+
+
+def test_what_hooks_keep_and_a_loss_reads_is_refused() -> None:
+    """It would be cut off from the graph; what is detached is nobody's loss."""
+    model, x = Collected(), torch.randn(37, WIDTH)
+    model.keeping = True
+    with pytest.raises(CaptureError, match="that a gradient is wanted of afterwards"):
+        evoplan.fit(model, (x,), loss=lambda value: value)
+    model.keeping = False
+    evoplan.fit(model, (x,), loss=lambda value: value).remove()
 
 
 class Reads(nn.Module):

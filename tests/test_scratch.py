@@ -14,8 +14,9 @@ from evoplan.cost_model import scratch
 from evoplan.cost_model.costs import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.fakes import fake_copy, fake_tensors
 from evoplan.cost_model.measure import peak_bytes, usage
-from evoplan.cost_model.scratch import Call, CpuScratch, TensorSpec
+from evoplan.cost_model.scratch import Call, CpuScratch
 from evoplan.cost_model.steps import StepCost, trace_step
+from evoplan.cost_model.tensor_spec import TensorSpec
 from evoplan.cost_model.trace import Trace
 from evoplan.model import Chain, EvoformerConfig, EvoformerStack
 from evoplan.model.modules.evoformer import mask_constants

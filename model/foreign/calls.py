@@ -41,6 +41,8 @@ class Made:
         own: name of the block's parameter or buffer in whose memory it lies, likewise.
         storage_bytes: of the memory that it keeps, which may be more than it shows.
         offset: where in that it begins.
+        beside: place of the first of what the step makes that lies in the same memory, if another does.
+        sharing: how many lie there.
     """
 
     layout: Layout
@@ -49,11 +51,15 @@ class Made:
     own: str | None = None
     storage_bytes: int = 0
     offset: int = 0
+    beside: int | None = None
+    sharing: int = 1
 
     @property
     def state_bytes(self) -> int:
-        """What it adds to the state."""
-        return self.layout.nbytes if self.within is not None else 0 if self.own else self.storage_bytes
+        """What it adds to the state, of shared memory its part."""
+        if self.within is not None:
+            return self.layout.nbytes
+        return 0 if self.own else -(-self.storage_bytes // self.sharing)
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,18 @@ class Call:
     def made(self) -> tuple[Made, ...]:
         """What it makes."""
         return tuple(result for result in self.results if isinstance(result, Made))
+
+    @property
+    def closed(self) -> tuple[int, ...]:
+        """Places of what it makes that no gradient goes through, as far as can be told before it runs: where
+        none goes through any, all of it may have been frozen.
+        """
+        some = any(made.differentiable for made in self.made)
+        return tuple(
+            at
+            for at, made in enumerate(self.made)
+            if not made.differentiable and (some or not made.layout.continuous)
+        )
 
     @property
     def wanted(self) -> tuple[int, ...]:

@@ -74,8 +74,14 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
         if not _is_simple(visit):
             break
         visits.append(visit)
+    if (kept := _kept_back(visits, watch.operators)) is not None:
+        raise CaptureError(
+            f"{kept.path}, or a hook in it, keeps a tensor that a gradient is wanted of afterwards, where it "
+            "would be cut off from the rest of the graph: have it return that (of transformers' models: "
+            "output_attentions=False)"
+        )
     chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
-    unlike = functions.attention or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
+    unlike = functions.unlike or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
     told = hashlib.sha256("\n".join(operator.about for operator in watch.operators).encode()).hexdigest()
     return replace(chain, unlike_on_meta=unlike, operators=told)
 
@@ -89,6 +95,20 @@ def _is_simple(visit: Visit) -> bool:
         and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         and not any(has_hooks(inner) for inner in visit.module.modules())
     )
+
+
+def _kept_back(visits: list[Visit], operators: list[Operator]) -> Visit | None:
+    """The first block that has made a tensor, not returned it, and left it for others to differentiate."""
+    within = {at: visit for visit in visits for at in range(visit.start, visit.stop)}
+    returned = {visit: {key.numbers[0] for key in visit.out_keys if key is not None} for visit in visits}
+    makers: dict[int, Visit | None] = {}  # of each storage that there is now, as places are used again
+    for at, operator in enumerate(operators):
+        for storage in operator.wanted:
+            maker = makers.get(storage)
+            if maker is not None and maker is not within.get(at) and storage not in returned[maker]:
+                return maker
+        makers |= dict.fromkeys(operator.made, within.get(at))
+    return None
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
@@ -228,6 +248,8 @@ def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
         storages = [None if key is None else key.numbers[0] for key in visit.keys]
         own = storage_key(leaf)
         tensors = (*visit.module.named_parameters(), *visit.module.named_buffers())
+        of = {other: key.numbers[0] for other, key in enumerate(visit.out_keys) if key is not None}
+        lie_there = [other for other, storage in of.items() if made(other) and storage == own]
         return Made(
             Layout.of(leaf),
             leaf.requires_grad,
@@ -235,6 +257,8 @@ def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
             next((name for name, tensor in tensors if storage_key(tensor) == own), None),
             leaf.untyped_storage().nbytes(),
             leaf.storage_offset(),
+            None if lie_there[0] == at else [*filter(made, range(at))].index(lie_there[0]),
+            len(lie_there),
         )
     key = visit.out_keys[at]
     if key is not None and key in visit.keys:

@@ -59,6 +59,20 @@ class Layout:
         """A tensor laid out so."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
 
+    def gradient(self, where: str | torch.device = "cpu") -> Tensor:
+        """A gradient of such a tensor: its numbers in order, whatever lies between them."""
+        return torch.empty(self.shape, dtype=self.dtype, device=where)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether such tensors have gradients at all."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of that."""
+        return self.numel * self.dtype.itemsize
+
     @property
     def numel(self) -> int:
         """How many numbers there are in it."""

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError, captured_again
-from evoplan.model.foreign.leaves import Value
+from evoplan.model.foreign.leaves import Layout, Value
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import other_forwards
 from evoplan.model.running.random_state import RandomState
@@ -103,10 +103,19 @@ def _whole(call: Call, made: list[Tensor], leaves: list[Any]) -> list[Any]:
 
 
 def _imagined(made: Made, leaves: list[Any]) -> Tensor:
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
-    empty = torch.zeros(made.layout.shape, dtype=made.layout.dtype, device=device)
-    # No leaf: the model may go on to write into it.
-    return empty.requires_grad_().clone() if made.differentiable else empty
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+    wanted = torch.empty((), dtype=made.layout.dtype, device=device)
+    made_so: Tensor = _Zeros.apply(wanted.requires_grad_(made.differentiable), made.layout)  # type: ignore[no-untyped-call]
+    return made_so
+
+
+class _Zeros(torch.autograd.Function):
+    """Laid out as the block does it, and no leaf: the model may go on to write into them."""
+
+    @staticmethod
+    def forward(ctx: Any, wanted: Tensor, layout: Layout) -> Tensor:
+        reach = layout.nbytes // layout.dtype.itemsize
+        return wanted.new_zeros(reach).as_strided(layout.shape, layout.stride).data
 
 
 @contextmanager

@@ -23,14 +23,16 @@ from evoplan.model.running.unchanged import Mark, marks
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator that ran: what tells it from others, whether it draws, the storages that it read, and
-    those that it wrote into without counting it.
+    """One operator that ran: what tells it from others, whether it draws, and storages: those that it read,
+    of them those that a gradient is wanted of, those that it wrote into without counting it, and new ones.
     """
 
     about: str
     draws: bool
     read: frozenset[int]
+    wanted: frozenset[int]
     wrote: frozenset[int]
+    made: frozenset[int]
 
 
 # Kernels whose results, or choice among several, depend on the device.
@@ -40,15 +42,15 @@ UNLIKE = (
 
 
 class Functions(TorchFunctionMode):
-    """Whether torch's attention is called, which is another operator on each device."""
+    """Whether torch's attention or LSTM is called, which are other operators on each device."""
 
-    attention = False
+    unlike = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-            self.attention = True
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.lstm):
+            self.unlike = True
         return func(*args, **(kwargs or {}))
 
 
@@ -108,9 +110,12 @@ class Watch(TorchDispatchMode):
         leaves = list(operands(args, kwargs))
         about = about_operator(func, leaves)
         draws = draws_numbers(func, args, kwargs or {})
-        read = frozenset([storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
+        given = [(storage_key(leaf), leaf.requires_grad) for leaf in leaves if isinstance(leaf, Tensor)]
+        read = frozenset([storage for storage, _ in given])
+        wanted = frozenset([storage for storage, requires_grad in given if requires_grad])
         wrote = frozenset(map(storage_key, quietly_written(func, args, kwargs or {})))
-        self.operators.append(Operator(about, draws, read, wrote))
+        made = frozenset([storage_key(t) for t in operands((out,), None) if isinstance(t, Tensor)]) - read
+        self.operators.append(Operator(about, draws, read, wanted, wrote, made))
         return out
 
 

@@ -57,6 +57,9 @@ class Runs(Protocol[SomeStep]):
     ) -> tuple[Record | None, Outputs]:
         """Run a step: its record, if it is to be kept and there is a gradient to find, and what it makes."""
 
+    def closed(self, step: SomeStep, made: Outputs) -> Iterable[Tensor]:
+        """Of what a step has made, what no gradient goes through."""
+
     def again(
         self, step: SomeStep, action: Action, state: Mapping[str, Tensor]
     ) -> tuple[Record | None, Outputs | None]:

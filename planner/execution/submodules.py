@@ -118,6 +118,10 @@ class SubmoduleRuns:
             self._check_repeatable(step, strategy, recorded, met.random)
         return kept, (made,)
 
+    def closed(self, step: Step, made: Outputs) -> Iterable[Tensor]:
+        """As `planner.execution.tape.Runs` has it: nothing."""
+        return ()
+
     def _check_repeatable(self, step: Step, strategy: Strategy, recorded: bool, random: RandomState) -> None:
         """Refuse a step that would not do the same again, where it is to run again."""
         if strategy.in_pieces and random.moved():

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import State
@@ -100,6 +101,8 @@ class Tape:
         if not self.runs.met[step.index].differentiable:
             return self.run(*how, state)
         made: Outputs = _StepNode.apply(self, state, *how, *inputs)  # type: ignore[no-untyped-call]
+        for node in _nodes_of(made):
+            node.register_prehook(laid_out)
         return made
 
     def written(self, step: Placed, made: Outputs, kept: Keeping | None) -> None:
@@ -109,10 +112,10 @@ class Tape:
             made: what it makes.
             kept: what the graph keeps for its backward, where that can be let go of.
         """
-        nodes = {id(t.grad_fn): t.grad_fn for t in made if t.grad_fn is not None}
+        nodes = _nodes_of(made)
         if nodes:
             self._records.append(_WrittenStep(step, kept))
-        for node in nodes.values():
+        for node in nodes:
             node.register_prehook(partial(self._comes_by, step))
 
     def enter(self, action: Action, state: Mapping[str, Tensor]) -> None:
@@ -231,15 +234,18 @@ class _StepNode(torch.autograd.Function):
         ctx.tape, ctx.step = tape, step
         ctx.set_materialize_grads(False)
         made = tape.run(step, strategy, recorded, state)
-        ctx.mark_non_differentiable(*(t for t in made if not (t.is_floating_point() or t.is_complex())))
+        ctx.mark_non_differentiable(*tape.runs.closed(step, made))
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_another_derivative(ctx.step.name)
-        found = laid_out(grads)
-        del grads
-        return (*(None,) * 5, *ctx.tape.backward(ctx.step, found))
+        return (*(None,) * 5, *ctx.tape.backward(ctx.step, grads))
+
+
+def _nodes_of(made: Iterable[Tensor]) -> list[Node]:
+    """Of autograd's graph, that have made these: each once."""
+    return list({id(t.grad_fn): t.grad_fn for t in made if t.grad_fn is not None}.values())
 
 
 def refuse_another_derivative(name: str) -> None:
@@ -252,5 +258,8 @@ def refuse_another_derivative(name: str) -> None:
 
 
 def laid_out(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """A sum's gradient is one number in every place: it is laid out where the plan counts it."""
+    """A sum's gradient is one number in every place: it is laid out where the plan counts it.
+
+    Before a node's backward, which would hold what it is given to its end.
+    """
     return tuple(None if grad is None else grad.contiguous() for grad in grads)

@@ -60,7 +60,7 @@ class GhostRuns(CallRuns):
         self.passed, self.last = passed, calls[-1]
         self.table, self.trace, self.where = table, trace, where
         self.gradient_bytes = {
-            name: trace.in_blocks(made.layout.nbytes)
+            name: trace.in_blocks(made.layout.gradient_bytes) if made.differentiable else 0
             for call in calls
             for name, made in zip(call.makes, call.made, strict=True)
         }
@@ -98,6 +98,9 @@ class GhostRuns(CallRuns):
             met.random = None
         if written and isinstance(kept, _GhostRecord):
             kept.in_autograds_graph(shared=call.path in self._shared)
+            held = kept.cost.as_written.keeps_given if kept.cost.as_written else ()
+            met.given = [leaf if at in held else None for at, leaf in enumerate(met.given)]
+            met.marks = {}
         if call is self.last:
             self.passed("blocks")
         return kept, made
@@ -118,6 +121,10 @@ class GhostRuns(CallRuns):
         """None: no module runs that would ask for them."""
         return Attributes(())
 
+    def _closed(self, call: Call, kept: Any) -> tuple[int, ...]:
+        """As planned."""
+        return call.closed
+
     @contextmanager
     def _as_met(self, call: Call) -> Iterator[None]:
         """The block with the buffers that forward found, which take memory."""
@@ -132,15 +139,17 @@ class GhostRuns(CallRuns):
         keep = recorded and self.met[call.index].differentiable
         self.trace.took(cost.forward_bytes if keep else cost.discard_bytes)
         leaves = self.leaves(call, state)
-        made = tuple(self._imagined(call, result, leaves) for result in call.made)
+        made = list[Tensor]()
+        for result in call.made:
+            made.append(self._imagined(call, result, leaves, made))
         rest = [result.value if isinstance(result, Value) else None for result in call.results]
         if not keep:
-            return None, made, rest
+            return None, tuple(made), rest
         own = [made[at] for at in cost.keeps_made]
-        return _GhostRecord(call, cost, leaves, own, self), made, rest
+        return _GhostRecord(call, cost, leaves, own, self), tuple(made), rest
 
-    def _imagined(self, call: Call, made: Made, leaves: list[Any]) -> Tensor:
-        """It keeps as much memory as what a run makes."""
+    def _imagined(self, call: Call, made: Made, leaves: list[Any], before: list[Tensor]) -> Tensor:
+        """It keeps as much memory as what a run makes, some of it before it."""
         where = made.layout.shape, made.layout.stride
         if made.within is not None:
             lies: Tensor = leaves[made.within].detach().as_strided(*where)
@@ -148,13 +157,13 @@ class GhostRuns(CallRuns):
         if made.own is not None:
             found = members(self.blocks[call.path].module)
             return (found.parameters | found.buffers)[made.own].detach().as_strided(*where, made.offset)
-        if made.storage_bytes == made.layout.nbytes:
+        if made.storage_bytes == made.layout.nbytes and made.sharing == 1:
             return made.layout.empty(self.where)
         dtype = made.layout.dtype
-        storage = torch.empty(made.storage_bytes // dtype.itemsize, dtype=dtype, device=self.where)
-        return storage.as_strided(
-            *where, made.offset
-        ).data  # the model may write into it: no view to autograd
+        there = None if made.beside is None else before[made.beside]
+        if there is None or there.dtype != dtype:
+            there = torch.empty(made.storage_bytes // dtype.itemsize, dtype=dtype, device=self.where)
+        return there.as_strided(*where, made.offset).data  # the model may write into it: no view to autograd
 
 
 def _as_planned(leaf: Any, argument: Argument, where: str) -> Any:
@@ -239,4 +248,4 @@ class _GhostRecord:
 
     def _like(self, argument: Argument) -> Tensor:
         assert not isinstance(argument, Value)  # as a gradient is wanted of it
-        return argument.layout.empty(self.runs.where)
+        return argument.layout.gradient(self.runs.where)

@@ -33,6 +33,7 @@ class MetCall:
         random: where the generators stood; None where it has drawn nothing.
         returned: what it returned and did not make, until the caller has it.
         fingerprint: of what it made, where it will run again.
+        closed: places of what it made that no gradient goes through.
     """
 
     given: list[Any]
@@ -48,6 +49,7 @@ class MetCall:
     random: RandomState | None
     returned: list[Any] = field(default_factory=list)
     fingerprint: Fingerprint = ()
+    closed: tuple[int, ...] = ()
 
     @property
     def differentiable(self) -> bool:

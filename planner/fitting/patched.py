@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-import types
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -88,14 +88,14 @@ class _Forward:
         self.__wrapped__ = forward  # whoever asks for its signature gets the module's own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _own_forward(memo.get(id(self.module), self.module))
+        return copy.deepcopy(self.forward, memo)  # a method's module is the copy then
 
     def __reduce__(self) -> Any:
-        return _own_forward, (self.module,)
+        return _itself, (self.forward,)
 
 
-def _own_forward(module: nn.Module) -> types.MethodType:
-    return types.MethodType(type(module).forward, module)
+def _itself(forward: Forward) -> Forward:
+    return forward
 
 
 class _ModelForward(_Forward):

@@ -146,10 +146,21 @@ class CallRuns:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
         kept, made, met.returned = self._run(call, strategy, recorded, state)
+        met.closed = self._closed(call, kept)
         if not recorded or not met.differentiable:
             met.fingerprint = fingerprint(made)
         self._has_run(call)
         return kept, made
+
+    def closed(self, call: Call, made: Outputs) -> Iterable[Tensor]:
+        """As `planner.execution.tape.Runs` has it."""
+        return [made[at] for at in self.met[call.index].closed]
+
+    def _closed(self, call: Call, kept: Any) -> tuple[int, ...]:
+        """Places of what is made that no gradient goes through, as a record has it."""
+        if kept is None:
+            return call.closed
+        return tuple(at for at, edge in enumerate(kept.edges) if edge is None)
 
     def _has_run(self, call: Call) -> None:
         """See that a forward has done no more than was planned."""
@@ -214,6 +225,11 @@ class CallRuns:
         met.parameters.check(call.name)
         with self._as_met(call), met.parameters.installed(), met.random or nullcontext():
             kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
+        if kept is not None and not set(met.closed) <= set(self._closed(call, kept)):
+            raise RuntimeError(
+                f"{call.name} wants a gradient of what it had detached when the plan was made; fit the model "
+                "again for what it does now"
+            )
         if not alike(fingerprint(made), met.fingerprint):
             raise RuntimeError(
                 f"{call.name} does not do the same when it runs again: it draws random numbers that are not "
