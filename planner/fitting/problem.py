@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
-from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.calls import calls_table
 from evoplan.cost_model.casting import Casting, casting_of
 from evoplan.cost_model.children import with_children
@@ -45,7 +44,7 @@ from evoplan.planner.schedules.text import schedule_to_json
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.confirming import MORE, confirmed
 
-Timing = Literal["predicted", "measured"]
+Timing = Literal["predicted", "roofline", "measured"]
 WIDE = 1.15  # by so much predicted times may be wrong, where measured ones are to decide
 
 logger = logging.getLogger(__name__)
@@ -263,10 +262,7 @@ def _device_of(kind: str, dtype: str, name: str | None) -> tuple[Device, str]:
         raise ValueError(f"device {where.name} has no peak_flops for {dtype}")
     if name not in ("cpu", "cuda"):
         return where, "roofline"
-    constants = TimesCache(default_cache(), name).calibration(dtype)
-    if constants is None:
+    calibration = TimesCache(default_cache(), name).calibration(dtype)
+    if calibration is None:
         return where, "roofline"
-    try:
-        return Calibration(**constants).applied(where, dtype), "calibrated"
-    except TypeError:
-        return where, "roofline"
+    return calibration.applied(where, dtype), "calibrated"
