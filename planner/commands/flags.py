@@ -180,11 +180,10 @@ def problem_of(
         shape = shape_for_alignment(shape, msa, n_seq, n_extra, skip_bad, say)
         n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
-    own_device = None
-    if device.endswith(".json"):
-        from evoplan.planner.problems.device_file import load_device
+    from evoplan.planner.problems.device_file import own_device as device_of_file
 
-        own_device = load_device(device)
+    own_device = device_of_file(device)
+    if own_device is not None:
         device = own_device.name
     elif device not in (*DEVICES, "cuda"):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from evoplan.planner.commands.flags import json_option
+from evoplan.planner.commands.flags import files_read, json_option
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
@@ -115,7 +115,7 @@ def swept_from(source: str, flags: dict[str, Any], points: int, html: str | None
         return fit(model, args, kwargs, None, loss, **options).sweep(points, html, update.done)
 
 
-_TIMES = {"auto": "predicted", "roofline": "predicted", "measured": "measured"}
+_TIMES = {"auto": "predicted", "roofline": "roofline", "measured": "measured"}
 
 
 def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
@@ -146,14 +146,14 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
 
 @click.command()
 @click.argument("source", metavar="FILE.py:FUNCTION")
-@click.option("--device", help="To plan for, of the device table; else where the model lies.")
+@click.option("--device", help="To plan for: of the device table, or a device file; else where it lies.")
 @json_option
 def inspect(source: str, device: str | None, json_path: str | None) -> None:
     """Find the blocks of a model that somebody wrote: what they are given and keep, and where the peak is.
 
     FUNCTION returns (model, args), and kwargs, loss and knobs if there are any.
     """
-    check_writable(json_path=json_path, reads=(source.rpartition(":")[0],))
+    check_writable(json_path=json_path, reads=files_read(source=source, device=device or ""))
     from dataclasses import asdict
 
     from evoplan.planner.fitting.inspecting import inspect as inspected

@@ -94,6 +94,11 @@ def load_device(path: str | Path) -> Device:
         raise ValueError(f"{path}: not a device file; see docs/times.md for what one holds") from None
 
 
+def own_device(name: str) -> Device | None:
+    """The device that a file describes, where a device's name is one: it ends in .json."""
+    return load_device(name) if name.endswith(".json") else None
+
+
 def device_entry(device: Device) -> dict[str, Any]:
     """What a device's file holds."""
     link = LinkEntry(bandwidth=device.link.bandwidth, latency=device.link.latency)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -61,6 +62,16 @@ def _config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {"family": family_of(config).name, **asdict(config)}
 
 
+def _possible_device(value: Device | None) -> Device | None:
+    if value is not None:
+        with one_line():
+            device_entry(value)
+    return value
+
+
+OwnDevice = Annotated[Device | None, AfterValidator(_possible_device)]
+
+
 class Given(BaseModel):
     """How an input is given where that is not as the model wants it, so that it is copied.
 
@@ -106,7 +117,7 @@ class Problem(BaseModel):
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
     device: Name = "cpu"
-    own_device: Device | None = None
+    own_device: OwnDevice = None
     ranks: int = Field(default=1, ge=1)
     link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1, le=MOST)
@@ -121,14 +132,6 @@ class Problem(BaseModel):
     def _known_dtype(cls, value: str) -> str:
         if value not in DTYPES:
             raise ValueError(f"unknown dtype {value[:40]!r}; choose one of: {', '.join(DTYPES)}")
-        return value
-
-    @field_validator("own_device")
-    @classmethod
-    def _possible_device(cls, value: Device | None) -> Device | None:
-        if value is not None:
-            with one_line():
-                device_entry(value)
         return value
 
     @field_validator("link")
