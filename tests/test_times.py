@@ -367,9 +367,7 @@ def _damaged(cache: str, damage: str, tmp_path: Path, *values: str) -> Path:
     return path
 
 
-def test_a_damaged_calibration_is_named(
-    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_calibration_is_named(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"flops": 1e9, "bandwidth": 1e9, "launch_seconds": 1e-6, "error": 0.1, "rows": 12}
     wrong = (None, "fast", -1.0, 0.0, float("nan"), float("inf"), True, [])
     damaged: list[Any] = [whole | {name: value} for name in whole for value in wrong]
