@@ -23,6 +23,9 @@ VIEWS = frozenset(
 ) | {"BackwardHookFunctionBackward"}  # fmt: skip
 
 
+# Leaves besides tensors that a call may have: nothing changes them.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+
 Numbers = tuple[Any, ...]
 
 
@@ -76,11 +79,20 @@ class Layout:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Value:
-    """A leaf that is no tensor."""
+    """A leaf that is no tensor; one that is not a number is the same as another."""
 
     value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Value):
+            return NotImplemented
+        one, two = self.value, other.value
+        return one is two or bool(one == two or (one != one and two != two))
+
+    def __hash__(self) -> int:
+        return hash(None if self.value != self.value else self.value)
 
 
 def key_of(tensor: Tensor) -> Key:
