@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
 from evoplan.model.foreign.finding import blocks_in, closing_in
-from evoplan.model.foreign.leaves import PLAIN, Key, Layout, Numbers, Value
+from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
 from evoplan.model.running.internals import has_hooks, storage_key
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
 
 
 class CaptureError(ValueError):

@@ -23,9 +23,6 @@ VIEWS = frozenset(
 ) | {"BackwardHookFunctionBackward"}  # fmt: skip
 
 
-# Leaves besides tensors that a call may have: nothing changes them.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
-
 Numbers = tuple[Any, ...]
 
 
@@ -79,20 +76,19 @@ class Layout:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Value:
-    """A leaf that is no tensor; one that is not a number is the same as another."""
+    """A leaf that is no tensor."""
 
     value: Any
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Value):
-            return NotImplemented
-        one, two = self.value, other.value
-        return one is two or bool(one == two or (one != one and two != two))
 
-    def __hash__(self) -> int:
-        return hash(None if self.value != self.value else self.value)
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two that are no tensors are alike; what is not a number is, too."""
+    try:
+        return one is other or bool(one == other or (one != one and other != other))
+    except Exception:  # of arrays it has no answer
+        return False
 
 
 def key_of(tensor: Tensor) -> Key:
