@@ -143,6 +143,18 @@ def problem_options(command: Command) -> Command:
     return command
 
 
+def problem_options_without(*names: str) -> Callable[[Command], Command]:
+    """Those that say something to a command, for which the others would be ignored."""
+
+    def few(command: Command) -> Command:
+        command = problem_options(command)
+        params: list[click.Parameter] = command.__click_params__  # type: ignore[attr-defined]
+        params[:] = [param for param in params if param.name not in names]
+        return command
+
+    return few
+
+
 def problem_of(
     model: str,
     n_blocks: int | None,
@@ -160,7 +172,7 @@ def problem_of(
     memory: int | None,
     ranks: int,
     link: int | None,
-    reserve: int,
+    reserve: int = 0,
     **rest: Any,
 ) -> Problem:
     """The problem that the flags describe."""
