@@ -69,7 +69,7 @@ def measured(table: CostTable, count: int, host_bytes: int, update: Any = lambda
     outputs = found.output_bytes
     budgets = np.geomspace(found.least_replay.peak_bytes, large.peak_bytes, count)
     rows = []
-    for budget in sorted({*map(int, budgets), MARKED + outputs, large.peak_bytes}):
+    for budget in sorted({*map(int, budgets), max(MARKED + outputs, int(budgets[0])), large.peak_bytes}):
         update(f"{format_size(budget - outputs)} of activations")
         rows.append(row_of(table, budget, plain, found, large.seconds))
     return {

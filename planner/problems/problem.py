@@ -24,7 +24,7 @@ from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.data.alignment import alignment_shape, warn_skipped
 from evoplan.model.families import FAMILIES, family_of
-from evoplan.planner.problems.device_file import LinkEntry, device_entry, one_line
+from evoplan.planner.problems.device_file import IN_A_LINE, LinkEntry, device_entry, one_line
 from evoplan.planner.sizes import MOST
 
 Mode = Literal["training", "inference"]
@@ -32,8 +32,7 @@ MEAN_SQUARE = "mean_square"  # of `model.programs.loss`
 Optimizer = Literal["none", "sgd", "adamw"]
 Mixed = Literal["bf16-mixed", "fp16-mixed"]
 AUTOCAST: dict[Mixed, str] = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16"}
-# What is printed in a line.
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=IN_A_LINE)]
 MOST_BLOCKS = 1024  # for which planning takes minutes
 # Samples and rows go one by one through some steps, also where they are only counted.
 MOST_BATCH, MOST_LENGTH = 4096, 2**17
