@@ -7,6 +7,7 @@ to shapes that were not measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -67,6 +68,20 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """The same as plain numbers."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, constants: Any) -> Calibration:
+        """The inverse; ValueError where they are none, or no amounts."""
+        try:
+            found = cls(**constants)
+        except TypeError:
+            raise ValueError("a calibration that lacks constants, or has others") from None
+        for name, value in constants.items():
+            kind = int if name == "rows" else float
+            least = 0 if name == "error" else math.ulp(0)  # a fit may be exact
+            if type(value) is not kind or not least <= value < math.inf:
+                raise ValueError(f"{name} of a calibration is {value!r:.40}")
+        return found
 
 
 def fit(measured: Sequence[tuple[Work, float]], device: Device, dtype: str) -> Calibration:

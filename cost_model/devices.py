@@ -152,4 +152,6 @@ def device(name: str) -> Device:
     try:
         return DEVICES[name]
     except KeyError:
-        raise ValueError(f"unknown device {name!r}; choose one of: {', '.join(DEVICES)}, cuda") from None
+        raise ValueError(
+            f"unknown device {name!r}; choose one of: {', '.join(DEVICES)}, cuda, or a .json file"
+        ) from None

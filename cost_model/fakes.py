@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,9 +21,27 @@ SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Tensors made inside have shapes and no data. They claim to be on the CPU, whatever is planned for."""
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        yield mode
+    """Tensors made inside have shapes and no data. They claim to be on the CPU, whatever is planned for.
+
+    What fails there is raised, and said once: torch writes a traceback to its log as well.
+    """
+    failed = _Failed()
+    _LOG.addFilter(failed)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            yield mode
+    finally:
+        _LOG.removeFilter(failed)
+
+
+_LOG = logging.getLogger(FakeTensorMode.__module__)
+
+
+class _Failed(logging.Filter):
+    """Leaves out of a log that an operator failed, as the error that follows says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and str(record.msg).startswith("failed while attempting to run meta"))
 
 
 @contextmanager

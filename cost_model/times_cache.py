@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.machine import local_name
 from evoplan.cost_model.steps import StepCost
 from evoplan.cost_model.trace import Work
@@ -111,7 +112,8 @@ class TimesCache:
 
     def _damaged(self, what: object) -> ValueError:
         return ValueError(
-            f"{self.path}: is no cache of times ({what}); delete it or name another with --cache"
+            f"{self.path}: is no cache of times ({what}); "
+            "delete it, or name another with --cache or EVOPLAN_CACHE"
         )
 
     @contextmanager
@@ -159,9 +161,11 @@ class TimesCache:
     def get(self, key: Key) -> Timing | None:
         """What was measured."""
         row = self._row(key, *Timing._fields)
-        if row is not None and not all(_is_amount(value) for value in row):
+        if row is None:
+            return None
+        if not (all(_is_amount(value) for value in row) and Timing(*row).seconds > 0):
             raise self._damaged(f"a time of {key.step} is none")
-        return None if row is None else Timing(*row)
+        return Timing(*row)
 
     def confirmed(self, key: Key) -> bool:
         """Whether what was measured was measured once more."""
@@ -184,7 +188,7 @@ class TimesCache:
             return None
         try:
             taken = MeasuredBytes(*json.loads(row[0]))
-            if min(taken) >= 0:
+            if all(type(size) is int and size >= 0 for size in taken):
                 return taken
         except (ValueError, TypeError):
             pass
@@ -218,7 +222,7 @@ class TimesCache:
             ).fetchall()
         try:
             return [
-                (Work(Counter({(flops, moved): n for flops, moved, n in kernels})), seconds)
+                (Work(Counter({(flops, moved): n for flops, moved, n in _counts(kernels)})), seconds)
                 for *times, works in rows
                 for seconds, kernels in zip(times, json.loads(works), strict=False)
                 if seconds > 0 and kernels
@@ -226,7 +230,7 @@ class TimesCache:
         except (ValueError, TypeError) as error:
             raise self._damaged(error) from None
 
-    def calibration(self, dtype: str) -> dict[str, Any] | None:
+    def calibration(self, dtype: str) -> Calibration | None:
         """Fitted constants of a device; None where there are none."""
         with self._open() as connection:
             if connection is None:
@@ -235,18 +239,28 @@ class TimesCache:
                 "select constants from calibrations where device = ? and torch = ? and dtype = ?",
                 (*self.here, dtype),
             ).fetchone()
-        return None if row is None else json.loads(row[0])
+        try:
+            return None if row is None else Calibration.from_json(json.loads(row[0]))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
 
-    def put_calibration(self, dtype: str, constants: Mapping[str, Any]) -> None:
+    def put_calibration(self, dtype: str, found: Calibration) -> None:
         """Keep fitted constants, in place of older ones."""
         with self._open(write=True) as connection:
             assert connection is not None
-            row = (*self.here, dtype, json.dumps(constants))
+            row = (*self.here, dtype, json.dumps(found.to_json()))
             connection.execute("insert or replace into calibrations values (?, ?, ?, ?)", row)
 
 
 def _is_amount(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value >= 0
+
+
+def _counts(kernels: list[list[int]]) -> list[list[int]]:
+    """Work as it is kept; ValueError where something in it is no count."""
+    if not all(type(count) is int and count >= 0 for kernel in kernels for count in kernel):
+        raise ValueError("work that is none")
+    return kernels
 
 
 def key_of(step: Step, shapes: Shapes, dtype: str, strategy: Strategy) -> Key:

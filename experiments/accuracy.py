@@ -10,17 +10,19 @@ Ratios are of activations: static bytes are excluded from both sides. Precisions
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.families import EvoformerConfig, TinyOpenFoldConfig, TrunkConfig
 from evoplan.planner.checking.verify import verify_plan
-from evoplan.planner.commands.terminal import console_for_output, progress
-from evoplan.planner.files import write_json
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
+from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import AUTOCAST, Problem
@@ -89,8 +91,20 @@ def rows(case: Case) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> int:
-    """Print the table, write it as JSON; 0 if every ratio lies in 0.98 to 1."""
+@click.command(help=__doc__)
+@click.argument("precisions", nargs=-1, type=click.Choice(list(dict.fromkeys(case[3] for case in GRID))))
+def command(precisions: tuple[str, ...]) -> None:
+    """Print the table, write it as JSON; exit code 1 unless every ratio lies in 0.98 to 1."""
+    sys.exit(main(precisions))
+
+
+def main(only: Sequence[str] = ()) -> int:
+    """The same; returns the exit code.
+
+    Args:
+        only: precisions; all if none is given, and only then it is written.
+    """
+    check_writable(RESULTS)
     console = console_for_output()
     table = new_table(
         "activations, predicted and measured",
@@ -107,7 +121,6 @@ def main() -> int:
         "gradients",
     )
     everything = []
-    only = sys.argv[1:]
     with progress("measuring") as say:
         for case in [case for case in GRID if not only or case[3] in only]:
             about = f"{case[1]} blocks, {case[2]}, {case[3]}"
@@ -131,8 +144,8 @@ def main() -> int:
     )
     if not only:
         write_json(RESULTS, {"torch": torch.__version__, "backend": "cpu-allocator", "runs": everything})
-    return 0 if min(ratios) >= 0.98 and max(ratios) <= 1 else 1
+    return 0 if min(ratios) >= 0.98 and max(ratios) <= 1 else CHECK_FAILED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(command, "python -m evoplan.experiments.accuracy")

@@ -8,7 +8,6 @@ schedule gets a certificate; the checker, in a process of its own, decides.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,14 +17,17 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.experiments.planning import DEVICE, DTYPE, stacked, traced
-from evoplan.planner.commands.terminal import console_for_output, progress
+from evoplan.experiments.planning import DEVICE, DTYPE, MOST_BUDGETS, stacked, traced
+from evoplan.planner.commands.flags import json_option
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, progress, run_command
 from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.certificate import certificate
 from evoplan.planner.plans.certify import CLOSE
+from evoplan.planner.problems.problem import MOST_BLOCKS
 from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.sizes import format_seconds, format_size
@@ -92,37 +94,40 @@ def _table(found: dict[str, Any]) -> Table:
     return shown
 
 
-def main() -> int:
-    """Print the table; 0 if every certificate holds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evoplan.experiments.certificates", description=main.__doc__
-    )
-    parser.add_argument("--budgets", type=int, default=500, help="on a logarithmic scale, from the least on")
-    parser.add_argument("--blocks", type=int, default=48)
-    parser.add_argument("--json", dest="json_path", help="write every budget's figures here")
-    chosen = parser.parse_args()
-    check_writable(json_path=chosen.json_path)
-    table = stacked(traced(512, 384), chosen.blocks)
+@click.command(help=__doc__)
+@click.option(
+    "--budgets",
+    type=click.IntRange(1, MOST_BUDGETS),
+    default=500,
+    show_default=True,
+    help="On a logarithmic scale, from the least on.",
+)
+@click.option("--blocks", type=click.IntRange(1, MOST_BLOCKS), default=48, show_default=True)
+@json_option
+def command(budgets: int, blocks: int, json_path: str | None) -> None:
+    """Print the table; exit code 1 if a certificate does not hold."""
+    check_writable(json_path=json_path)
+    table = stacked(traced(512, 384), blocks)
     frontier = Frontier(table)
     bound = LowerBound(table, spans=frontier.spans)
     rows = []
-    budgets = frontier.budgets(chosen.budgets)
+    asked = frontier.budgets(budgets)
     with TemporaryDirectory() as folder, progress("certifying") as say:
-        for budget in budgets:
+        for budget in asked:
             rows.append(certified(table, frontier, bound, budget, Path(folder)))
-            say.done(_in_words(rows[-1], len(rows), len(budgets)))
+            say.done(_in_words(rows[-1], len(rows), len(asked)))
     found = summary(rows)
-    if chosen.json_path:
-        about = {"device": DEVICE, "dtype": DTYPE, "blocks": chosen.blocks}
-        write_json(chosen.json_path, {**about, "summary": found, "budgets": rows})
-    console = console_for_output(json_path=chosen.json_path)
+    if json_path:
+        about = {"device": DEVICE, "dtype": DTYPE, "blocks": blocks}
+        write_json(json_path, {**about, "summary": found, "budgets": rows})
+    console = console_for_output(json_path=json_path)
     print_table(_table(found), console)
     over = ", ".join(map(format_size, found["over_1_percent"]))
     console.print(
         f"{found['valid']} of {found['budgets']} hold; gap over 1 %: {over or 'nowhere'}", highlight=False
     )
-    return 0 if found["valid"] == found["budgets"] else 1
+    sys.exit(0 if found["valid"] == found["budgets"] else CHECK_FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(command, "python -m evoplan.experiments.certificates")

@@ -1,6 +1,6 @@
 """The main job, end to end, on a real alignment: plan, train under the plan, compare, draw.
 
-    python -m evoplan.experiments.demo
+    python -m evoplan.experiments.demo [FOLDER]
 
 Takes s and r from ubiquitin and its relatives, plans AlphaFold 2's Evoformer (four blocks at full
 width) for a quarter of what plain training needs, trains it on a masked-MSA loss under that plan,
@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
+import click
 
 from evoplan.model.config import InputShape
 from evoplan.model.data.alignment import read_alignment
 from evoplan.model.families import preset
 from evoplan.planner.checking.verify import verify_plan
-from evoplan.planner.files import write_json
+from evoplan.planner.commands.terminal import CHECK_FAILED, console_for_output, run_command
+from evoplan.planner.files import check_writable, make_folder, write_json
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.plans.sweeping import sweep
 from evoplan.planner.problems.costing import cost_problem
@@ -34,10 +35,13 @@ N_BLOCK = 4
 STEPS = 12
 
 
-def main(folder: Path = Path("demo")) -> int:
-    """Write the plan and the frontier to `folder`; 0 if every promise was kept."""
-    console = Console() if sys.stdout.isatty() else Console(width=110)
-    folder.mkdir(exist_ok=True)
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(path_type=Path), default="demo")
+def command(folder: Path) -> None:
+    """Write the plan and the frontier to FOLDER; exit code 1 if a promise was not kept."""
+    console = console_for_output()
+    make_folder(folder)
+    check_writable(*(folder / name for name in ("plan.json", "frontier.json", "frontier.png")))
     alignment = read_alignment(ALIGNMENT)
     console.print(
         f"{ALIGNMENT.name}: {alignment.n_seq} sequences of {alignment.n_res} residues", highlight=False
@@ -68,8 +72,8 @@ def main(folder: Path = Path("demo")) -> int:
     with console.status("measuring"):
         found = verify_plan(None, plan)
     print_verification(found, console)
-    return 0 if trained["ok"] and found.ok else 1
+    sys.exit(0 if trained["ok"] and found.ok else CHECK_FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(command, "python -m evoplan.experiments.demo")

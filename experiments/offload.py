@@ -8,18 +8,20 @@ AlphaFold 2's Evoformer at s=512, r=384 in float16 on the roofline of an A100, w
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from typing import Any
 
+import click
 import numpy as np
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
-from evoplan.experiments.planning import stacked, traced
-from evoplan.planner.commands.terminal import console_for_output, progress
+from evoplan.experiments.planning import MOST_BUDGETS, stacked, traced
+from evoplan.planner.commands.flags import Size, json_option
+from evoplan.planner.commands.terminal import console_for_output, progress, run_command
 from evoplan.planner.files import check_writable, write_json
+from evoplan.planner.problems.problem import MOST_BLOCKS
 from evoplan.planner.reports.tables import new_table, print_table
 from evoplan.planner.schedules.replay import replay
 from evoplan.planner.sizes import format_seconds, format_size, parse_size
@@ -67,7 +69,7 @@ def measured(table: CostTable, count: int, host_bytes: int, update: Any = lambda
     outputs = found.output_bytes
     budgets = np.geomspace(found.least_replay.peak_bytes, large.peak_bytes, count)
     rows = []
-    for budget in sorted({*map(int, budgets), MARKED + outputs, large.peak_bytes}):
+    for budget in sorted({*map(int, budgets), max(MARKED + outputs, int(budgets[0])), large.peak_bytes}):
         update(f"{format_size(budget - outputs)} of activations")
         rows.append(row_of(table, budget, plain, found, large.seconds))
     return {
@@ -90,28 +92,27 @@ def _table(found: dict[str, Any]) -> Table:
     return shown
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--blocks", type=click.IntRange(1, MOST_BLOCKS), default=48, show_default=True)
+@click.option("--budgets", type=click.IntRange(1, MOST_BUDGETS), default=12, show_default=True)
+@click.option("--host", type=Size(), default="64GiB", show_default=True, help="Host memory that may be used.")
+@json_option
+def command(blocks: int, budgets: int, host: int, json_path: str | None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.offload", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=48)
-    parser.add_argument("--budgets", type=int, default=12)
-    parser.add_argument("--host", default="64GiB", help="host memory that may be used")
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    check_writable(json_path=options.json)
+    check_writable(json_path=json_path)
     with progress("tracing") as update:
-        table = stacked(traced(512, 384), options.blocks)
-        found = measured(table, options.budgets, parse_size(options.host), update)
-    console = console_for_output(json_path=options.json)
+        table = stacked(traced(512, 384), blocks)
+        found = measured(table, budgets, host, update)
+    console = console_for_output(json_path=json_path)
     print_table(_table(found), console)
     console.print(
         f"whole frontier in {format_seconds(found['frontier_seconds'])}; keeping everything would take "
         f"{found['keep_everything']:.3f} of `large`'s time",
         highlight=False,
     )
-    if options.json:
-        write_json(options.json, {"blocks": options.blocks, "host": options.host, **found})
+    if json_path:
+        write_json(json_path, {"blocks": blocks, "host": format_size(host), **found})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(command, "python -m evoplan.experiments.offload")

@@ -9,7 +9,6 @@ ratio of the fastest runs, which noise can only slow down.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ from evoplan.model.modules.evoformer import EvoformerStack
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.chain import Chain, Step
 from evoplan.model.running.kinds import WHOLE
+from evoplan.planner.commands.flags import REPEATS
+from evoplan.planner.commands.terminal import CHECK_FAILED, run_command
 from evoplan.planner.execution.apply import PlannedModule
-from evoplan.planner.files import write_json
+from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -102,11 +104,11 @@ def compare(config: EvoformerConfig, s: int, r: int, rounds: int) -> dict[str, A
     }  # fmt: skip
 
 
-def main() -> int:
-    """Print the ratios, write them as JSON; 0 if the fastest runs keep the limit."""
-    parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.overhead", description=main.__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="runs of each (default: %(default)s)")
-    rounds = parser.parse_args().rounds
+@click.command(help=__doc__)
+@click.option("--rounds", type=REPEATS, default=25, show_default=True, help="Runs of each.")
+def command(rounds: int) -> None:
+    """Print the ratios, write them as JSON; exit code 1 if the fastest runs do not keep the limit."""
+    check_writable(RESULTS)
     console = Console(width=110)
     rows = []
     for config, s, r in CASES:
@@ -121,8 +123,8 @@ def main() -> int:
             highlight=False,
         )
     write_json(RESULTS, {"torch": torch.__version__, "device": "cpu", "runs": rows})
-    return 0 if max(row["fastest_ratio"] for row in rows) <= LIMIT else 1
+    sys.exit(0 if max(row["fastest_ratio"] for row in rows) <= LIMIT else CHECK_FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(command, "python -m evoplan.experiments.overhead")

@@ -8,7 +8,6 @@ repeat the steps of one block. Everything else is solver time, on one thread.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -17,14 +16,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from rich.table import Table
 
 from evoplan.cost_model.costs import CostTable
 from evoplan.model.config import override
 from evoplan.model.families import preset
-from evoplan.planner.commands.terminal import Progress, console_for_output, progress
-from evoplan.planner.files import write_json
+from evoplan.planner.commands.terminal import (
+    CHECK_FAILED,
+    Progress,
+    console_for_output,
+    progress,
+    run_command,
+)
+from evoplan.planner.files import check_writable, write_json
 from evoplan.planner.plans.certify import CLOSE
 from evoplan.planner.problems.costing import cost_problem
 from evoplan.planner.problems.problem import Problem
@@ -39,6 +45,7 @@ DEVICE, DTYPE, GIB = "a100-40gb", "float16", 2**30
 # (s, r, share of `large`'s activations that its time must be reached with)
 SHAPES = [(512, 384, 0.80), (512, 256, 0.90), (128, 256, 0.72)]
 BUDGETS = 500
+MOST_BUDGETS = 10_000  # of whoever asks for others
 # (blocks, seconds allowed for the frontier, grid steps of its bound)
 DEPTHS = [(48, 1.0, 8192), (200, 10.0, 4096), (1000, 60.0, 2048)]
 GAPS = [1, 4, 48]
@@ -179,11 +186,12 @@ def _gaps(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> int:
-    """Print the figures, write them as JSON; 0 if all are as asked."""
-    parser = argparse.ArgumentParser(prog="python -m evoplan.experiments.planning", description=main.__doc__)
-    parser.add_argument("--skip-long", action="store_true", help="neither 1,000 blocks nor CP-SAT on 48")
-    long = not parser.parse_args().skip_long
+@click.command(help=__doc__)
+@click.option("--skip-long", is_flag=True, help="Neither 1,000 blocks nor CP-SAT on 48.")
+def command(skip_long: bool) -> None:
+    """Print the figures, write them as JSON; exit code 1 if some are not as asked."""
+    check_writable(RESULTS)
+    long = not skip_long
     console, beside, depths, gaps = console_for_output(), [], [], []
     with progress("tracing") as say:
         tables = {}
@@ -215,8 +223,8 @@ def main() -> int:
         *(row["largest_gap"] <= CLOSE for row in depths),
         *(row["gap"] <= 0.01 and row["cp_sat_gap"] <= 0.01 for row in gaps if row["blocks"] <= 4),
     ]
-    return 0 if all(checks) else 1
+    sys.exit(0 if all(checks) else CHECK_FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(command, "python -m evoplan.experiments.planning")

@@ -99,12 +99,23 @@ class ModelConfig:
             """How many blocks there are."""
 
     def __post_init__(self) -> None:
-        for of, value in self._own():
-            if of.startswith("dropout"):
-                if not 0.0 <= value < 1.0:
-                    raise ValueError(f"{of} must be at least 0 and below 1, not {value!r}")
-            elif not isinstance(value, bool | str):
-                require_positive(**{of: value})
+        for of in fields(self):
+            value = getattr(self, of.name)
+            if of.name.startswith("dropout"):
+                if type(value) not in (int, float) or not 0.0 <= value < 1.0:
+                    raise ValueError(f"{of.name} must be at least 0 and below 1, not {value!r}")
+            elif isinstance(of.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{of.name} must be True or False, not {value!r}")
+            elif not isinstance(of.default, str):  # a choice, which the family looks at
+                require_positive(**{of.name: value})
+
+    @classmethod
+    def checked(cls, config: Any) -> Self:
+        """It, if it is a configuration of this family; else ValueError."""
+        if not isinstance(config, cls):
+            raise ValueError(f"config is of class {type(config).__name__}; give {cls.__name__}(...)")
+        return config
 
     def _own(self) -> list[tuple[str, Any]]:
         return [(of.name, getattr(self, of.name)) for of in fields(self)]

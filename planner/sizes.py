@@ -21,6 +21,8 @@ def parse_size(text: str | int, least: int = 1) -> int:
         if text > MOST:
             raise ValueError(f"{text} bytes is more memory than there is; write it like 16GiB")
         return text
+    if isinstance(text, float):
+        raise ValueError(f"a size is {text}; give bytes as a whole number, or text such as 8GiB")
     match = _PATTERN.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
     # A float has no room for each byte of petabytes.

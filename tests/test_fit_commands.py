@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evoplan
 from tests.test_cli import call
 
 BUILDS = """
+import sys
+
 import torch
 from torch import nn
 
@@ -45,6 +50,40 @@ def three():
 
 def odd():
     return 3
+
+
+class Ends(nn.Sequential):
+    def forward(self, x):
+        raise SystemExit(3)
+
+
+def ends():
+    model, args = build()
+    return Ends(*model), args
+
+
+def loss_ends():
+    return *build(), None, lambda y: sys.exit("bye")
+
+
+class Late(nn.Sequential):
+    def forward(self, x):
+        if type(x) is torch.Tensor and not x.is_meta:
+            raise KeyError("only with data")
+        return super().forward(x)
+
+
+def late():
+    model, args = build()
+    return Late(*model), args
+
+
+def empty():
+    return build()[0], (torch.randn(0, 8),)
+
+
+def narrow():
+    return build()[0], (torch.randn(6, 7),)
 
 
 def without_blocks():
@@ -97,7 +136,12 @@ def test_inspect_tells_blocks_and_axes(source: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [
-        ("nothing", [], "has no nothing"),
+        ("nothing", [], "has no function nothing"),
+        ("torch", [], "has no function torch"),
+        ("ends", [], "ends: its model ends the process (SystemExit: 3); have it raise an error"),
+        ("loss_ends", [], "its model ends the process (SystemExit: bye)"),
+        ("late", [], "Late fails on what it is called with (KeyError: 'only with data')"),
+        ("empty", [], "what the blocks make has no numbers (float32 [0, 8]); give inputs"),
         ("fails", [], "no weights"),
         ("odd", [], "returns something else"),
         ("without_blocks", [], "no modules that are called one after the other"),
@@ -116,6 +160,83 @@ def test_what_cannot_be_planned_is_one_line(
     assert len(error.strip().splitlines()) == 1
     assert not printed
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "sweep", "certify"])
+def test_a_model_that_ends_the_process_does_not(
+    command: str, source: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    plan, ends = str(tmp_path / "plan.json"), source.replace("build", "ends")
+    if command == "certify":
+        assert call(capsys, "plan", "--from", source, "--out", plan)[0] == 0
+    more = {
+        "inspect": [ends],
+        "sweep": ["--from", ends],
+        "certify": [plan, "--from", ends, "--out", "c.json"],
+    }
+    code, _, error = call(capsys, command, *more[command])
+    assert code == 2
+    assert "its model ends the process" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+TOP = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from beside import BUILT
+
+
+@dataclass
+class Options:
+    width: int = 8
+    names: list[str] | None = None
+
+
+def build():
+    assert Options().width == 8
+    return BUILT
+"""
+BESIDE = f"{BUILDS}\n\nBUILT = build()\n"
+
+
+def test_a_file_is_executed_as_python_does(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "random.py"  # of a name that others have
+    path.write_text(TOP)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    assert call(capsys, "plan", "--from", f"{path}:build")[0] == 0
+    for top, says in (
+        ("import torch\ntorch.nothing\n", "random.py fails: AttributeError: module 'torch' has no attribute"),
+        ("import sys\nsys.exit(3)\n", "random.py fails: SystemExit: 3"),
+        ("def f(:\n", "random.py fails: SyntaxError"),
+        ("import nowhere_at_all\n", "random.py fails: ModuleNotFoundError"),
+    ):
+        path.write_text(top)
+        code, _, error = call(capsys, "plan", "--from", f"{path}:build")
+        assert code == 2
+        assert says in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_a_wrong_shape_is_not_also_logged(source: str, capsys: pytest.CaptureFixture) -> None:
+    log, seen = logging.getLogger("torch._subclasses.fake_tensor"), logging.Handler()
+    said: list[str] = []
+    seen.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(seen)
+    try:
+        code, _, error = call(capsys, "plan", "--from", source.replace("build", "narrow"))
+        assert code == 2
+        assert "cannot be copied or run without data (RuntimeError: " in error
+        assert not said
+        with FakeTensorMode(), pytest.raises(RuntimeError):  # elsewhere it is
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+        assert len(said) == 1
+    finally:
+        log.removeHandler(seen)
 
 
 def test_a_sweep_has_all_budgets(source: str, capsys: pytest.CaptureFixture) -> None:

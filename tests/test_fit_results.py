@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -265,3 +266,45 @@ def test_a_loss_is_one_real_number(loss: Callable[[Tensor], Tensor], says: str) 
     model.requires_grad_(False)
     with pytest.raises(CaptureError):
         evoplan.fit(model, (x,))
+
+
+class Fills(nn.Module):
+    """Given a number that is none, and keeps another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.fill = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH), float("nan")
+
+    def forward(self, x: Tensor, fill: float) -> Tensor:
+        self.fill = float("nan")
+        return x + self.down(torch.tanh(self.up(x)).masked_fill(x[:, :1] > 1e9, fill))
+
+
+class Filled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.fill = nn.ModuleList(Fills() for _ in range(3)), "nan"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, float(self.fill))
+        return x
+
+
+def test_a_number_that_is_none_is_the_same_as_another() -> None:
+    torch.manual_seed(0)
+    model = Filled().double()
+    x = torch.randn(50, WIDTH, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that slices were planned for another call
+        fitted = evoplan.fit(model, (x,))
+        fitted.replan(fitted.plan.least_feasible_bytes)
+        fitted(x).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    model.fill = "0"
+    with pytest.raises(ChangedCallError, match=r"blocks\.0 is given 0\.0 in place of nan"):
+        model(x)

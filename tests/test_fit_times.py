@@ -21,7 +21,7 @@ def test_measured_times_want_data() -> None:
     given = (*args, torch.ones(1, 16, 16, device="meta", dtype=torch.float64))
     with pytest.raises(evoplan.CaptureError, match="measured where the model and its inputs lie"):
         evoplan.fit(model, given, times="measured")
-    with pytest.raises(ValueError, match="choose predicted or measured"):
+    with pytest.raises(ValueError, match="choose predicted or roofline or measured"):
         evoplan.fit(model, given, times="guessed")
 
 

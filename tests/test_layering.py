@@ -16,8 +16,9 @@ ROOMS = {
         "sharing", "__init__",
     ],
     "planner": [
-        "sizes", "errors", "files", "schedules", "solvers", "problems", "plans", "pages", "processes",
-        "execution", "checking", "fitting", "reports", "runs", "commands", "__init__", "__main__",
+        "sizes", "errors", "arguments", "files", "schedules", "solvers", "problems", "plans",
+        "pages", "processes", "execution", "checking", "fitting", "reports", "runs", "commands", "__init__",
+        "__main__",
     ],
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]

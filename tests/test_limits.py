@@ -76,6 +76,44 @@ def test_huge_sizes_are_no_sizes(capsys: pytest.CaptureFixture, flag: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("certificates", ["--budgets", "0"]),
+        ("certificates", ["--blocks", "-1"]),
+        ("certificates", ["--json", "/nonexistent/x.json"]),
+        ("offload", ["--budgets", "0"]),
+        ("offload", ["--host", "lots"]),
+        ("offload", ["--json", "/nonexistent/x.json"]),
+        ("overhead", ["--rounds", "-1"]),
+        ("overhead", ["--rounds", "many"]),
+        ("planning", ["--skip"]),
+        ("accuracy", ["float31"]),
+        ("demo", ["no/such/\0"]),
+        ("demo", ["file/in"]),
+    ],
+    ids=str,
+)
+def test_experiments_say_in_a_line_what_they_do_not_take(
+    program: str,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    command = importlib.import_module(f"evoplan.experiments.{program}").command
+    run_command(command, program, ["--help"])
+    assert "Usage: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run_command(command, program, arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
     ("program", "flag"),
     [
         *(("tiny_openfold.__main__", flag) for flag in ("--num-steps", "--save-every", "--num-blocks")),
@@ -83,6 +121,9 @@ def test_huge_sizes_are_no_sizes(capsys: pytest.CaptureFixture, flag: str) -> No
         *(("scaling", flag) for flag in ("--gpus", "--steps", "--runs", "--batch-per-gpu")),
         *(("times", flag) for flag in ("--rounds", "--repeats")),
         ("benchmark", "--rounds"),
+        *(("certificates", flag) for flag in ("--budgets", "--blocks")),
+        *(("offload", flag) for flag in ("--budgets", "--blocks")),
+        ("overhead", "--rounds"),
         ("scale", "--most"),
     ],
 )

@@ -144,6 +144,9 @@ def test_the_command_says_240_for_a_tpu(capsys: pytest.CaptureFixture[str], tmp_
         (["--matmul", "8,8,8", "--n-res", "9"], "leave --n-res out"),
         (["--matmul", "8,8,8", "--split", "9"], "not 9"),
         (["--matmul", "8,8,8", "--plot", "roof.bmp"], "png, svg or pdf"),
+        (["--host-memory", "1GiB"], "No such option"),
+        (["--reserve", "1GiB"], "No such option"),
+        (["--optimizer", "sgd"], "No such option"),
     ],
 )
 def test_flags_that_say_nothing_are_refused(

@@ -8,10 +8,14 @@ import sqlite3
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import evoplan
 from evoplan.cost_model.calibrate import REACH, Calibration, fit
 from evoplan.cost_model.devices import DEVICES, DTYPES, Device, Link, device
 from evoplan.cost_model.local import named
@@ -28,7 +32,7 @@ from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.costing import cost_problem, planned_model
 from evoplan.planner.problems.device_file import device_entry, load_device
 from evoplan.planner.problems.problem import Problem
-from evoplan.planner.problems.timing import cost_with_times
+from evoplan.planner.problems.timing import cost_with_times, time_source
 from evoplan.planner.schedules.schedule import strategies_used
 from evoplan.planner.solvers.confirming import confirmed
 from tests.torchrun import forked
@@ -152,6 +156,10 @@ def test_a_device_file_holds_what_a_device_is(tmp_path: Path) -> None:
         ({"peak_flops": {"float31": 1.0}}, "peak_flops: unknown dtype 'float31'"),
         ({"source": None}, "source: "),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"bandwidth": True}, "mine.json: bandwidth: Input should be a valid number"),
+        ({"launch_seconds": "5e-6"}, "mine.json: launch_seconds: Input should be a valid number"),
+        ({"memory": True}, "mine.json: memory: Input should be a valid integer"),
+        ({"name": "a\nb"}, "mine.json: name: String should match"),
         ({"peak_flops": {"float16": 1e12}}, "device mine has no peak_flops for float32"),
         (None, "mine.json: Invalid JSON"),
     ],
@@ -342,17 +350,43 @@ def test_a_file_that_is_no_cache_is_named(capsys: pytest.CaptureFixture[str], tm
         "update times set unread = -1",
         "update times set bytes = '[1, 2]' where bytes is not null",
         "update times set bytes = '[-1, 1, 1, 1]' where bytes is not null",
+        "update times set bytes = '[1.5, 1, 1, 1]' where bytes is not null",
+        "update times set discard = 0.0, forward = 0.0, backward = 0.0",
         "update times set work = 'zzz'",
+        """update times set work = '[[["a", 1, 1]], [], []]'""",
+        "update times set work = '[[[1, -1, 1]], [], []]'",
         "drop table times",
     ],
 )
 def test_a_damaged_cache_is_named(damage: str, cache: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"damaged\.sqlite: is no cache of times"):
+        profile_problem(PROBLEM, str(_damaged(cache, damage, tmp_path)), repeats=1, max_pieces=2)
+
+
+def _damaged(cache: str, damage: str, tmp_path: Path, *values: str) -> Path:
     path = tmp_path / "damaged.sqlite"
     path.write_bytes(Path(cache).read_bytes())
     with sqlite3.connect(path) as connection:
-        connection.execute(damage)
-    with pytest.raises(ValueError, match=r"damaged\.sqlite: is no cache of times"):
-        profile_problem(PROBLEM, str(path), repeats=1, max_pieces=2)
+        connection.execute(damage, values)
+    return path
+
+
+def test_a_damaged_calibration_is_named(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"flops": 1e9, "bandwidth": 1e9, "launch_seconds": 1e-6, "error": 0.1, "rows": 12}
+    wrong = (None, "fast", -1.0, 0.0, float("nan"), float("inf"), True, [])
+    damaged: list[Any] = [whole | {name: value} for name in whole for value in wrong]
+    damaged.remove(whole | {"error": 0.0})  # a fit may be exact
+    damaged += [{key: whole[key] for key in whole if key != name} for name in whole]
+    damaged += [[], 3, None, whole | {"more": 1.0}]
+    says = r"damaged\.sqlite: is no cache of times .*; delete it, or name another"
+    for constants in damaged:
+        text = json.dumps(constants)
+        path = _damaged(cache, "update calibrations set constants = ?", tmp_path, text)
+        with pytest.raises(ValueError, match=says):
+            time_source(PROBLEM, "calibrated", str(path))
+    monkeypatch.setenv("EVOPLAN_CACHE", str(path))
+    with pytest.raises(ValueError, match=says):
+        evoplan.fit(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.zeros(2, 4),))
 
 
 def test_profile_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class TrunkConfig(ModelConfig):
     main: EvoformerConfig
 
     def __post_init__(self) -> None:
+        for stack in (self.extra, self.main):
+            EvoformerConfig.checked(stack)
         if self.extra.c_z != self.main.c_z:
             raise ValueError(
                 f"the stacks share z, but c_z is {self.extra.c_z} in one, {self.main.c_z} in the other"

@@ -109,7 +109,7 @@ _DEEP, _LONG = 3, 100  # containers within one another, and what they hold: more
 def _said(value: Any, depth: int = 0) -> Any:
     """Equal for values that are alike, as far as that can be told."""
     if isinstance(value, _PLAIN):
-        return value
+        return value if value == value else str(value)  # of two that are not a number, neither is the other
     if depth < _DEEP and isinstance(value, dict | list | tuple | set) and len(value) <= _LONG:
         inner = value.items() if isinstance(value, dict) else value
         return type(value), [_said(item, depth + 1) for item in inner]

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.children import Child
 from evoplan.model.foreign.knobs import Knob
-from evoplan.model.foreign.leaves import ChangedCallError, Layout, Numbers, Value, numbers_of
+from evoplan.model.foreign.leaves import ChangedCallError, Layout, Numbers, Value, numbers_of, same_values
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Call:
             raise ChangedCallError(f"{self.name} is called with other arguments than when it was planned")
         for leaf, argument in zip(leaves, self.arguments, strict=True):
             if isinstance(argument, Value):
-                if isinstance(leaf, Tensor) or leaf != argument.value:
+                if isinstance(leaf, Tensor) or not same_values(leaf, argument.value):
                     raise ChangedCallError(
                         f"{self.name} is given {leaf!r:.60} in place of {argument.value!r:.60}"
                     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.leaves import Layout, Value, same_values
 from evoplan.model.foreign.noise import Draw
 
 SELF = "."  # the path of a block in itself
@@ -117,16 +117,9 @@ class Child:
         return structure == self.structure and all(
             isinstance(leaf, Tensor) and (tuple(leaf.shape), leaf.dtype) == (then.shape, then.dtype)
             if isinstance(then, Layout)
-            else not isinstance(leaf, Tensor) and _equal(leaf, then.value)
+            else not isinstance(leaf, Tensor) and same_values(leaf, then.value)
             for leaf, then in zip(leaves, self.arguments, strict=True)
         )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except Exception:  # of arrays it has no answer
-        return False
 
 
 def layouts_of(leaves: Sequence[Any]) -> tuple[Layout | Value, ...]:

@@ -97,6 +97,14 @@ class Value:
     value: Any
 
 
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two that are no tensors are alike; what is not a number is, too."""
+    try:
+        return one is other or bool(one == other or (one != one and other != other))
+    except Exception:  # of arrays it has no answer
+        return False
+
+
 def key_of(tensor: Tensor) -> Key:
     """Equal for tensors that are one another in all that a block can see. Holds autograd's node."""
     return Key(numbers_of(tensor), _source_of(tensor))

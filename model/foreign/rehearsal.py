@@ -61,6 +61,11 @@ def _visits(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> lis
             run()
         except _Enough:
             return rehearsal.visits
+        except (CaptureError, MemoryError):
+            raise
+        except Exception as error:  # the model's own code
+            said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+            raise CaptureError(f"{type(model).__name__} fails on what it is called with ({said})") from error
     return None
 
 

@@ -54,7 +54,7 @@ class EvoformerStack(Plannable):
 
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = EvoformerConfig.checked(config)
         self.blocks = nn.ModuleList(EvoformerBlock(config) for _ in range(config.n_block))
         initialise(self)
 

@@ -197,7 +197,7 @@ class PairformerStack(Plannable):
 
     def __init__(self, config: PairformerConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = PairformerConfig.checked(config)
         self.blocks = nn.ModuleList(PairformerBlock(config) for _ in range(config.n_block))
         initialise(self)
 
@@ -223,7 +223,7 @@ class MSAModuleStack(Plannable):
 
     def __init__(self, config: MSAModuleConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = MSAModuleConfig.checked(config)
         self.outputs = ("m", "z") if config.last_m else ("z",)
         last = config.n_block - 1
         self.blocks = nn.ModuleList(

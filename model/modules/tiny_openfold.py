@@ -226,7 +226,7 @@ class TinyOpenFoldStack(Plannable):
 
     def __init__(self, config: TinyOpenFoldConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = TinyOpenFoldConfig.checked(config)
         self.blocks = nn.ModuleList(TinyOpenFoldBlock(config) for _ in range(config.n_block))
         initialise(self)
 
@@ -251,7 +251,7 @@ class TinyOpenFold(nn.Module):
 
     def __init__(self, config: TinyOpenFoldConfig, stack: nn.Module | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config = TinyOpenFoldConfig.checked(config)
         self.msa_embedding = nn.Embedding(config.n_token, config.c_m)
         self.pair_embedding = nn.Linear(config.c_pair_features, config.c_z, bias=False)
         self.distance_head = nn.Linear(config.c_z, 1, bias=False)

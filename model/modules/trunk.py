@@ -29,7 +29,7 @@ class EvoformerTrunk(Plannable):
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = TrunkConfig.checked(config)
         self.extra = EvoformerStack(config.extra)
         self.main = EvoformerStack(config.main)
 

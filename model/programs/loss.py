@@ -14,7 +14,7 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.count = count
+        ctx.count = count = count or 1  # of no entries
         # Over the root of the count, so that half-precision gradients do not vanish.
         root: float = count**0.5
         flat = x.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,6 +71,33 @@ class Plannable(nn.Module):
         """From forward's arguments, the state that the chain starts from and its constants (masks)."""
         raise NotImplementedError
 
+    def prepared(self, *tensors: Any, **named: Any) -> tuple[State, dict[str, Tensor]]:
+        """The same; ValueError where what is given is none of its arguments, or no tensor."""
+        try:
+            return self.prepare(*tensors, **named)
+        except (AttributeError, TypeError):
+            self.arguments(*tensors, **named)
+            raise
+
+    def arguments(self, *tensors: Any, **named: Any) -> dict[str, Tensor]:
+        """Those of forward's arguments that are given, by name.
+
+        Raises:
+            ValueError: they are none of this model's; says what it takes.
+        """
+        whole: Plannable = getattr(self, "stack", self)  # of which ranks have shares
+        signature = inspect.signature(whole.prepare)
+        try:
+            bound = signature.bind(*tensors, **named).arguments
+        except TypeError as error:
+            raise ValueError(f"inputs: {error}; the model takes {', '.join(signature.parameters)}") from None
+        for name in (*whole.config.state, *whole.config.masks):
+            given = bound.get(name)
+            if not isinstance(given, Tensor) and (given is not None or name in whole.config.state):
+                what = "None" if given is None else f"of class {type(given).__name__}"
+                raise ValueError(f"inputs: {name} is {what}; give a tensor")
+        return {name: tensor for name, tensor in bound.items() if tensor is not None}
+
     def results(self, state: State) -> tuple[Tensor, ...]:
         """From the state that the chain ends with, what forward returns."""
         return tuple(state[name] for name in self.outputs)
@@ -87,7 +115,7 @@ class Plannable(nn.Module):
             tensors, named: what `prepare` takes.
             dropout_seed: drawn from torch's default generator when None.
         """
-        state, constants = self.prepare(*tensors, **named)
+        state, constants = self.prepared(*tensors, **named)
         del tensors, named
         seed = self.draw_seed(dropout_seed)
         chain = Chain.of(self)

@@ -113,7 +113,7 @@ def profile_problem(
 
     def calibrate() -> Calibration:
         calibration = fit(cache.measured(problem.precision), costed.device, problem.precision)
-        cache.put_calibration(problem.precision, calibration.to_json())
+        cache.put_calibration(problem.precision, calibration)
         return calibration
 
     for step, options in zip(Chain.of(costed.model).steps, costed.table.options, strict=True):

@@ -32,7 +32,7 @@ from evoplan.planner.checking.trial import (
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.execution.applying import apply_plan, check_model
 from evoplan.planner.execution.host import FakeHost
-from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.plan import Plan, check_plan
 from evoplan.planner.problems.costing import device_of, input_shapes, planned_model
 from evoplan.planner.problems.problem import MEAN_SQUARE, Problem
 from evoplan.planner.processes.world import World, check_world
@@ -93,8 +93,8 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
         ValueError: the plan runs kernels that cannot be traced, is for a loss of the user's own, or for
             another model than its configuration makes.
     """
+    _check(plan, None)
     problem = plan.problem
-    _check_loss(plan, None)
     with torch.device("meta"):
         check_model(build_model(problem.config).to(getattr(torch, problem.dtype)), plan)
     opaque = opaque_kernels(plan.schedule)
@@ -122,7 +122,8 @@ def simulate_plan(plan: Plan, rank: int = 0) -> Verification:
     return _judged(plan, "simulated", live_before + peak, static, None, None, None, None, None)
 
 
-def _check_loss(plan: Plan, loss: Loss | None) -> None:
+def _check(plan: Plan, loss: Loss | None) -> None:
+    check_plan(plan)
     if plan.problem.loss != MEAN_SQUARE and loss is None:
         raise ValueError(
             f"the plan's peak is for the loss {plan.problem.loss}, which is not in the file; "
@@ -161,8 +162,8 @@ def verify_plan(
     Raises:
         ValueError: the plan needs more memory than this machine has, or other ranks.
     """
+    _check(plan, loss)
     problem = plan.problem
-    _check_loss(plan, loss)
     if problem.ranks > 1 and ranks is None:
         raise ValueError(
             f"the plan is for {problem.ranks} ranks; use --simulate, or start it with "

@@ -57,7 +57,7 @@ def _of_own(plan_file: str, cache: str | None) -> dict[str, Any]:
 
 
 def _of_fit(plan_file: str, source: str | None) -> dict[str, Any]:
-    from evoplan.planner.commands.foreign import built_by
+    from evoplan.planner.commands.foreign import built_by, running
     from evoplan.planner.fitting.certifying import certificate_of_fit
     from evoplan.planner.fitting.making import fitting_for
     from evoplan.planner.fitting.plan import load_fit_plan
@@ -68,7 +68,7 @@ def _of_fit(plan_file: str, source: str | None) -> dict[str, Any]:
             f"{plan_file}: a plan of a {plan.model} has no costs of its blocks; "
             "add --from FILE.py:FUNCTION that builds the model"
         )
-    with progress("making the model") as update:
+    with progress("making the model") as update, running(source):
         built = built_by(source)
         update("tracing its blocks")
         fitting, plan = fitting_for(plan, *built)

@@ -143,6 +143,18 @@ def problem_options(command: Command) -> Command:
     return command
 
 
+def problem_options_without(*names: str) -> Callable[[Command], Command]:
+    """Those that say something to a command, for which the others would be ignored."""
+
+    def few(command: Command) -> Command:
+        command = problem_options(command)
+        params: list[click.Parameter] = command.__click_params__  # type: ignore[attr-defined]
+        params[:] = [param for param in params if param.name not in names]
+        return command
+
+    return few
+
+
 def problem_of(
     model: str,
     n_blocks: int | None,
@@ -160,7 +172,7 @@ def problem_of(
     memory: int | None,
     ranks: int,
     link: int | None,
-    reserve: int,
+    reserve: int = 0,
     **rest: Any,
 ) -> Problem:
     """The problem that the flags describe."""
@@ -180,11 +192,10 @@ def problem_of(
         shape = shape_for_alignment(shape, msa, n_seq, n_extra, skip_bad, say)
         n_seq = n_extra = None  # limits, which the shape keeps
     shape = override(shape, n_seq=n_seq, n_res=n_res, batch=batch, n_extra=n_extra)
-    own_device = None
-    if device.endswith(".json"):
-        from evoplan.planner.problems.device_file import load_device
+    from evoplan.planner.problems.device_file import own_device as device_of_file
 
-        own_device = load_device(device)
+    own_device = device_of_file(device)
+    if own_device is not None:
         device = own_device.name
     elif device not in (*DEVICES, "cuda"):
         raise ValueError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import click
 
-from evoplan.planner.commands.flags import json_option
+from evoplan.planner.commands.flags import files_read, json_option
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, write_json
 
@@ -39,23 +41,46 @@ def built_by(source: str) -> Built:
         raise ValueError(f"{source} is no model; give {SOURCE}")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give {SOURCE}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    make = getattr(_module_of(path), name, None)
+    if not callable(make):
+        raise ValueError(f"{path} has no function {name}; give {SOURCE}")
+    with _said_of(source):
+        made = make()
+    return _checked(source, made)
+
+
+def _module_of(path: str) -> ModuleType:
+    """A file, executed as Python executes one: what lies beside it may be imported, then and later."""
+    spec = importlib.util.spec_from_file_location(f"evoplan_from_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file; give {SOURCE}")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).parent.resolve()))  # what lies beside it may be imported
-    try:
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    beside = str(Path(path).parent.resolve())
+    if beside not in sys.path:
+        sys.path.insert(0, beside)
+    with _said_of(path):
         spec.loader.exec_module(module)
-        made = getattr(module, name)()
-    except AttributeError as error:
-        if not hasattr(module, name):
-            raise ValueError(f"{path} has no {name}; give {SOURCE}") from None
-        raise ValueError(f"{source} fails: {error}") from None
-    except (Exception, SystemExit) as error:  # somebody else's code, which may read arguments of its own
+    return module
+
+
+@contextmanager
+def _said_of(source: str) -> Iterator[None]:
+    """An error of somebody else's code, or its end of the process, is a ValueError that says whose."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{source} fails: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop(0)
-    return _checked(source, made)
+
+
+@contextmanager
+def running(source: str) -> Iterator[None]:
+    """What is raised by a model that a file built; where it ends the process, a ValueError says so."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ValueError(
+            f"{source}: its model ends the process (SystemExit: {error}); have it raise an error"
+        ) from None
 
 
 def _checked(source: str, made: Any) -> Built:
@@ -85,7 +110,7 @@ def plan_from(
     model, args, kwargs, loss, options = _asked_for(source, flags)
     from evoplan.planner.fitting.fitted import fit
 
-    with progress("planning"):
+    with progress("planning"), running(source):
         fitted = fit(model, args, kwargs, flags["memory"], loss, **options)
     if certify:
         with progress("bounding"):
@@ -111,11 +136,11 @@ def swept_from(source: str, flags: dict[str, Any], points: int, html: str | None
     model, args, kwargs, loss, options = _asked_for(source, flags)
     from evoplan.planner.fitting.fitted import fit
 
-    with progress("sweeping") as update:
+    with progress("sweeping") as update, running(source):
         return fit(model, args, kwargs, None, loss, **options).sweep(points, html, update.done)
 
 
-_TIMES = {"auto": "predicted", "roofline": "predicted", "measured": "measured"}
+_TIMES = {"auto": "predicted", "roofline": "roofline", "measured": "measured"}
 
 
 def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
@@ -146,21 +171,21 @@ def _asked_for(source: str, flags: dict[str, Any]) -> tuple[Any, ...]:
 
 @click.command()
 @click.argument("source", metavar="FILE.py:FUNCTION")
-@click.option("--device", help="To plan for, of the device table; else where the model lies.")
+@click.option("--device", help="To plan for: of the device table, or a device file; else where it lies.")
 @json_option
 def inspect(source: str, device: str | None, json_path: str | None) -> None:
     """Find the blocks of a model that somebody wrote: what they are given and keep, and where the peak is.
 
     FUNCTION returns (model, args), and kwargs, loss and knobs if there are any.
     """
-    check_writable(json_path=json_path, reads=(source.rpartition(":")[0],))
+    check_writable(json_path=json_path, reads=files_read(source=source, device=device or ""))
     from dataclasses import asdict
 
     from evoplan.planner.fitting.inspecting import inspect as inspected
 
     with progress("making the model"):
         built = built_by(source)
-    with progress("looking for blocks"):
+    with progress("looking for blocks"), running(source):
         found = inspected(built.model, built.args, built.kwargs, built.loss, device=device, knobs=built.knobs)
     if json_path:
         write_json(json_path, asdict(found))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from evoplan.planner.commands.flags import files_read, json_option, problem_of, problem_options
+from evoplan.planner.commands.flags import files_read, json_option, problem_of, problem_options_without
 from evoplan.planner.commands.terminal import console_for_output, progress
 from evoplan.planner.files import check_writable, picture_format, write_json
 
@@ -32,7 +32,7 @@ class _Sizes(click.ParamType[tuple[int, int, int]]):
 
 
 @click.command()
-@problem_options
+@problem_options_without("host_bytes", "reserve", "optimizer")  # of budgets, of which there is none to keep
 @click.option("--every", is_flag=True, help="Print every strategy, not only whole.")
 @click.option("--plot", type=click.Path(), help="Draw it here (png, svg or pdf): the roof, points under it.")
 @click.option("--matmul", type=_Sizes(), help="Of one product X[B,D] @ Y[D,F], and no model.")

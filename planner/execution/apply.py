@@ -7,7 +7,6 @@ hooks and `torch.autograd.grad` see them as usual). What nodes need for backward
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -101,17 +100,17 @@ class PlannedModule(View):
         if self.donated and torch.is_grad_enabled():
             raise ValueError(_INFERENCE)
         if self.donated:
-            check_there(self._arguments(*tensors, **named), self.stack.config.state)
-        state, constants = self.stack.prepare(*tensors, **named)
+            check_there(self.stack.arguments(*tensors, **named), self.stack.config.state)
+        state, constants = self.stack.prepared(*tensors, **named)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         fit = self.fits.find(self.stack, shapes)
         pads = self.fits.other_shapes == "pad" and fit.shapes not in (None, shapes)
         if pads and fit.shapes is not None:
-            arguments = self._arguments(*tensors, **named)
+            arguments = self.stack.arguments(*tensors, **named)
             state, constants = self.stack.prepare(**padded(self.stack, arguments, fit.shapes))
             del arguments
         if self.donated:
-            state = self._taken(fit, state, constants, self._arguments(*tensors, **named))
+            state = self._taken(fit, state, constants, self.stack.arguments(*tensors, **named))
         else:
             fit.check_room((*tensors, *named.values()), (*state.values(), *constants.values()))
         del tensors, named
@@ -121,11 +120,6 @@ class PlannedModule(View):
             names = self.stack.outputs
             return tuple(cropped(tensor, shapes[n]) for n, tensor in zip(names, results, strict=True))
         return results
-
-    def _arguments(self, *tensors: Tensor, **named: Tensor) -> dict[str, Any]:
-        """Forward's arguments by name."""
-        whole = getattr(self.stack, "stack", self.stack)  # of which ranks have shares
-        return inspect.signature(whole.prepare).bind(*tensors, **named).arguments
 
     def _taken(
         self, fit: Fit, state: State, constants: Mapping[str, Tensor], given: Mapping[str, Any]

@@ -11,9 +11,11 @@ from torch.distributed import ProcessGroup
 from evoplan.model.running.chain import Plannable
 from evoplan.model.sharing.parallel import ParallelEvoformer
 from evoplan.model.sharing.ranks import Ranks
+from evoplan.planner.arguments import check_choices, check_kinds
 from evoplan.planner.execution.apply import PlannedModule
 from evoplan.planner.execution.shapes import Fit, Fits, OtherShapes, Shapes
-from evoplan.planner.plans.plan import Plan
+from evoplan.planner.plans.making import check_stack
+from evoplan.planner.plans.plan import Plan, check_plan
 from evoplan.planner.plans.planning import solve
 from evoplan.planner.problems.digest import altered_names, model_digest
 from evoplan.planner.problems.timing import Times, cost_with_times
@@ -44,10 +46,14 @@ def apply_plan(
     Raises:
         ValueError: a plan is for another model, dtype or number of ranks.
     """
-    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    check_stack(stack)
+    plans = [plan] if isinstance(plan, Plan | str) or not isinstance(plan, Iterable) else list(plan)
     if not plans:
         raise ValueError("apply_plan needs at least one plan")
+    check_choices(other_shapes=(other_shapes, OtherShapes))
+    check_kinds(ranks=(ranks, Ranks | ProcessGroup | None, "what `Ranks(group)` is, or the process group"))
     for each in plans:
+        check_plan(each)
         check_model(stack, each)
         if each.problem.donate != plans[0].problem.donate:
             raise ValueError("some plans have their inputs donated and some have not; give plans of one kind")

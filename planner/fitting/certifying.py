@@ -43,7 +43,7 @@ def certificate_of_fit(fitting: Fitting, plan: FitPlan) -> dict[str, Any]:
         "model": plan.model,
         "budget_bytes": plan.budget_bytes,
         "beside_the_chain_bytes": plan.predicted.peak_bytes - played.peak_bytes,
-        "times": plan.costs["time"],
+        "times": fitting.times,
         "plan": plan.identity["plan"],
     }
     budget = fitting.table.most_bytes if room is None else room

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from evoplan.cost_model.simulation import garbage_left
 from evoplan.model.foreign.knobs import Knobs
+from evoplan.planner.arguments import check_choices, check_kinds
 from evoplan.planner.files import check_writable, write_json, write_text
 from evoplan.planner.fitting.certifying import certificate_of_fit, certified
+from evoplan.planner.fitting.given import check_call
 from evoplan.planner.fitting.making import bytes_of, made_before, planned
 from evoplan.planner.fitting.pages import content_of_fit
 from evoplan.planner.fitting.patched import OnChange, Patched
@@ -195,7 +197,7 @@ def fit(
             given. The peak holds for it.
         plan: one that was made before for this model, or its file; nothing is solved then.
         optimizer: whose states count: none, sgd (with momentum) or adamw.
-        device: to plan for, by its name in the device table; where the model lies if not given.
+        device: to plan for, by its name in the device table or its file; where the model lies if not given.
         autocast: dtype that torch.autocast casts to in forward; what is in force where `fit` is called if not
             given.
         on_change: what to do where a block is called otherwise than planned, with other shapes, say: raise an
@@ -203,15 +205,19 @@ def fit(
         knobs: of the blocks' own, and values to choose from, such as {"chunk_size": [None, 4, 16]}: the name
             of an argument of theirs or of an attribute of modules in them; or, for anything else, a pair of a
             function that sets it, `(block, value) -> None`, and values. What changes results is left out.
-        times: of blocks under each strategy: predicted, or measured on the model itself where it lies, which
-            takes some thirty runs of a block in each way that is offered, and their memory.
+        times: of blocks under each strategy: predicted, of a roofline with the rates that `evoplan profile`
+            has fitted to this machine, if it has; of the roofline as it is listed; or measured on the model
+            itself where it lies, which takes some thirty runs of a block in each way that is offered, and
+            their memory.
 
     Raises:
         NoPlanError: nothing fits; says the least that does.
         CaptureError: the model cannot be planned; says why.
         PlanFileError: the file is none, or was altered.
     """
-    _check(model, args, optimizer, on_change, times)
+    check_call(model, args, kwargs, loss, optimizer, device, autocast, knobs)
+    check_choices(on_change=(on_change, OnChange), times=(times, Timing))
+    check_kinds(plan=(plan, str | Path | FitPlan | None, "what `fit(...).plan` is, or its file"))
     size = bytes_of(budget)
     given_loss = loss or mean_of_squares
     autocast = autocast or autocast_in_force(model)
@@ -222,15 +228,3 @@ def fit(
         fitting = fitting_of(model, tuple(args), dict(kwargs or {}), *about)
         made = planned(fitting, size) if before is None else made_before(fitting, before, size)
     return Fitted(fitting, made, on_change)
-
-
-def _check(model: object, args: object, optimizer: str, on_change: str, times: str) -> None:
-    """ValueError for what `fit` is not to be called with."""
-    choices = {"optimizer": Optimizer, "on_change": OnChange, "times": Timing}
-    for (name, kinds), given in zip(choices.items(), (optimizer, on_change, times), strict=True):
-        if given not in get_args(kinds):
-            raise ValueError(f"{name} is {given!r}; choose {' or '.join(get_args(kinds))}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is of class {type(model).__name__}; give an nn.Module")
-    if not isinstance(args, tuple | list):  # a tensor would be taken apart along its first axis
-        raise ValueError(f"args are a {type(args).__name__}; give a tuple, such as (x,)")

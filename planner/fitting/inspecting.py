@@ -16,6 +16,7 @@ from evoplan.model.foreign.children import SELF, Child
 from evoplan.model.foreign.knobs import Knobs, declared
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
+from evoplan.planner.fitting.given import check_call
 from evoplan.planner.fitting.problem import Fitting, autocast_in_force, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import least_fit
@@ -149,7 +150,7 @@ def inspect(
         args, kwargs: what it is called with; only shapes and dtypes count.
         loss: takes the model's output and returns a scalar; the mean of squares if not given.
         optimizer: whose states count: none, sgd (with momentum) or adamw.
-        device: to plan for, by its name in the device table; where the model lies if not given.
+        device: to plan for, by its name in the device table or its file; where the model lies if not given.
         autocast: dtype that torch.autocast casts to in forward; what is in force if not given.
         knobs: to try, as `fit` takes them, beside those that are seen: arguments and attributes called like
             `chunk_size`.
@@ -160,6 +161,7 @@ def inspect(
     Raises:
         CaptureError: the model cannot be planned; says why.
     """
+    check_call(model, args, kwargs, loss, optimizer, device, autocast, knobs)
     autocast = autocast or autocast_in_force(model)
     about = tuple(args), dict(kwargs or {}), loss or mean_of_squares, optimizer, autocast, device
     fitting = fitting_of(model, *about)

@@ -13,7 +13,7 @@ from torch import nn
 from evoplan.model.foreign.capture import CaptureError
 from evoplan.model.foreign.knobs import Knobs
 from evoplan.planner.fitting.plan import FitPlan
-from evoplan.planner.fitting.problem import Fitting, fitting_of
+from evoplan.planner.fitting.problem import Fitting, Timing, fitting_of
 from evoplan.planner.fitting.simulating import Loss, mean_of_squares
 from evoplan.planner.fitting.solving import baselines, fastest, least_fit
 from evoplan.planner.plans.plan import SolverReport
@@ -38,9 +38,10 @@ def fitting_for(
     """
     dtype, _, mixed = plan.precision.partition(" ")
     where = {parameter.device.type for parameter in model.parameters()}
-    name = None if plan.device in where else plan.device
-    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, name, knobs
-    fitting = fitting_of(model, args, kwargs, *about, strategies=plan.strategies)
+    named = plan.own_device or (None if plan.device in where else plan.device)
+    about = loss or mean_of_squares, plan.optimizer, getattr(torch, dtype) if mixed else None, named, knobs
+    timing: Timing = "roofline" if plan.costs["time"] == "roofline" else "predicted"
+    fitting = fitting_of(model, args, kwargs, *about, timing, plan.strategies)
     return fitting, made_before(fitting, plan, plan.budget_bytes)
 
 
@@ -51,6 +52,13 @@ def made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
             f"the plan is for a {known.model} whose {len(known.blocks)} blocks are called otherwise; "
             "fit this model and these inputs anew"
         )
+    for name, there, here in (
+        ("blocks are", ", ".join(known.blocks), ", ".join(fitting.blocks)),
+        ("precision is", known.precision, fitting.said_precision),
+        ("optimizer is", known.optimizer, fitting.optimizer),
+    ):
+        if there != here:
+            raise CaptureError(f"the plan's {name} {there:.60}, here {here:.60}; fit anew")
     for step, used in strategies_used(known.schedule).items():
         offered = {cost.strategy for cost in fitting.table.options[step]}
         for strategy in used - offered:
@@ -67,7 +75,7 @@ def made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
         raise CaptureError("the plan's static bytes are not those of this model and optimizer; fit anew")
     says, found = known.predicted.step_seconds, predicted.step_seconds
     # Of a roofline: measured times, and those calibrated on this machine, may be others now.
-    if known.costs.get("time") == fitting.times == "roofline" and not isclose(says, found, rel_tol=1e-9):
+    if known.costs["time"] == fitting.times == "roofline" and not isclose(says, found, rel_tol=1e-9):
         raise CaptureError(
             f"the plan's step takes {format_seconds(says)}, that of this model and loss "
             f"{format_seconds(found)}; fit anew"
@@ -80,8 +88,6 @@ def made_before(fitting: Fitting, known: FitPlan, size: int | None) -> FitPlan:
 
 def bytes_of(budget: str | int | None) -> int | None:
     """A budget as `fit` takes it; ValueError where it is none."""
-    if isinstance(budget, float):
-        raise ValueError(f"the budget is {budget}; give bytes as a whole number, or text such as 8GiB")
     return None if budget is None else parse_size(budget)
 
 
@@ -98,9 +104,10 @@ def planned(fitting: Fitting, budget: int | None) -> FitPlan:
     return FitPlan(
         model=type(fitting.model).__name__,
         chain_digest=fitting.captured.digest,
-        blocks=tuple(call.name for call in fitting.captured.calls),
+        blocks=fitting.blocks,
         device=fitting.device.name,
-        precision=fitting.precision if fitting.autocast is None else f"{fitting.precision} mixed",
+        own_device=fitting.own_device,
+        precision=fitting.said_precision,
         optimizer=fitting.optimizer,
         loss=getattr(loss, "__qualname__", type(loss).__qualname__),
         budget_bytes=budget,

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
+from evoplan.cost_model.devices import DTYPES
 from evoplan.model.running.strategy import Strategy
-from evoplan.planner.plans.plan import SolverReport
+from evoplan.planner.plans.plan import TIMES, SolverReport
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction
-from evoplan.planner.problems.problem import Name, Optimizer
+from evoplan.planner.problems.problem import Name, Optimizer, OwnDevice
 from evoplan.planner.schedules.offload import waits
 from evoplan.planner.schedules.schedule import Sequence, shape_of, strategies_used
 from evoplan.planner.schedules.text import schedule_of, schedule_to_json
@@ -32,6 +33,7 @@ class FitPlan(Sealed):
         schedule: of its blocks' calls, in order.
         chain_digest: of its blocks' calls: what they are given, and what they do.
         blocks: the calls by name, in order.
+        own_device: the device itself where the table does not have it.
         precision: what products are done in.
         loss: what the peak holds for, by name.
         costs: where memory and time figures came from.
@@ -59,6 +61,7 @@ class FitPlan(Sealed):
     static: dict[Name, Bytes]
     baselines: dict[Name, Prediction]
     least_feasible_bytes: Bytes
+    own_device: OwnDevice = None
     notes: tuple[Annotated[str, Field(max_length=1000)], ...] = ()
     schedule: Annotated[Sequence, PlainValidator(schedule_of), PlainSerializer(schedule_to_json)]
 
@@ -98,17 +101,24 @@ def _check(plan: FitPlan) -> None:
         raise ValueError("it has something in host memory, which blocks of a fitted model cannot")
     if sum(plan.static.values()) != plan.predicted.static_bytes:
         raise ValueError("static is not the parts of predicted.static_bytes")
-    if {"none", "large"} - set(plan.baselines):
-        raise ValueError("baselines lacks none or large")
+    if plan.budget_bytes is not None and plan.predicted.peak_bytes > plan.budget_bytes:
+        raise ValueError("predicted.peak_bytes is more than budget_bytes")
+    if plan.own_device is not None and plan.device != plan.own_device.name:
+        raise ValueError("device is not the name of own_device")
+    dtype, *mixed = plan.precision.split(" ")
+    if dtype not in DTYPES or mixed not in ([], ["mixed"]):
+        raise ValueError(f"precision is {plan.precision!r:.60}; it is a dtype, or one and mixed")
+    for name, needed in (("baselines", {"none", "large"}), ("costs", {"memory", "time"})):
+        missing = needed - set(getattr(plan, name))
+        if missing:
+            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    if plan.costs["time"] not in TIMES:
+        raise ValueError(f"costs.time is {plan.costs['time']!r}; there are: {', '.join(TIMES)}")
 
 
 def is_fit_plan(path: str | Path) -> bool:
     """Whether a file says that it is one."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            return f'"{_READER.format}"' in file.read(200)
-    except (OSError, UnicodeDecodeError):
-        return False
+    return _READER.wrote(path)
 
 
 _READER = Reader(FitPlan, "evoplan-fit", SCHEMA, "`evoplan.fit(...).plan.save(path)`", _check)

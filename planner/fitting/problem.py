@@ -15,19 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
-from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.calls import calls_table
 from evoplan.cost_model.casting import Casting, casting_of
 from evoplan.cost_model.children import with_children
 from evoplan.cost_model.costs import CostTable
-from evoplan.cost_model.devices import Device, device
+from evoplan.cost_model.devices import Device
 from evoplan.cost_model.kept_fits import KeptFits
 from evoplan.cost_model.knobs import about_knobs, with_knobs
-from evoplan.cost_model.local import local_cuda
-from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.measured_calls import MeasuredCalls, no_longer_than_checkpoints
 from evoplan.cost_model.static import OPTIMIZER_STATES
-from evoplan.cost_model.times_cache import TimesCache
 from evoplan.model.adapters import adapters_in
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.knobs import Knobs, declared
@@ -36,6 +32,7 @@ from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.by_hand import each_block_again
+from evoplan.planner.fitting.planned_for import device_of
 from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator, captured
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
@@ -45,7 +42,7 @@ from evoplan.planner.schedules.text import schedule_to_json
 from evoplan.planner.solvers import Frontier
 from evoplan.planner.solvers.confirming import MORE, confirmed
 
-Timing = Literal["predicted", "measured"]
+Timing = Literal["predicted", "roofline", "measured"]
 WIDE = 1.15  # by so much predicted times may be wrong, where measured ones are to decide
 
 logger = logging.getLogger(__name__)
@@ -56,6 +53,7 @@ class Fitting:
     """A model, what it is called with, and what its blocks cost.
 
     Attributes:
+        own_device: the same where the device table does not have it.
         precision: of products; a dtype by name, or how it is mixed.
         times: where times come from: the roofline, one calibrated on this machine, or measured.
         where: what tensors without data are on, meta or (made fake) cpu.
@@ -67,6 +65,7 @@ class Fitting:
     loss: Loss
     optimizer: Optimizer
     device: Device
+    own_device: Device | None
     precision: str
     times: str
     where: str
@@ -76,6 +75,16 @@ class Fitting:
     table: CostTable
     kept: KeptFits
     _known: dict[Sequence, Prediction] = field(default_factory=dict, repr=False)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Their calls by name, in order."""
+        return tuple(call.name for call in self.captured.calls)
+
+    @property
+    def said_precision(self) -> str:
+        """As plans have it: a dtype, or that of mixed products."""
+        return self.precision if self.autocast is None else f"{self.precision} mixed"
 
     @cached_property
     def frontier(self) -> Frontier:
@@ -143,7 +152,7 @@ def fitting_of(
     loss: Loss,
     optimizer: Optimizer,
     autocast: torch.dtype | None,
-    name: str | None,
+    named: str | Device | None,
     knobs: Knobs | None = None,
     timing: Timing = "predicted",
     strategies: Collection[Strategy] = (),
@@ -151,7 +160,7 @@ def fitting_of(
     """Capture a model and trace its blocks.
 
     Args:
-        name: of the device to plan for; where the model lies if not given.
+        named: the device to plan for, or its name or file; where the model lies if not given.
         knobs, timing: as `fit` has them.
         strategies: that must be there, whatever is better.
 
@@ -167,13 +176,13 @@ def fitting_of(
         raise CaptureError(f"the model lies on {', '.join(sorted(kinds))}; have it on the CPU or on one GPU")
     (kind,) = kinds
     dtype = _name(autocast or _widest(model))
-    where, times = _device_of(kind, dtype, name)
+    where, times, own = device_of(kind, dtype, named, timing == "roofline")
     casting = casting_of(where.kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
     chain, place = _captured(model, given, where, loss, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     has_numbers = all(map(has_data, (*leaves, *parameters)))
-    if timing == "measured" and (not has_numbers or name not in (None, kind)):
+    if timing == "measured" and (not has_numbers or named not in (None, kind)):
         raise CaptureError(
             "times are measured where the model and its inputs lie: have both, and leave the device out"
         )
@@ -198,7 +207,7 @@ def fitting_of(
         calls, times = MeasuredCalls(model, chain, given_to, outside), timing
         table, _ = confirmed(calls.table(table), partial(calls.timed, more=MORE))
         table = no_longer_than_checkpoints(table)
-    about = where, dtype, times, place, autocast, casting
+    about = where, own, dtype, times, place, autocast, casting
     fitting = Fitting(model, given, loss, optimizer, *about, chain, table, kept)
     fitting.learn_of_the_loss()
     return fitting
@@ -252,21 +261,3 @@ def _widest(model: nn.Module) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _device_of(kind: str, dtype: str, name: str | None) -> tuple[Device, str]:
-    """The device that is planned for, and where its times come from."""
-    if name is None:
-        name = "cuda" if kind == "cuda" else "cpu"
-    where = local_cuda() if name == "cuda" else device(name)
-    if dtype not in where.peak_flops:
-        raise ValueError(f"device {where.name} has no peak_flops for {dtype}")
-    if name not in ("cpu", "cuda"):
-        return where, "roofline"
-    constants = TimesCache(default_cache(), name).calibration(dtype)
-    if constants is None:
-        return where, "roofline"
-    try:
-        return Calibration(**constants).applied(where, dtype), "calibrated"
-    except TypeError:
-        return where, "roofline"

@@ -94,7 +94,13 @@ def captured(
         copy = fake_copy(model, where=where)
         args, kwargs = given.made(where)
         with casting():
-            return capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))))
+            chain = capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))))
+    made = [made.layout for call in chain.calls for made in call.made]
+    if not any(layout.numel for layout in made):
+        raise CaptureError(
+            f"what the blocks make has no numbers ({made[0]}); give inputs that are 0 long in no dimension"
+        )
+    return chain
 
 
 def _scalar(value: Any) -> Tensor:

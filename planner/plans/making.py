@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evoplan.cost_model.loss import Loss
 from evoplan.model.running.chain import Plannable
+from evoplan.planner.arguments import check_choices, check_kinds
 from evoplan.planner.plans.plan import Plan
 from evoplan.planner.plans.planning import solve
+from evoplan.planner.problems.device_file import one_line, own_device
 from evoplan.planner.problems.problem import AUTOCAST, MEAN_SQUARE, Given, Mixed, Mode, Optimizer, Problem
 from evoplan.planner.problems.timing import Times, cost_with_times
 from evoplan.planner.sizes import parse_size
+from evoplan.planner.solvers import solver as solver_of
 
 
 def make_plan(
@@ -41,7 +44,7 @@ def make_plan(
         inputs: what forward takes, by name or in its order: the state, such as m [b, s, r, c_m] and
             z [b, r, r, c_z], and masks if they will be given; only shapes, dtypes and strides count.
         budget: such as "16GiB", or bytes: for the whole device; None is unlimited.
-        device: by its name in the device table; cuda is this machine's GPU.
+        device: by its name in the device table, or its file; cuda is this machine's GPU.
         mode: training, or inference, in which nothing is kept for a backward.
         optimizer: whose states count: none, sgd (with momentum) or adamw.
         ranks: devices that share each input; the plan is for one of them.
@@ -60,29 +63,31 @@ def make_plan(
         NoPlanError: nothing fits; its `least_feasible_bytes` is the least budget that has a plan.
         ValueError: inputs, budget or a name that make no sense.
     """
-    tensors = _by_name(stack, inputs)
-    missing = [name for name in stack.config.state if name not in tensors]
-    if missing:
-        raise ValueError(f"inputs: {missing[0]} is None; give a tensor, of which only the shape counts")
+    _check(stack, inputs, device, mode, optimizer, times, loss)
+    solver_of(solver)  # a wrong name is said before the work
+    tensors = stack.arguments(**inputs) if isinstance(inputs, Mapping) else stack.arguments(*inputs)
     state = {name: tensors[name] for name in stack.config.state}
     dtype = _name_of(next(iter(state.values())).dtype)
-    problem = Problem(
-        model="custom",
-        config=stack.config,
-        shape=stack.config.input_shape({name: tuple(tensor.shape) for name, tensor in state.items()}),
-        dtype=dtype,
-        mode=mode,
-        optimizer=optimizer,
-        device=device,
-        ranks=ranks,
-        budget_bytes=None if budget is None else parse_size(budget),
-        reserve_bytes=parse_size(reserve, least=0),
-        host_bytes=None if host_memory is None else parse_size(host_memory),
-        mixed=_mixed(autocast),
-        loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
-        given=tuple(_given(tensors, dtype)),
-        donate=donate,
-    )
+    own = own_device(device)
+    with one_line():
+        problem = Problem(
+            model="custom",
+            config=stack.config,
+            shape=stack.config.input_shape({name: tuple(tensor.shape) for name, tensor in state.items()}),
+            dtype=dtype,
+            mode=mode,
+            optimizer=optimizer,
+            device=own.name if own else device,
+            own_device=own,
+            ranks=ranks,
+            budget_bytes=None if budget is None else parse_size(budget),
+            reserve_bytes=parse_size(reserve, least=0),
+            host_bytes=None if host_memory is None else parse_size(host_memory),
+            mixed=_mixed(autocast),
+            loss=MEAN_SQUARE if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+            given=tuple(_given(tensors, dtype)),
+            donate=donate,
+        )
     return solve(cost_with_times(problem, times, stack=stack, loss=loss), solver)
 
 
@@ -95,21 +100,22 @@ def _mixed(autocast: torch.dtype | None) -> Mixed | None:
     raise ValueError(f"autocast to {autocast}: choose torch.bfloat16 or torch.float16")
 
 
-def _by_name(
-    stack: Plannable, inputs: Mapping[str, Tensor | None] | Iterable[Tensor | None]
-) -> dict[str, Tensor]:
-    """Those of forward's arguments that are given.
+def check_stack(stack: Any) -> None:
+    """ValueError where it is no model that is planned by itself."""
+    check_kinds(stack=(stack, Plannable, "an EvoformerStack, say; models of others go to evoplan.fit"))
 
-    Raises:
-        ValueError: they are none of this model's; says what it takes.
-    """
-    signature = inspect.signature(stack.prepare)
-    try:
-        bound = signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
-    except TypeError as error:
-        takes = ", ".join(signature.parameters)
-        raise ValueError(f"inputs: {error}; the model takes {takes}") from None
-    return {name: tensor for name, tensor in bound.arguments.items() if tensor is not None}
+
+def _check(stack: Any, inputs: Any, device: Any, mode: Any, optimizer: Any, times: Any, loss: Any) -> None:
+    """ValueError for what `make_plan` is not to be called with."""
+    check_stack(stack)
+    check_kinds(
+        device=(device, str, "its name in the device table, or its file"),
+        loss=(loss, Callable | None, "a function that takes what forward returns and returns a scalar"),
+    )
+    check_choices(mode=(mode, Mode), optimizer=(optimizer, Optimizer), times=(times, Times))
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
+        found = type(inputs).__name__
+        raise ValueError(f"inputs are of class {found}; give tensors by name, or a tuple of them")
 
 
 def _given(tensors: Mapping[str, Tensor], dtype: str) -> Iterator[Given]:

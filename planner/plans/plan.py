@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from evoplan.planner.arguments import check_kinds
 from evoplan.planner.plans.sealed import Reader, Sealed, has_state_away
 from evoplan.planner.problems.prediction import Bytes, Prediction, Seconds
 from evoplan.planner.problems.problem import Name, Problem
@@ -143,6 +144,12 @@ class Plan(Sealed):
         if self.costs["time"] not in TIMES:
             raise ValueError(f"costs.time is {self.costs['time']!r}; there are: {', '.join(TIMES)}")
         return self
+
+
+def check_plan(plan: object) -> None:
+    """ValueError where it is no plan of one of our own models."""
+    give = "what make_plan or load_plan returns; a plan of evoplan.fit goes to evoplan.fit(..., plan=plan)"
+    check_kinds(plan=(plan, Plan, give))
 
 
 def _check(plan: Plan) -> None:

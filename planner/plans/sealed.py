@@ -73,8 +73,10 @@ class Reader(Generic[SomePlan]):
             PlanFileError: missing, cut off, altered, of another schema, or not such a plan.
         """
         document = self._read(path)
-        if not isinstance(document, dict) or document.get("format") != self.format:
-            raise PlanFileError(f"{path}: not a plan file; make one with {self.make}")
+        found = _format_of(document)
+        if found != self.format:
+            what = _OTHERS.get(str(found), f"not a plan file; make one with {self.make}")
+            raise PlanFileError(f"{path}: {what}")
         schema = document.get("schema_version")
         if schema != self.schema or not isinstance(schema, int) or isinstance(schema, bool):
             raise PlanFileError(
@@ -96,8 +98,17 @@ class Reader(Generic[SomePlan]):
         except (ValueError, RecursionError) as error:
             raise PlanFileError(f"{path}: schedule: {error}; make it again with {self.make}") from None
 
+    def wrote(self, path: str | Path) -> bool:
+        """Whether a file says that it is of this format."""
+        try:
+            return _format_of(self._read(path)) == self.format
+        except PlanFileError:
+            return False
+
     def _read(self, path: str | Path) -> Any:
         """What the file holds."""
+        if not isinstance(path, str | Path):
+            raise ValueError(f"a plan's file is of class {type(path).__name__}; give its path")
         try:
             with Path(path).open(encoding="utf-8") as file:
                 text = file.read(MOST_CHARACTERS)
@@ -135,6 +146,20 @@ class Reader(Generic[SomePlan]):
         allow_depth(len(schedule.span))
         self.check(plan)
         return plan
+
+
+# What a file is that another reader wants, and where it goes.
+_OTHERS = {
+    "evoplan-plan": "a plan of one of evoplan's own models; `evoplan verify` and `evoplan run` take it, and "
+    "evoplan.apply_plan(stack, evoplan.load_plan(path))",
+    "evoplan-fit": "a plan of a model that somebody else wrote; run that under it with "
+    "evoplan.fit(model, args, plan=path), or look at it with `evoplan show`",
+    "evoplan-certificate": "a certificate, no plan; `python tools/check_certificate.py` checks it",
+}
+
+
+def _format_of(document: Any) -> object:
+    return document.get("format") if isinstance(document, dict) else None
 
 
 def has_state_away(schedule: Sequence) -> bool:

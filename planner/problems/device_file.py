@@ -21,8 +21,11 @@ Seconds = Annotated[float, Field(ge=0, le=1e3)]
 Size = Annotated[int, BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)]
 
 
+IN_A_LINE = r"^[^\x00-\x1f\x7f-\x9f]+$"  # what is printed in one
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # neither true nor "1" is a number
 
 
 class LinkEntry(_Strict):
@@ -41,7 +44,7 @@ class DeviceEntry(_Strict):
         link, host_bandwidth: half of PCI Express 4 where they are not given.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=IN_A_LINE)]
     memory: Annotated[Size, Field(ge=1, le=2**60)] | None
     peak_flops: Annotated[dict[str, Rate], Field(min_length=1)]
     bandwidth: Rate
@@ -92,6 +95,11 @@ def load_device(path: str | Path) -> Device:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a device file or a name") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a device file; see docs/times.md for what one holds") from None
+
+
+def own_device(name: str) -> Device | None:
+    """The device that a file describes, where a device's name is one: it ends in .json."""
+    return load_device(name) if name.endswith(".json") else None
 
 
 def device_entry(device: Device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,7 +24,7 @@ from evoplan.cost_model.devices import DTYPES, Device, Link, link_of
 from evoplan.model.config import InputShape, ModelConfig
 from evoplan.model.data.alignment import alignment_shape, warn_skipped
 from evoplan.model.families import FAMILIES, family_of
-from evoplan.planner.problems.device_file import LinkEntry, device_entry, one_line
+from evoplan.planner.problems.device_file import IN_A_LINE, LinkEntry, device_entry, one_line
 from evoplan.planner.sizes import MOST
 
 Mode = Literal["training", "inference"]
@@ -31,8 +32,7 @@ MEAN_SQUARE = "mean_square"  # of `model.programs.loss`
 Optimizer = Literal["none", "sgd", "adamw"]
 Mixed = Literal["bf16-mixed", "fp16-mixed"]
 AUTOCAST: dict[Mixed, str] = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16"}
-# What is printed in a line.
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=IN_A_LINE)]
 MOST_BLOCKS = 1024  # for which planning takes minutes
 # Samples and rows go one by one through some steps, also where they are only counted.
 MOST_BATCH, MOST_LENGTH = 4096, 2**17
@@ -59,6 +59,16 @@ def _config_of(value: Any) -> ModelConfig:
 
 def _config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {"family": family_of(config).name, **asdict(config)}
+
+
+def _possible_device(value: Device | None) -> Device | None:
+    if value is not None:
+        with one_line():
+            device_entry(value)
+    return value
+
+
+OwnDevice = Annotated[Device | None, AfterValidator(_possible_device)]
 
 
 class Given(BaseModel):
@@ -106,7 +116,7 @@ class Problem(BaseModel):
     mode: Mode = "training"
     optimizer: Optimizer = "adamw"
     device: Name = "cpu"
-    own_device: Device | None = None
+    own_device: OwnDevice = None
     ranks: int = Field(default=1, ge=1)
     link: Link | None = None
     budget_bytes: int | None = Field(default=None, ge=1, le=MOST)
@@ -121,14 +131,6 @@ class Problem(BaseModel):
     def _known_dtype(cls, value: str) -> str:
         if value not in DTYPES:
             raise ValueError(f"unknown dtype {value[:40]!r}; choose one of: {', '.join(DTYPES)}")
-        return value
-
-    @field_validator("own_device")
-    @classmethod
-    def _possible_device(cls, value: Device | None) -> Device | None:
-        if value is not None:
-            with one_line():
-                device_entry(value)
         return value
 
     @field_validator("link")

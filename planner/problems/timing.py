@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from evoplan.cost_model.calibrate import Calibration
 from evoplan.cost_model.machine import default_cache
 from evoplan.cost_model.times import Measured, Roofline, TimeSource
 from evoplan.cost_model.times_cache import MissingTimesError, TimesCache
@@ -32,15 +31,10 @@ def time_source(problem: Problem, times: Times, path: str | None = None) -> Time
     if times == "roofline":
         return Roofline(where, problem.precision, link)
     cache = times_cache(problem, path)
-    constants = cache.calibration(problem.precision) if cache else None
-    if cache is None or constants is None:  # a profile ends with a calibration
+    calibration = cache.calibration(problem.precision) if cache else None
+    if cache is None or calibration is None:  # a profile ends with a calibration
         return None
-    try:
-        device = Calibration(**constants).applied(where, problem.precision)
-    except TypeError:
-        raise ValueError(
-            f"{cache.path}: is no cache of times; delete it or name another with --cache"
-        ) from None
+    device = calibration.applied(where, problem.precision)
     calibrated = Roofline(device, problem.precision, link, "calibrated")
     if times == "calibrated":
         return calibrated
