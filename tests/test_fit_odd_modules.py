@@ -508,3 +508,33 @@ def test_what_results_keep_is_counted(kind: type[nn.Module]) -> None:
         assert_same(expected, step(given))
         found = fitted.verify(given.args, given.kwargs)
         assert 0.97 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.001
+
+
+class ReadsAverages(nn.Module):
+    """Of what another module averages, in a buffer that both have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.averaged = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.averaged.running_mean, self.averaged.running_var = self.read.running_mean, self.read.running_var
+        self.mlp = MLP(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.averaged(torch.tanh(self.read(x))))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_buffers_that_modules_share_are_changed_once(across: bool) -> None:
+    model = nn.Sequential(*(ReadsAverages() for _ in range(4)))
+    if across:
+        for block in model[1:]:
+            block.read.running_mean = block.averaged.running_mean = model[0].read.running_mean
+    given = Case(model.double(), (random(57, 6).requires_grad_(),))
+    expected = step(given, copy.deepcopy(model))
+    before = copy.deepcopy(model.state_dict())
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        model.load_state_dict(before)
+        fitted.replan(budget)
+        assert_same(expected, step(given))

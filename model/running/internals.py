@@ -145,13 +145,14 @@ class Members(NamedTuple):
     `named_parameters` and `named_buffers` give them.
 
     Attributes:
-        tied: further names of parameters, with those that they are listed under.
+        tied, tied_buffers: further names of parameters and of buffers, with those that they are listed under.
     """
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     tied: dict[str, str]
+    tied_buffers: dict[str, str]
 
 
 def members(module: nn.Module) -> Members:
@@ -164,17 +165,19 @@ def members(module: nn.Module) -> Members:
             paths[inner] = path
             below = [(child, f"{path}{name}.") for name, child in inner._modules.items() if child is not None]
             todo += reversed(below)
-    found, known = Members(list(paths), {}, {}, {}), dict[int, str]()
+    found, known = Members(list(paths), {}, {}, {}, {}), dict[int, str]()
     for inner, path in paths.items():
-        for there, own in ((found.parameters, inner._parameters), (found.buffers, inner._buffers)):
+        of_parameters = found.parameters, found.tied, inner._parameters
+        of_buffers = found.buffers, found.tied_buffers, inner._buffers
+        for there, tied, own in (of_parameters, of_buffers):
             for name, tensor in own.items():
                 if tensor is None:
                     continue
                 first = known.setdefault(id(tensor), path + name)
                 if first == path + name:
                     there[first] = tensor
-                elif own is inner._parameters:
-                    found.tied[path + name] = first
+                else:
+                    tied[path + name] = first
     return found
 
 
