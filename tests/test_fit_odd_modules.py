@@ -538,3 +538,26 @@ def test_buffers_that_modules_share_are_changed_once(across: bool) -> None:
         model.load_state_dict(before)
         fitted.replan(budget)
         assert_same(expected, step(given))
+
+
+class OfComplexNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Linear(*sizes, dtype=torch.complex128) for sizes in ((6, 24), (24, 6)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.down(torch.tanh(self.up(z)))
+
+
+def test_complex_states_are_planned() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(OfComplexNumbers() for _ in range(4)))
+    x = torch.complex(random(3, 50, 6), random(3, 50, 6, seed=1)).requires_grad_()
+    given = Case(model, (x,), loss=lambda z: z.abs().square().mean())
+    expected = step(given, copy.deepcopy(model))
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        fitted.replan(budget)
+        assert_same(expected, step(given))
+    assert fitted.verify(given.args).ok
