@@ -561,3 +561,52 @@ def test_complex_states_are_planned() -> None:
         fitted.replan(budget)
         assert_same(expected, step(given))
     assert fitted.verify(given.args).ok
+
+
+class Averages(nn.Module):
+    """A normalisation in plain Python, which writes its statistics in training alone: by a kernel, through
+    `.data`, in place, or anew.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.mlp, self.how = MLP(6), how
+        self.register_buffer("mean", random(6))
+        self.register_buffer("var", random(6, seed=3).square())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.how == "kernel":
+            flat = nn.functional.batch_norm(x.flatten(0, 1), self.mean, self.var, training=True)
+            return x + self.mlp(flat.view_as(x))
+        mean, var = self.mean, self.var
+        if self.training:
+            mean, var = x.detach().mean((0, 1)), x.detach().var((0, 1))
+            if self.how == "anew":
+                self.mean, self.var = 0.9 * self.mean + 0.1 * mean, 0.9 * self.var + 0.1 * var
+            else:
+                there = (t.data if self.how == "data" else t for t in (self.mean, self.var))
+                for average, now in zip(there, (mean, var), strict=True):
+                    average.mul_(0.9).add_(now, alpha=0.1)
+        return x + self.mlp((x - mean) / (var + 1e-3).sqrt())
+
+
+@pytest.mark.parametrize("how", ["kernel", "data", "in place", "anew"])
+def test_statistics_count_once_or_it_is_said_that_they_do_not(how: str) -> None:
+    """Planned in training, they are right; planned in evaluation, that they change then is an error."""
+    model = nn.Sequential(*(Averages(how) for _ in range(4))).double()
+    given = Case(model, (random(3, 19, 6).requires_grad_(),))
+    expected, before = step(given, copy.deepcopy(model)), copy.deepcopy(model.state_dict())
+    for trains in (True, False):
+        fitted = Case(model.train(trains), given.args).fit()
+        least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+        for budget in (least, (least + most) // 2):
+            model.load_state_dict(before)
+            model.train(trains)
+            fitted.replan(budget)
+            model.train()
+            if trains:
+                assert_same(expected, step(given))
+                continue
+            with pytest.raises(ValueError, match=r"mean of [0-3] has changed in a forward.*mode"):
+                step(given)
+        fitted.remove()

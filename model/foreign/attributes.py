@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from evoplan.model.foreign.fingerprints import fingerprint
 from evoplan.model.running.internals import has_data, storage_key
 from evoplan.model.running.unchanged import Mark
 
@@ -135,6 +136,11 @@ def plain_tensors(module: nn.Module) -> dict[str, Mark]:
                 for at, tensor in enumerate(t for t in leaves if not isinstance(t, nn.Parameter)):
                     found[f"{path}.{name}".strip(".") + f"[{at}]" * (at > 0)] = mark_of(tensor)
     return found
+
+
+def values_of(buffers: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Equal for equal values, as far as that is seen: of large ones by their norms."""
+    return {name: _values(buffer) or fingerprint([buffer]) for name, buffer in buffers.items()}
 
 
 def _values(buffer: Tensor) -> bytes | None:

@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoplan.model.foreign.attributes import plain_tensors
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit, keys_of, numbers_in
-from evoplan.model.foreign.writes import given_as, quietly_written
+from evoplan.model.foreign.writes import given_as, written
 from evoplan.model.running.internals import has_saving_hooks, storage_key
 from evoplan.model.running.unchanged import Mark, marks
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator that ran: what tells it from others, whether it draws, the storages that it read, and
-    those that it wrote into without counting it.
+    """One operator that ran: what tells it from others, whether it draws, and the storages that it read and
+    wrote into, counted or not: `.data` counts for nobody else.
     """
 
     about: str
@@ -109,7 +109,7 @@ class Watch(TorchDispatchMode):
         about = about_operator(func, leaves)
         draws = draws_numbers(func, args, kwargs or {})
         read = frozenset([storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-        wrote = frozenset(map(storage_key, quietly_written(func, args, kwargs or {})))
+        wrote = frozenset(map(storage_key, written(func, args, kwargs or {})))
         self.operators.append(Operator(about, draws, read, wrote))
         return out
 

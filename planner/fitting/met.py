@@ -29,6 +29,7 @@ class MetCall:
         attributes: flags and numbers of its modules, as they were before.
         buffers: values of those that it writes into, as they were before.
         others: its other buffers, and `of_others` their marks.
+        values: of the others, where no forward in these modes has shown that it leaves them alone.
         plain: marks of what else it reads that its modules have in attributes.
         random: where the generators stood; None where it has drawn nothing.
         returned: what it returned and did not make, until the caller has it.
@@ -46,6 +47,7 @@ class MetCall:
     of_others: dict[str, Mark]
     plain: dict[str, Mark]
     random: RandomState | None
+    values: dict[str, Any] = field(default_factory=dict)
     returned: list[Any] = field(default_factory=list)
     fingerprint: Fingerprint = ()
 
@@ -61,8 +63,11 @@ class Planned:
 
     Attributes:
         tried: strategies that have been seen to repeat what modules within do.
+        modes: those of its modules that have buffers, of forwards that were seen to write into no others than
+            planned: kernels, and writes through `.data`, count nothing.
     """
 
     module: nn.Module
     forward: Forward
     tried: set[Strategy] = field(default_factory=set)
+    modes: set[tuple[bool, ...]] = field(default_factory=set)

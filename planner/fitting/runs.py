@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.foreign.attributes import Attributes, plain_tensors
+from evoplan.model.foreign.attributes import Attributes, plain_tensors, values_of
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.fingerprints import alike, fingerprint
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
@@ -55,7 +55,8 @@ class CallRuns:
 
     def _look_up(self, call: Call, leaves: Sequence[Any]) -> tuple[MetCall, list[nn.Module]]:
         """A call as it is met, and the block and all modules in it."""
-        module = self.blocks[call.path].module
+        block = self.blocks[call.path]
+        module = block.module
         wanted = tuple(
             at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
         )
@@ -81,6 +82,10 @@ class CallRuns:
             self.plain(call),
             self.random_state(call),
         )
+        modes = tuple(inner.training for inner in found.modules if inner._buffers)
+        if modes not in block.modes:
+            met.values = values_of(others)
+            block.modes.add(modes)
         self.met[call.index] = met
         return met, found.modules
 
@@ -161,11 +166,15 @@ class CallRuns:
                 f"{call.name} draws random numbers, as it did not when the plan was made; fit the model "
                 "again, and have it draw with torch's default generator"
             )
+        now = {name: module.get_buffer(name) for name in met.others}
+        values, met.values = met.values, {}
+        found = values_of(now) if values else {}
         for name, then in met.of_others.items():
-            if mark(name, module.get_buffer(name)) != then:
+            if mark(name, now[name]) != then or found.get(name) != values.get(name):
+                self.blocks[call.path].modes.clear()
                 raise ValueError(
                     f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
-                    "fit the model again"
+                    "fit the model again, in the mode that it is trained in"
                 )
 
     def _inside(self, call: Call, strategy: Strategy, recorded: bool) -> Inside:
