@@ -244,6 +244,19 @@ def has_saving_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def transformed() -> str | None:
+    """What differentiates or batches this code from outside, where no backward does; None: nothing."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func (grad, vjp, jvp, vmap)"
+    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is several at once: under torch.func.vmap, or in a backward with `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Have a tensor be the module's parameter of that name, whether or not it is an `nn.Parameter`."""
     owner, _, last = name.rpartition(".")

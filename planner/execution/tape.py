@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import backward_pass
+from evoplan.model.running.internals import backward_pass, is_batched
 from evoplan.model.running.regions import region
 from evoplan.model.running.remake import Keeping, come_past
 from evoplan.model.running.strategy import Record, Strategy
@@ -164,7 +164,7 @@ class Tape:
 
     def _comes_by(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Backward is about to differentiate a step in autograd's own graph."""
-        refuse_another_derivative(step.name)
+        refuse_another_derivative(step.name, grads)
         keep = self._begin()
         if self._at is not step:  # it may have made several tensors
             self._come_to(step, keep)
@@ -236,14 +236,21 @@ class _StepNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_another_derivative(ctx.step.name)
+        refuse_another_derivative(ctx.step.name, grads)
         found = laid_out(grads)
         del grads
         return (*(None,) * 5, *ctx.tape.backward(ctx.step, found))
 
 
-def refuse_another_derivative(name: str) -> None:
-    """RuntimeError in a backward that is to be differentiated: autograd's own guard sees only some."""
+def refuse_another_derivative(name: str, grads: tuple[Tensor | None, ...]) -> None:
+    """RuntimeError in a backward that is to be differentiated, of which autograd's own guard sees only some;
+    and in one for several gradients at once.
+    """
+    if any(grad is not None and is_batched(grad) for grad in grads):
+        raise RuntimeError(
+            f"{name} runs under a plan, whose gradients are found one at a time (no torch.func, no "
+            "is_grads_batched); call the model without a plan for that"
+        )
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} runs under a plan, whose gradients cannot be differentiated again "

@@ -17,7 +17,7 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.inside import Forward
 from evoplan.model.foreign.leaves import ChangedCallError, numbers_of
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import has_saving_hooks, other_forwards
+from evoplan.model.running.internals import has_saving_hooks, other_forwards, transformed
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.runs import CallRuns
@@ -144,6 +144,10 @@ class _Pass:
                 raise ChangedCallError(
                     f"a checkpoint or other saved-tensor hooks lie around {type(block).__name__}"
                 )
+            if by := transformed():
+                raise ChangedCallError(
+                    f"the model runs under {by}, and a plan is for forward and backward: `remove()` it"
+                )
             call = self._next(block)
             latest = {name: numbers_of(self.state[name]) for name in call.reads if name in self.state}
             leaves = self.runs.accepted(call, args, kwargs, latest)
@@ -208,6 +212,8 @@ class _Pass:
 
     def _changed(self, error: ChangedCallError) -> None:
         if self.patched.on_change == "error":
-            raise ChangedCallError(f"{error}; fit the model again for what it is given now") from None
+            raise ChangedCallError(
+                f"{error}; fit the model again for what it is given now, or with on_change='unplanned'"
+            ) from None
         self.tape.stop_before(self.position)
         self.off = True
