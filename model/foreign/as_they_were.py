@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.capture import PLAIN
+from evoplan.model.running.internals import parametrizations_made_anew
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.unchanged import put_back
 
@@ -34,7 +35,7 @@ def left_as_it_is(model: nn.Module, but: set[nn.Module] | None = None) -> Iterat
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     attributes = {module: _contents(module.__dict__) for module in model.modules()}
     try:
-        with random:
+        with random, parametrizations_made_anew():
             yield
     except BaseException:
         but = set()

@@ -280,6 +280,17 @@ def set_parametrization_cache(count: int) -> None:
     _parametrize._cache_enabled = count
 
 
+@contextmanager
+def parametrizations_made_anew() -> Iterator[None]:
+    """Inside, no `torch.nn.utils.parametrize.cached()` is open, and nothing is kept for those that are."""
+    before = parametrization_cache()
+    set_parametrization_cache(0)
+    try:
+        yield
+    finally:
+        set_parametrization_cache(before)
+
+
 def share_state(view: nn.Module, module: nn.Module) -> None:
     """Give a module another's parameters, buffers, children and hooks by name: the same dictionaries."""
     for name, value in module.__dict__.items():

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from evoplan.cost_model import measure
 from evoplan.model.foreign.as_they_were import own_copies, own_objects
-from evoplan.model.running.internals import leaves_of
+from evoplan.model.running.internals import leaves_of, parametrizations_made_anew
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.unchanged import put_back
 from evoplan.planner.checking.verify import PEAK_FLOOR, PEAK_TOLERANCE, TOLERANCES
@@ -59,7 +59,7 @@ def verify_fit(
     model = fitting.model
     args, kwargs = own_copies((tuple(args), dict(kwargs)))
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _wants(leaf)]
-    with _restored(model) as gradients:
+    with _restored(model) as gradients, parametrizations_made_anew():
         step = _Step(fitting, args, dict(kwargs), leaves, gradients)
         planned_peak, planned_loss, planned = step.measured()
         patched.remove()
