@@ -526,7 +526,7 @@ MUTANTS = [
     Mutant(
         "fit-autograd-as-met",
         "planner/fitting/runs.py",
-        "with self._as_met(call), met.parameters.installed(), met.context:",
+        "with self.blocks[call.path].lock, self._as_met(call), met.parameters.installed(), met.context:",
         "with nullcontext():",
         "a block that autograd runs again finds other weights, modes and settings than forward did",
         ("fit_redone.py",),
@@ -802,6 +802,22 @@ MUTANTS = [
         "                pass",
         "fitting a model changes its attributes",
         ("fit_rehearsal.py",),
+    ),
+    Mutant(
+        "fit-threads",
+        "planner/fitting/patched.py",
+        "self._lock = ExitStack(), threading.RLock()",
+        "self._lock = ExitStack(), ExitStack()",
+        "of two threads in a block each puts back what the other has put there",
+        ("fit_loops.py::test_threads_leave_nothing_in_modules",),
+    ),
+    Mutant(
+        "fit-undone",
+        "planner/fitting/patched.py",
+        "            self.runs.undo(call)\n",
+        "",
+        "a block that returned something else draws, counts and writes twice",
+        ("fit_loops.py::test_blocks_that_return_something_else_run_as_written",),
     ),
     Mutant(
         "shared-buffers",

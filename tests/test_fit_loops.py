@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import random as python_random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import evoplan
 from evoplan.model.foreign.leaves import ChangedCallError
@@ -25,7 +27,7 @@ from evoplan.planner.fitting.fitted import Fitted
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.test_fit import assert_same, chain_of, step
-from tests.zoo import GPT, Block, Case, case, random
+from tests.zoo import GPT, MLP, Block, Case, case, random
 
 Loop = Callable[[nn.Module, Case], dict[str, Tensor]]
 
@@ -764,3 +766,128 @@ def test_torch_func_around_a_fitted_model_is_refused_or_unplanned() -> None:
     y = x.clone().requires_grad_()
     with fitted(given, share=0), pytest.raises(RuntimeError, match="found one at a time"):
         torch.autograd.grad(model(y), y, torch.ones(2, *y.shape), is_grads_batched=True)
+
+
+class Answers(nn.Module):
+    """Blocks that return something else, and what takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting(8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            made = block(x)
+            if isinstance(made, dict | tuple):
+                made = sum(made.values() if isinstance(made, dict) else made)
+            x = x * 2 if made is None else x + made[:, :1]
+        return x
+
+
+class Counting(Block):
+    answer: Any = staticmethod(lambda y: y)
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, dropout=0.2)
+        self.norm1, self.calls = nn.BatchNorm1d(5), 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.answer(super().forward(x))
+
+
+ANSWERS = [lambda y: (y,), lambda y: {"b": y}, lambda y: None, lambda y: (y, y * 2), lambda y: y[:, :3]]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_blocks_that_return_something_else_run_as_written(answer: Callable[[Tensor], Any], at: int) -> None:
+    def alone(strategy: Strategy) -> Sequence:
+        return Sequence(tuple(Run(step, strategy) for step in range(4)))
+
+    torch.manual_seed(0)
+    given = Case(Answers().double(), (random(2, 5, 8).requires_grad_(),))
+    chain = chain_of(given)
+    changed = copy.deepcopy(given.model)
+    changed.blocks[at].answer = answer
+    expected = step(given, copy.deepcopy(changed))
+    over_all = Sequence((Checkpoint(alone(WHOLE), (WHOLE,) * 4),))
+    later = Checkpoint(Sequence((Run(2, WHOLE), Run(3, WHOLE))), (WHOLE,) * 2)
+    inside = alone(Strategy("whole", within=(("mlp", "redo"),)))
+    for schedule in (over_all, Sequence((Run(0, WHOLE), Run(1, WHOLE), later)), inside, alone(WHOLE)):
+        model = copy.deepcopy(changed)
+        Patched(model, chain, schedule, "unplanned").install()
+        assert_same(expected, step(given, model))
+        assert [block.calls for block in model.blocks] == [1] * 4
+    model = copy.deepcopy(changed)
+    Patched(model, chain, over_all).install()
+    with pytest.raises(ChangedCallError, match=f"blocks.{at} returns something else.*fit the model again"):
+        step(given, model)
+
+
+class Meeting(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mlp = self.Meets(width)
+
+    class Meets(MLP):
+        meets: Any = staticmethod(lambda: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.meets()
+            return super().forward(x)
+
+
+def test_threads_leave_nothing_in_modules() -> None:
+    """One comes later into a module that runs otherwise, and goes later, if it may."""
+    given = Case(nn.Sequential(*(Meeting(8) for _ in range(2))).double(), (random(2, 5, 8),))
+    model, chain = given.model, chain_of(given)
+    within = Strategy("whole", within=(("mlp", "redo"),))
+    patched = Patched(model, chain, Sequence(tuple(Run(at, within) for at in range(2))))
+    patched.install()
+    first, second, gone = threading.Event(), threading.Event(), threading.Event()
+
+    def meet() -> None:
+        own, other = (
+            (first, second) if threading.current_thread() is threading.main_thread() else (second, gone)
+        )
+        own.set()
+        other.wait(0.3)
+
+    def run() -> None:
+        first.wait()
+        model(*given.args)
+
+    model[0].mlp.meets, model[1].mlp.meets = meet, gone.set
+    thread = threading.Thread(target=run)
+    thread.start()
+    model(*given.args)
+    thread.join()
+    patched.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("around", ["weight_norm", "orthogonal", "spectral_norm"])
+def test_parametrizations_that_are_cached(around: str) -> None:
+    """What is made anew in a block is the same, unless buffers change: that is told."""
+
+    def loop(model: nn.Module) -> dict[str, Tensor]:
+        with parametrize.cached():
+            (model(*given.args).square().mean() + model(given.args[0] * 2).square().mean()).backward()
+        return gradients(model) | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(8) for _ in range(4))).double()
+    for block in model:
+        getattr(nn.utils.parametrizations, around)(block.mlp.up)
+    given = Case(model, (random(2, 5, 8),))
+    expected = loop(copy.deepcopy(model))
+    with parametrize.cached():
+        under = given.fit()
+        assert under.verify(given.args).max_gradient_error < 1e-12
+    under.replan(under.plan.least_feasible_bytes)
+    if around == "spectral_norm":
+        with pytest.raises(ChangedCallError, match="has parametrizations that change buffers"):
+            loop(model)
+    else:
+        assert_same(expected, loop(model))

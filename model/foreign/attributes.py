@@ -35,12 +35,16 @@ class Attributes:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._found = [(own.__dict__, _copy(own.__dict__)) for own in modules]
 
+    def put(self) -> None:
+        """Have the modules have these attributes from now on."""
+        for own, then in self._found:
+            _put(own, then)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The modules with these attributes; afterwards with those that they have now."""
         present = [(own, _copy(own)) for own, _ in self._found]
-        for own, then in self._found:
-            _put(own, then)
+        self.put()
         try:
             yield
         finally:

@@ -134,8 +134,11 @@ class Tape:
             self._records.pop()
 
     def stop_before(self, step: int) -> None:
-        """The forward goes on without the plan: an open checkpoint ends here."""
+        """The forward goes on without the plan: an open checkpoint ends here, or does not begin."""
         top = self._records[-1] if self._records else None
+        while isinstance(top, _KeptEntry) and top.part.span.start == step:
+            self._records.pop()
+            top = self._records[-1] if self._records else None
         if isinstance(top, _KeptEntry) and top.part.span.stop > step > top.part.span.start:
             body = shortened(top.part.body, step)
             part = Checkpoint(body, top.part.discard[: len(body.span)])

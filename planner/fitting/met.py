@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +64,7 @@ class Planned:
     """A block and its own forward, as it was before it was planned.
 
     Attributes:
+        lock: of the model: one thread at a time runs a block, or patches it.
         tried: strategies that have been seen to repeat what modules within do.
         modes: those of its modules that have buffers, of forwards that were seen to write into no others than
             planned: kernels, and writes through `.data`, count nothing.
@@ -69,5 +72,6 @@ class Planned:
 
     module: nn.Module
     forward: Forward
+    lock: AbstractContextManager[object] = field(default_factory=RLock)
     tried: set[Strategy] = field(default_factory=set)
     modes: set[tuple[bool, ...]] = field(default_factory=set)

@@ -23,7 +23,7 @@ from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
-from evoplan.model.running.unchanged import Mark, changed, check, mark, marks
+from evoplan.model.running.unchanged import Mark, changed, check, mark, marks, put_back
 from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.fitting.met import MetCall, Planned
 from evoplan.planner.schedules.schedule import Action
@@ -48,7 +48,8 @@ class CallRuns:
 
     def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
         """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""
-        met, modules = self._look_up(call, leaves)
+        with self.blocks[call.path].lock:
+            met, modules = self._look_up(call, leaves)
         if any(inner._forward_hooks for inner in modules[1:]):
             self.cut_off(call)
         return *(leaves[at] for at in met.wanted), *met.parameters.trained.values()
@@ -108,14 +109,26 @@ class CallRuns:
         """What such a step returns, called with arguments of these leaves."""
         block = self.blocks[call.path]
         inside = self._inside(call, strategy, recorded=True)
-        if not strategy.modules:
-            with inside.recording(block.forward) as recording:
-                return recording(*args, **kwargs)
+        with block.lock:
+            if not strategy.modules:
+                with inside.recording(block.forward) as recording:
+                    return recording(*args, **kwargs)
+            return self._run_by_autograd(call, inside, args, kwargs, leaves)
+
+    def _run_by_autograd(
+        self,
+        call: Call,
+        inside: Inside,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+    ) -> Any:
+        """A block that autograd runs again."""
         self._look_up(call, leaves)
         met = self.met[call.index]
         met.given = []  # autograd holds them, and sees whether they are written into
         inside.around = partial(self._once_more, call)
-        with met.context, inside.recording(block.forward) as recording:
+        with met.context, inside.recording(self.blocks[call.path].forward) as recording:
             result = recording(*args, **kwargs)
         self._has_run(call)
         met.random = None  # what runs again has its own
@@ -126,8 +139,16 @@ class CallRuns:
         """What a block that autograd runs again has to find as forward found it."""
         met = self.met[call.index]
         met.parameters.check(call.name)
-        with self._as_met(call), met.parameters.installed(), met.context:
+        with self.blocks[call.path].lock, self._as_met(call), met.parameters.installed(), met.context:
             yield
+
+    def undo(self, call: Call) -> None:
+        """Have the block be as it was met, for another run."""
+        met, module = self.met[call.index], self.blocks[call.path].module
+        met.attributes.put()
+        put_back((module.get_buffer(name), value) for name, value in met.buffers.items())
+        if met.random is not None:
+            met.random.reset()
 
     def cut_off(self, call: Call) -> None:
         """Say what becomes of hooks within a block."""
@@ -150,10 +171,11 @@ class CallRuns:
     ) -> tuple[Record | None, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
-        kept, made, met.returned = self._run(call, strategy, recorded, state)
-        if not recorded or not met.differentiable:
-            met.fingerprint = fingerprint(made)
-        self._has_run(call)
+        with self.blocks[call.path].lock:
+            kept, made, met.returned = self._run(call, strategy, recorded, state)
+            if not recorded or not met.differentiable:
+                met.fingerprint = fingerprint(made)
+            self._has_run(call)
         return kept, made
 
     def _has_run(self, call: Call) -> None:
@@ -163,8 +185,8 @@ class CallRuns:
             met.random = None
         if met.random is not None and not call.draws:
             raise ValueError(
-                f"{call.name} draws random numbers, as it did not when the plan was made; fit the model "
-                "again, and have it draw with torch's default generator"
+                f"{call.name} draws random numbers, as it did not when the plan was made, or another thread "
+                "has drawn; fit the model again, and have it draw with torch's default generator"
             )
         now = {name: module.get_buffer(name) for name in met.others}
         values, met.values = met.values, {}
@@ -194,6 +216,7 @@ class CallRuns:
         leaves, forward = self.leaves(call, state), block.forward
         with met.context:
             inside = self._inside(call, strategy, recorded)
+            inside.around = lambda: met.context
             if recorded and met.differentiable:
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, inside)
                 made, returned = kept.take()
@@ -221,7 +244,8 @@ class CallRuns:
         met = self.met[call.index]
         assert action.run is not None
         met.parameters.check(call.name)
-        with self._as_met(call), met.parameters.installed(), met.random or nullcontext():
+        block = self.blocks[call.path]
+        with block.lock, self._as_met(call), met.parameters.installed(), met.random or nullcontext():
             kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
         if not alike(fingerprint(made), met.fingerprint):
             raise RuntimeError(
@@ -247,7 +271,7 @@ class CallRuns:
     ) -> tuple[Tensor | None, ...]:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
-        with self._as_met(call):
+        with self.blocks[call.path].lock, self._as_met(call):
             of_inputs, of_parameters = kept.vjp(grads, keep)
         return (
             *(of_inputs.get(at) for at in met.wanted),
