@@ -175,7 +175,7 @@ class CallTracing:
             return self._discards[strategy]
         base = self.trace.live_bytes
         self.trace.reset()
-        with torch.no_grad(), self.casting():
+        with torch.no_grad(), self.casting(), self.call.others or nullcontext():
             discarded(self.call, self.module.forward, self.leaves, self._inside(strategy))
         found = self._discards[strategy] = self.trace.peak_bytes - base, self.trace.work()
         return found
@@ -217,7 +217,7 @@ class CallTracing:
         discard_bytes, discard_work = self._discarded(strategy)
         inside, parameters = self._inside(strategy), Parameters(self.module)
         trace.reset()
-        with self.casting():
+        with self.casting(), call.others or nullcontext():
             about = call, self.module.forward, self.leaves, call.wanted, parameters, inside
             run = CallRun(*about) if as_written is None else AutogradsRun(*about, as_written)
         number_bytes = trace.kept_number_bytes
@@ -246,7 +246,7 @@ class CallTracing:
         if trace.live_bytes != base:
             raise CaptureError(
                 f"{call.name}, or a hook in it, keeps tensors when it has run; they would be cut off from "
-                "the rest of the graph: have it return them"
+                "the rest of the graph: have it return them, and modules keep what functions do by lru_cache"
             )
         of_bytes = forward_bytes, preserved_bytes, backward_bytes, discard_bytes
         works = discard_work, forward_work, backward_work

@@ -19,6 +19,7 @@ from evoplan.model.foreign.watching import about_operator, draws_numbers, operan
 from evoplan.model.foreign.writes import written
 from evoplan.model.running.context import autocast_dtype
 from evoplan.model.running.internals import storage_key
+from evoplan.model.running.random_state import OtherState
 from evoplan.model.running.unchanged import marks
 
 
@@ -50,10 +51,14 @@ class ChildWatch(TorchDispatchMode):
     Args:
         block: without data; its modules' forwards are written over.
         clock: predicted seconds of what has run so far.
+        others: whether something in it draws from Python's or NumPy's generators.
     """
 
-    def __init__(self, block: nn.Module, trace: Trace, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, block: nn.Module, trace: Trace, clock: Callable[[], float], others: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.others = others
         self.trace, self.clock = trace, clock
         self.found: dict[str, Child] = {}
         self.wants_more = False  # a gradient of something that the block is not given
@@ -92,7 +97,10 @@ class ChildWatch(TorchDispatchMode):
         self._open.append(frame)
         for tensor in given:
             self._given.setdefault(storage_key(tensor), set()).add(path)
+        others = OtherState() if self.others else None
         result = forward(*args, **kwargs)
+        if others is not None and others.moved():
+            frame.draws.append(None)
         self._open.pop()
         now, structure_now = pytree.tree_flatten((args, dict(kwargs)))
         if structure_now != structure or list(map(id, now)) != list(map(id, leaves)):

@@ -123,7 +123,8 @@ def _watched(
 ) -> dict[str, Child]:
     with simulated(device, where=where) as trace, real_tensors_too():
         copy = fake_copy(module, where=where)
-        watch = ChildWatch(copy, trace, lambda: seconds(trace.work(), device, precision))
+        others = call.others is not None
+        watch = ChildWatch(copy, trace, lambda: seconds(trace.work(), device, precision), others)
         leaves = [
             argument.value if isinstance(argument, Value) else argument.layout.empty(where)
             for argument in call.arguments
@@ -132,7 +133,7 @@ def _watched(
             leaves[at].requires_grad_()
         args, kwargs = call.arguments_from(leaves)
         trace.reset()
-        with torch.enable_grad(), casting(), watch:
+        with torch.enable_grad(), casting(), call.others or nullcontext(), watch:
             watch.run(SELF, copy, copy.forward, args, kwargs)
     if watch.wants_more:
         raise CaptureError(

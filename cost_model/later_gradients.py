@@ -21,7 +21,7 @@ class LaterGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *made: Tensor) -> Tensor:
         ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in made]
-        return made[0].new_zeros(())
+        return made[0].new_zeros((), dtype=made[0].dtype.to_real())  # as a root has to be
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:

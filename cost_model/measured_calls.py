@@ -15,11 +15,11 @@ from evoplan.cost_model.calls import discarding
 from evoplan.cost_model.casting import Casting
 from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.steps import StepCost
+from evoplan.model.foreign.as_they_were import left_as_it_is
 from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured
 from evoplan.model.foreign.inside import ALL_AGAIN, Inside
-from evoplan.model.foreign.rehearsal import left_as_it_is
 from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.strategy import Strategy

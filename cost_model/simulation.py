@@ -12,6 +12,7 @@ from evoplan.cost_model.fakes import fake_tensors
 from evoplan.cost_model.meta_calls import MetaCalls
 from evoplan.cost_model.scratch import CpuScratch
 from evoplan.cost_model.trace import Trace
+from evoplan.model.running.internals import parametrizations_made_anew
 from evoplan.model.running.pieces import sampled_pieces
 
 _CALLS = MetaCalls()  # of all traces of this process
@@ -48,6 +49,7 @@ def _simulated(device: Device | None, kind: type[SomeTrace], where: str) -> Iter
     scratch = CpuScratch() if device is not None and device.kind == "cpu" else None
     with (
         garbage_left(),
+        parametrizations_made_anew(),
         fake_tensors() if where == "cpu" else nullcontext(),
         kind(blocks, scratch, _CALLS) as trace,
         sampled_pieces(trace),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random as python_random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import evoplan
+from evoplan.model.foreign.leaves import ChangedCallError
 from evoplan.model.running.kinds import WHOLE
 from evoplan.model.running.strategy import Strategy
 from evoplan.model.running.unchanged import ChangedError
@@ -23,7 +27,7 @@ from evoplan.planner.fitting.fitted import Fitted
 from evoplan.planner.fitting.patched import Patched
 from evoplan.planner.schedules.schedule import Checkpoint, Run, Sequence
 from tests.test_fit import assert_same, chain_of, step
-from tests.zoo import GPT, Block, Case, case, random
+from tests.zoo import GPT, MLP, Block, Case, case, random
 
 Loop = Callable[[nn.Module, Case], dict[str, Tensor]]
 
@@ -483,8 +487,10 @@ def test_adapters_switched_between_two_forwards_are_what_they_were_in_each(other
 
 
 class Draws(Block):
+    draws = False
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(np.random.rand())
+        return super().forward(x) * (float(np.random.rand()) if self.draws else 1.0)
 
 
 class Remembers(Block):
@@ -507,8 +513,51 @@ def test_what_would_do_otherwise_when_it_runs_again_is_an_error(kind: type[Block
     chain = chain_of(given)
     whole = Checkpoint(Sequence(tuple(Run(at, WHOLE) for at in range(4))), (WHOLE,) * 4)
     Patched(given.model, chain, Sequence((whole,))).install()
+    for block in given.model.blocks:
+        block.draws = True
     with pytest.raises((ValueError, RuntimeError), match=says):
         step(given)
+
+
+class DrawsItsWay(Block):
+    """How often and of how much, by generators that are not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(python_random.randint(0, 2)):
+            x = torch.tanh(x) * float(np.random.rand())
+        y = super().forward(x[:, int(np.random.randint(3)) :])
+        return x + self.drawn(y).mean(1, keepdim=True)
+
+    def drawn(self, x: Tensor) -> Tensor:
+        return x.sin() if python_random.random() < 0.5 else x
+
+
+class InAModule(DrawsItsWay):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.inner = DrawsItsWay(width)
+
+    def drawn(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x).sin()).exp()
+
+
+@pytest.mark.parametrize("kind", [DrawsItsWay, InAModule])
+def test_what_other_generators_decide_is_decided_so_again(kind: type[Block]) -> None:
+    def seeded(model: nn.Module, seed: int) -> dict[str, Tensor]:
+        python_random.seed(seed)
+        np.random.seed(seed)
+        return step(given, model)
+
+    given = odd(kind)
+    expected = [seeded(copy.deepcopy(given.model), seed) for seed in range(4)]
+    before = python_random.getstate(), np.random.get_state()[2]
+    for share in (0.0, 0.5):
+        with fitted(given, share=share) as under:
+            assert (python_random.getstate(), np.random.get_state()[2]) == before
+            assert "draws from Python's or NumPy's generator" in under.plan.notes[0]
+            for seed, found in enumerate(expected):
+                assert_same(found, seeded(given.model, seed))
+        before = python_random.getstate(), np.random.get_state()[2]
 
 
 def test_parameters_hooks_run_once() -> None:
@@ -646,3 +695,199 @@ def test_compiled_around() -> None:
         compiled = torch.compile(given.model, backend="eager")
         got = {name.removeprefix("_orig_mod."): t for name, t in step(given, compiled).items()}
         assert_same(expected, got, 1e-5)
+
+
+class Forces(nn.Module):
+    """Of an energy, which blocks make of where things are; or each block's own."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.blocks, self.each = nn.ModuleList(Descends(each) for _ in range(4)), each
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        return y if self.each else torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+
+
+class Descends(Block):
+    def __init__(self, along: bool) -> None:
+        super().__init__(8)
+        self.along = along
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return x - torch.autograd.grad(y.square().sum(), x, create_graph=True)[0] if self.along else y
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_models_that_differentiate_their_blocks_are_refused(each: bool) -> None:
+    given = Case(Forces(each).double(), (random(2, 5, 8),))
+    with pytest.raises(evoplan.CaptureError, match=r"blocks.0 is differentiated before .* are over"):
+        given.fit()
+
+
+def test_losses_may_differentiate_what_blocks_have_made() -> None:
+    def loss(y: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(y.pow(3).sum(), y, create_graph=True)
+        return found.square().sum()
+
+    blocks = nn.Sequential(*(Block(8) for _ in range(3))).double()
+    given = Case(blocks, (random(2, 5, 8),), loss=loss)
+    expected = step(given, copy.deepcopy(blocks))
+    with fitted(given, share=0):
+        assert_same(expected, step(given))
+
+
+def test_torch_func_around_a_fitted_model_is_refused_or_unplanned() -> None:
+    model, x = nn.Sequential(*(Block(8) for _ in range(3))).double(), random(2, 5, 8)
+    calls = {
+        "grad": lambda: torch.func.grad(lambda y: model(y).square().sum())(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,))[1],
+        "vmap": lambda: torch.func.vmap(model)(x[None].expand(2, -1, -1, -1)),
+    }
+
+    def forward_mode() -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            return torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+
+    calls["forward mode"] = forward_mode
+    expected = {name: call().detach() for name, call in calls.items()}
+    given = Case(model, (x,))
+    with fitted(given, share=0):
+        for call in calls.values():
+            with pytest.raises(ChangedCallError, match="a plan is for forward and backward"):
+                call()
+    with fitted(given, share=0, on_change="unplanned"):
+        assert_same(expected, {name: call().detach() for name, call in calls.items()})
+    y = x.clone().requires_grad_()
+    with fitted(given, share=0), pytest.raises(RuntimeError, match="found one at a time"):
+        torch.autograd.grad(model(y), y, torch.ones(2, *y.shape), is_grads_batched=True)
+
+
+class Answers(nn.Module):
+    """Blocks that return something else, and what takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting(8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            made = block(x)
+            if isinstance(made, dict | tuple):
+                made = sum(made.values() if isinstance(made, dict) else made)
+            x = x * 2 if made is None else x + made[:, :1]
+        return x
+
+
+class Counting(Block):
+    answer: Any = staticmethod(lambda y: y)
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, dropout=0.2)
+        self.norm1, self.calls = nn.BatchNorm1d(5), 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.answer(super().forward(x))
+
+
+ANSWERS = [lambda y: (y,), lambda y: {"b": y}, lambda y: None, lambda y: (y, y * 2), lambda y: y[:, :3]]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_blocks_that_return_something_else_run_as_written(answer: Callable[[Tensor], Any], at: int) -> None:
+    def alone(strategy: Strategy) -> Sequence:
+        return Sequence(tuple(Run(step, strategy) for step in range(4)))
+
+    torch.manual_seed(0)
+    given = Case(Answers().double(), (random(2, 5, 8).requires_grad_(),))
+    chain = chain_of(given)
+    changed = copy.deepcopy(given.model)
+    changed.blocks[at].answer = answer
+    expected = step(given, copy.deepcopy(changed))
+    over_all = Sequence((Checkpoint(alone(WHOLE), (WHOLE,) * 4),))
+    later = Checkpoint(Sequence((Run(2, WHOLE), Run(3, WHOLE))), (WHOLE,) * 2)
+    inside = alone(Strategy("whole", within=(("mlp", "redo"),)))
+    for schedule in (over_all, Sequence((Run(0, WHOLE), Run(1, WHOLE), later)), inside, alone(WHOLE)):
+        model = copy.deepcopy(changed)
+        Patched(model, chain, schedule, "unplanned").install()
+        assert_same(expected, step(given, model))
+        assert [block.calls for block in model.blocks] == [1] * 4
+    model = copy.deepcopy(changed)
+    Patched(model, chain, over_all).install()
+    with pytest.raises(ChangedCallError, match=f"blocks.{at} returns something else.*fit the model again"):
+        step(given, model)
+
+
+class Meeting(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mlp = self.Meets(width)
+
+    class Meets(MLP):
+        meets: Any = staticmethod(lambda: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.meets()
+            return super().forward(x)
+
+
+def test_threads_leave_nothing_in_modules() -> None:
+    """One comes later into a module that runs otherwise, and goes later, if it may."""
+    given = Case(nn.Sequential(*(Meeting(8) for _ in range(2))).double(), (random(2, 5, 8),))
+    model, chain = given.model, chain_of(given)
+    within = Strategy("whole", within=(("mlp", "redo"),))
+    patched = Patched(model, chain, Sequence(tuple(Run(at, within) for at in range(2))))
+    patched.install()
+    first, second, gone = threading.Event(), threading.Event(), threading.Event()
+
+    def meet() -> None:
+        own, other = (
+            (first, second) if threading.current_thread() is threading.main_thread() else (second, gone)
+        )
+        own.set()
+        other.wait(0.3)
+
+    def run() -> None:
+        first.wait()
+        model(*given.args)
+
+    model[0].mlp.meets, model[1].mlp.meets = meet, gone.set
+    thread = threading.Thread(target=run)
+    thread.start()
+    model(*given.args)
+    thread.join()
+    patched.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("around", ["weight_norm", "orthogonal", "spectral_norm"])
+def test_parametrizations_that_are_cached(around: str) -> None:
+    """What is made anew in a block is the same, unless buffers change: that is told."""
+
+    def loop(model: nn.Module) -> dict[str, Tensor]:
+        with parametrize.cached():
+            (model(*given.args).square().mean() + model(given.args[0] * 2).square().mean()).backward()
+        return gradients(model) | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(8) for _ in range(4))).double()
+    for block in model:
+        getattr(nn.utils.parametrizations, around)(block.mlp.up)
+    given = Case(model, (random(2, 5, 8),))
+    expected = loop(copy.deepcopy(model))
+    with parametrize.cached():
+        under = given.fit()
+        assert under.verify(given.args).max_gradient_error < 1e-12
+    under.replan(under.plan.least_feasible_bytes)
+    if around == "spectral_norm":
+        with pytest.raises(ChangedCallError, match="has parametrizations that change buffers"):
+            loop(model)
+    else:
+        assert_same(expected, loop(model))

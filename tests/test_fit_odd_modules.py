@@ -508,3 +508,106 @@ def test_what_results_keep_is_counted(kind: type[nn.Module]) -> None:
         assert_same(expected, step(given))
         found = fitted.verify(given.args, given.kwargs)
         assert 0.97 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.001
+
+
+class ReadsAverages(nn.Module):
+    """Of what another module averages, in a buffer that both have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.averaged = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.mlp = MLP(6)
+        self.double()  # which makes two of a buffer that has two names
+        self.averaged.running_mean, self.averaged.running_var = self.read.running_mean, self.read.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.averaged(torch.tanh(self.read(x))))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_buffers_that_modules_share_are_changed_once(across: bool) -> None:
+    model = nn.Sequential(*(ReadsAverages() for _ in range(4)))
+    if across:
+        for block in model[1:]:
+            block.read.running_mean = block.averaged.running_mean = model[0].read.running_mean
+    given = Case(model, (random(57, 6).requires_grad_(),))
+    expected = step(given, copy.deepcopy(model))
+    chain = chain_of(given)
+    together = Checkpoint(Sequence(tuple(Run(at, WHOLE) for at in range(4))), (WHOLE,) * 4)
+    each = (Run(at, Strategy("whole", within=((SELF, "redo"),))) for at in range(4))
+    for schedule in (Sequence((together,)), Sequence(tuple(each))):
+        planned = copy.deepcopy(model)
+        Patched(planned, chain, schedule).install()
+        assert_same(expected, step(given, planned))
+
+
+class OfComplexNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Linear(*sizes, dtype=torch.complex128) for sizes in ((6, 24), (24, 6)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.down(torch.tanh(self.up(z)))
+
+
+def test_complex_states_are_planned() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(OfComplexNumbers() for _ in range(4)))
+    x = torch.complex(random(3, 50, 6), random(3, 50, 6, seed=1)).requires_grad_()
+    given = Case(model, (x,), loss=lambda z: z.abs().square().mean())
+    expected = step(given, copy.deepcopy(model))
+    fitted = given.fit()
+    least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+    for budget in (least, (least + most) // 2):
+        fitted.replan(budget)
+        assert_same(expected, step(given))
+    assert fitted.verify(given.args).ok
+
+
+class Averages(nn.Module):
+    """A normalisation in plain Python, which writes its statistics in training alone: by a kernel, through
+    `.data`, in place, or anew.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.mlp, self.how = MLP(6), how
+        self.register_buffer("mean", random(6))
+        self.register_buffer("var", random(6, seed=3).square())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.how == "kernel":
+            flat = nn.functional.batch_norm(x.flatten(0, 1), self.mean, self.var, training=True)
+            return x + self.mlp(flat.view_as(x))
+        mean, var = self.mean, self.var
+        if self.training:
+            mean, var = x.detach().mean((0, 1)), x.detach().var((0, 1))
+            if self.how == "anew":
+                self.mean, self.var = 0.9 * self.mean + 0.1 * mean, 0.9 * self.var + 0.1 * var
+            else:
+                there = (t.data if self.how == "data" else t for t in (self.mean, self.var))
+                for average, now in zip(there, (mean, var), strict=True):
+                    average.mul_(0.9).add_(now, alpha=0.1)
+        return x + self.mlp((x - mean) / (var + 1e-3).sqrt())
+
+
+@pytest.mark.parametrize("how", ["kernel", "data", "in place", "anew"])
+def test_statistics_count_once_or_it_is_said_that_they_do_not(how: str) -> None:
+    """Planned in training, they are right; planned in evaluation, that they change then is an error."""
+    model = nn.Sequential(*(Averages(how) for _ in range(4))).double()
+    given = Case(model, (random(3, 19, 6).requires_grad_(),))
+    expected, before = step(given, copy.deepcopy(model)), copy.deepcopy(model.state_dict())
+    for trains in (True, False):
+        fitted = Case(model.train(trains), given.args).fit()
+        least, most = fitted.plan.least_feasible_bytes, fitted.plan.predicted.peak_bytes
+        for budget in (least, (least + most) // 2):
+            model.load_state_dict(before)
+            model.train(trains)
+            fitted.replan(budget)
+            model.train()
+            if trains:
+                assert_same(expected, step(given))
+                continue
+            with pytest.raises(ValueError, match=r"mean of [0-3] has changed in a forward.*mode"):
+                step(given)
+        fitted.remove()

@@ -27,6 +27,7 @@ from evoplan.model.running.internals import (
     has_hooks,
     has_saving_hooks,
     holders,
+    is_batched,
     is_plain,
     is_tracked,
     leaves_of,
@@ -35,11 +36,13 @@ from evoplan.model.running.internals import (
     other_forwards,
     own_view,
     parametrization_cache,
+    parametrizations_made_anew,
     put_buffer,
     put_parameter,
     set_parametrization_cache,
     share_state,
     storage_key,
+    transformed,
     without_graph,
     without_hooks,
 )
@@ -499,3 +502,35 @@ def test_gradients_of_an_edge_are_those_of_autograd(keep: bool) -> None:
         gradients_of(edge, [x], grad, False)
     with pytest.raises(RuntimeError, match="second time"):
         gradients_of(edge, [x], grad, False)
+
+
+def test_what_differentiates_or_batches_from_outside_is_seen() -> None:
+    x, seen = torch.randn(3), list[str | None]()
+
+    def noted(x: Tensor) -> Tensor:
+        seen.append(transformed())
+        return x.sin().sum()
+
+    torch.func.grad(noted)(x)
+    torch.func.vmap(noted)(x)
+    with torch.autograd.forward_ad.dual_level():
+        noted(x)
+    noted(x.requires_grad_()).backward()
+    assert [None if said is None else said[:7] for said in seen] == ["torch.f"] * 2 + ["forward", None]
+
+    found = list[bool]()
+    y = x.sin()
+    y.register_hook(lambda grad: found.append(is_batched(grad)))
+    torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True, retain_graph=True)
+    torch.func.vmap(lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0])(torch.ones(2, 3))
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert found == [True, True, False]
+
+
+def test_parametrizations_are_made_anew_where_that_is_asked_for() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    with parametrize.cached():
+        before = layer.weight
+        with parametrizations_made_anew():
+            assert layer.weight is not layer.weight
+        assert layer.weight is before

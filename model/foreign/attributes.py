@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from evoplan.model.foreign.fingerprints import fingerprint
 from evoplan.model.running.internals import has_data, storage_key
 from evoplan.model.running.unchanged import Mark
 
@@ -34,12 +35,16 @@ class Attributes:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._found = [(own.__dict__, _copy(own.__dict__)) for own in modules]
 
+    def put(self) -> None:
+        """Have the modules have these attributes from now on."""
+        for own, then in self._found:
+            _put(own, then)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The modules with these attributes; afterwards with those that they have now."""
         present = [(own, _copy(own)) for own, _ in self._found]
-        for own, then in self._found:
-            _put(own, then)
+        self.put()
         try:
             yield
         finally:
@@ -127,14 +132,39 @@ def mark_of(tensor: Tensor) -> Mark:
 
 def plain_tensors(module: nn.Module) -> dict[str, Mark]:
     """Marks of the tensors that modules have in their attributes, neither parameters nor buffers."""
-    found: dict[str, Mark] = {}
+    return {name: mark_of(tensor) for name, tensor in tensors_in_attributes(module).items()}
+
+
+def counted_tensors(model: nn.Module) -> dict[str, int]:
+    """How many tensors without a graph each module has, by its path, in its own attributes and buffers."""
+    return {
+        path: sum(leaf.grad_fn is None for _, _, leaf in _own_tensors(module))
+        + sum(buffer is not None for buffer in module._buffers.values())
+        for path, module in model.named_modules()
+    }
+
+
+def tensors_in_attributes(module: nn.Module) -> dict[str, Tensor]:
+    """These tensors."""
+    found: dict[str, Tensor] = {}
     for path, inner in module.named_modules():
-        for name, value in inner.__dict__.items():
-            if name not in OF_TORCH and isinstance(value, (Tensor, list, tuple, dict)):
-                leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-                for at, tensor in enumerate(t for t in leaves if not isinstance(t, nn.Parameter)):
-                    found[f"{path}.{name}".strip(".") + f"[{at}]" * (at > 0)] = mark_of(tensor)
+        for name, at, tensor in _own_tensors(inner):
+            found[f"{path}.{name}".strip(".") + f"[{at}]" * (at > 0)] = tensor
     return found
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
+    """Of one module: the attribute's name, and which of those in it."""
+    for name, value in module.__dict__.items():
+        if name not in OF_TORCH and isinstance(value, (Tensor, list, tuple, dict)):
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+            for at, tensor in enumerate(t for t in leaves if not isinstance(t, nn.Parameter)):
+                yield name, at, tensor
+
+
+def values_of(buffers: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Equal for equal values, as far as that is seen: of large ones by their norms."""
+    return {name: _values(buffer) or fingerprint([buffer]) for name, buffer in buffers.items()}
 
 
 def _values(buffer: Tensor) -> bytes | None:

@@ -13,6 +13,7 @@ from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.children import Child
 from evoplan.model.foreign.knobs import Knob
 from evoplan.model.foreign.leaves import ChangedCallError, Layout, Numbers, Value, numbers_of, same_values
+from evoplan.model.running.random_state import OtherState
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Call:
         changes: names of the buffers that it writes into.
         plain: names of tensors that it reads in its modules' attributes and that are no buffers.
         draws: whether it draws random numbers.
+        others: where Python's and NumPy's generators stood, if it draws from one of them.
         work: equal for calls that run the same operators on the same shapes.
         children: the modules that it calls in turn, by path in the block; `.` is the block itself.
         settings: of its modules when these were looked into.
@@ -113,6 +115,7 @@ class Call:
     draws: bool
     work: str
     plain: tuple[str, ...] = ()
+    others: OtherState | None = None
     children: Mapping[str, Child] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
     knobs: Mapping[str, Knob] = field(default_factory=dict)
@@ -217,8 +220,12 @@ class Call:
             if isinstance(result, Passed | Same):
                 other = given[result.position] if isinstance(result, Passed) else made[result.number]
                 if numbers_of(leaf) != numbers_of(other):
+                    drawn = (
+                        ", as Python's or NumPy's generator has it: draw from torch's, or return a new one"
+                    )
                     raise ChangedCallError(
                         f"{self.name} returns another tensor in place of one that it passed on when planned"
+                        f"{drawn if self.others else ''}"
                     )
 
     def result_of(self, made: Sequence[Tensor], leaves: Sequence[Any], given: Sequence[Any]) -> Any:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from evoplan.model.foreign.attributes import counted_tensors
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
-from evoplan.model.foreign.finding import blocks_in, closing_in
+from evoplan.model.foreign.finding import blocks_in, closing_in, kept_back
 from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
@@ -36,6 +37,8 @@ class Captured:
         outputs: names of the state tensors that are read after the last of them.
         notes: what is left as it is, and why: for people.
         unlike_on_meta: whether operators ran that take other memory on the meta device than elsewhere.
+        tables: paths of modules in the blocks that have made tensors at their first call which they keep, in
+            attributes or as buffers.
         operators: a digest of all that ran, in the blocks and around them.
     """
 
@@ -44,6 +47,7 @@ class Captured:
     notes: tuple[str, ...]
     unlike_on_meta: bool
     operators: str
+    tables: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -52,18 +56,26 @@ class Captured:
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
+def capture(model: nn.Module, run: Callable[[], Any], others: bool = False) -> Captured:
     """The chain of a model.
 
     Args:
         model: without data; its modules' forwards are written over, so a copy that nobody needs.
         run: its forward, on tensors without data.
+        others: whether something in it draws from Python's or NumPy's generators, so that blocks are to be
+            looked at for that.
 
     Raises:
         CaptureError: no blocks are found, or they are given what cannot be checked.
     """
-    with Watch(model) as watch, Functions() as functions:
+    before = counted_tensors(model)
+    with Watch(model, others) as watch, Functions() as functions:
         result = run()
+    if watch.sparse:
+        raise CaptureError(
+            "an embedding's gradient is sparse (sparse=True), as large as values tell, of which a plan knows "
+            "none; have it sparse=False, or freeze it"
+        )
     visits = [visit for visit in blocks_in(watch.root) if visit.recorded]
     if len(visits) < 2:
         raise CaptureError(
@@ -74,16 +86,21 @@ def capture(model: nn.Module, run: Callable[[], Any]) -> Captured:
         if not _is_simple(visit):
             break
         visits.append(visit)
-    if (kept := _kept_back(visits, watch.operators)) is not None:
+    chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
+    if (kept := kept_back(visits, watch.operators)) is not None:
         raise CaptureError(
             f"{kept.path}, or a hook in it, keeps a tensor that a gradient is wanted of afterwards, where it "
             "would be cut off from the rest of the graph: have it return that (of transformers' models: "
             "output_attentions=False)"
         )
-    chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
     unlike = functions.unlike or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
     told = hashlib.sha256("\n".join(operator.about for operator in watch.operators).encode()).hexdigest()
-    return replace(chain, unlike_on_meta=unlike, operators=told)
+    tables = tuple(
+        path
+        for path, count in counted_tensors(model).items()
+        if count > before.get(path, 0) and any(f"{path}.".startswith(f"{call.path}.") for call in chain.calls)
+    )
+    return replace(chain, unlike_on_meta=unlike, operators=told, tables=tables)
 
 
 def _is_simple(visit: Visit) -> bool:
@@ -91,24 +108,10 @@ def _is_simple(visit: Visit) -> bool:
     leaves = (*visit.arguments, *visit.results)
     return (
         visit.recorded
-        and not (visit.hooked or visit.writes or visit.changes or visit.replaces)
+        and not (visit.hooked or visit.writes or visit.changes or visit.replaces or visit.differentiated)
         and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
         and not any(has_hooks(inner) for inner in visit.module.modules())
     )
-
-
-def _kept_back(visits: list[Visit], operators: list[Operator]) -> Visit | None:
-    """The first block that has made a tensor, not returned it, and left it for others to differentiate."""
-    within = {at: visit for visit in visits for at in range(visit.start, visit.stop)}
-    returned = {visit: {key.numbers[0] for key in visit.out_keys if key is not None} for visit in visits}
-    makers: dict[int, Visit | None] = {}  # of each storage that there is now, as places are used again
-    for at, operator in enumerate(operators):
-        for storage in operator.wanted:
-            maker = makers.get(storage)
-            if maker is not None and maker is not within.get(at) and storage not in returned[maker]:
-                return maker
-        makers |= dict.fromkeys(operator.made, within.get(at))
-    return None
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
@@ -196,6 +199,12 @@ def _calls(
         of_call = {at for other, at in names if other == index}
         results = [_result(visit, at, of_call.__contains__) for at in range(len(visit.results))]
         ran = operators[visit.start : visit.stop]
+        if visit.differentiated:
+            raise CaptureError(
+                f"{name} is differentiated before the model's forward and the loss are over, as for forces "
+                "(torch.autograd.grad), and once more after that; leave the model unplanned: "
+                "torch.utils.checkpoint(..., use_reentrant=False) around its blocks allows for it"
+            )
         if visit.replaces:
             raise CaptureError(
                 f"{name} changes {', '.join(visit.replaces[:3])}, which it reads, and which is no buffer: "
@@ -213,7 +222,8 @@ def _calls(
             makes=tuple(names[index, at] for at in range(len(results)) if (index, at) in names),
             changes=visit.changes,
             plain=visit.plain,
-            draws=any(operator.draws for operator in ran),
+            draws=visit.others is not None or any(operator.draws for operator in ran),
+            others=visit.others,
             work=hashlib.sha256("\n".join(operator.about for operator in ran).encode()).hexdigest(),
         )
 
@@ -275,10 +285,16 @@ def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
 
 
 def _notes(calls: Sequence[Call]) -> Iterator[str]:
-    """What is kept because only the model itself knows how it is made."""
+    """What is kept because only the model itself knows how it is made; whose memory is not known."""
     for call in calls[1:]:
         if not call.reads:
             yield (
                 f"{call.name} reads nothing that an earlier block has returned as it is: "
                 "what is made between them is kept"
+            )
+    for call in calls:
+        if call.others is not None:
+            yield (
+                f"{call.name} draws from Python's or NumPy's generator: where it does something else for "
+                "that, it may take more memory than predicted; have it draw from torch's"
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit
+from evoplan.model.foreign.watching import Operator
 
 MOST = 0.8  # of a module's parameters that a stack within it has, where the stack's blocks take its place
 
@@ -93,3 +94,17 @@ def _members(visit: Visit) -> Iterator[Visit]:
             yield from inner
             return
     yield visit
+
+
+def kept_back(visits: list[Visit], operators: list[Operator]) -> Visit | None:
+    """The first block that has made a tensor, not returned it, and left it for others to differentiate."""
+    within = {at: visit for visit in visits for at in range(visit.start, visit.stop)}
+    returned = {visit: {key.numbers[0] for key in visit.out_keys if key is not None} for visit in visits}
+    makers: dict[int, Visit | None] = {}  # of each storage that there is now, as places are used again
+    for at, operator in enumerate(operators):
+        for storage in operator.wanted:
+            maker = makers.get(storage)
+            if maker is not None and maker is not within.get(at) and storage not in returned[maker]:
+                return maker
+        makers |= dict.fromkeys(operator.made, within.get(at))
+    return None

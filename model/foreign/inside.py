@@ -21,7 +21,7 @@ from evoplan.model.foreign.leaves import distinct
 from evoplan.model.foreign.slices import InSlices
 from evoplan.model.running.internals import has_data, other_forwards
 from evoplan.model.running.kinds import LEAN
-from evoplan.model.running.random_state import Draws, ImaginedState, RandomState
+from evoplan.model.running.random_state import Draws, ImaginedState, OtherState, RandomState
 from evoplan.model.running.strategy import REDO, Strategy
 
 Forward = Callable[..., Any]
@@ -159,6 +159,7 @@ class _Again:
         self, attributes: Attributes, around: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
         self.random: RandomState | ImaginedState | None = None
+        self.others: OtherState | None = None  # where `random` is an imagined one
         self.attributes, self.around = attributes, around
         self._installed = ExitStack()
         self._made: Fingerprint | None = None
@@ -190,9 +191,10 @@ class _Again:
             yield
             self.random = before if before.moved() else None
             return
-        state = ImaginedState(imagined)
+        state, others = ImaginedState(imagined), OtherState()
         with Draws() as draws:
             yield
+        self.others = others if others.moved() else None
         ImaginedState(imagined)  # as it is looked up whether a real one has moved
         self.random = state if draws.any else None
 
@@ -201,6 +203,8 @@ class _Again:
         self._installed.enter_context(self.attributes.installed())
         if self.random is not None:
             self._installed.enter_context(self.random)
+        if self.others is not None:
+            self._installed.enter_context(self.others)
 
     def __exit__(self, *error: Any) -> None:
         self._installed.__exit__(*error)

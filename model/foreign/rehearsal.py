@@ -6,21 +6,23 @@ nothing, say. So what blocks are given is noted once more on the tensors that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from evoplan.model.foreign.as_they_were import left_as_it_is
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError, captured_again
 from evoplan.model.foreign.leaves import Layout, Value
 from evoplan.model.foreign.visits import Visit, keys_of
 from evoplan.model.running.internals import other_forwards
-from evoplan.model.running.random_state import RandomState
-from evoplan.model.running.unchanged import put_back
+
+logger = logging.getLogger(__name__)
 
 
 class _Enough(Exception):
@@ -50,7 +52,10 @@ def given_to_blocks(model: nn.Module, captured: Captured, run: Callable[[], Any]
     """
     visits = _visits(model, captured, run)
     if visits is None:
-        raise CaptureError("other blocks are called on these inputs than without data; fit without times")
+        raise CaptureError(
+            "other blocks are called on these inputs than without data, or the model does not run where its "
+            "blocks make noughts; fit without times"
+        )
     return [visit.arguments for visit in visits]
 
 
@@ -63,9 +68,12 @@ def _visits(model: nn.Module, captured: Captured, run: Callable[[], Any]) -> lis
             return rehearsal.visits
         except (CaptureError, MemoryError):
             raise
-        except Exception as error:  # the model's own code
-            said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-            raise CaptureError(f"{type(model).__name__} fails on what it is called with ({said})") from error
+        except Exception as error:
+            if not rehearsal.visits:  # the model's own code, on the user's own inputs
+                said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+                about = f"{type(model).__name__} fails on what it is called with ({said})"
+                raise CaptureError(about) from error
+            logger.debug("no rehearsal: %s", error)  # blocks have made noughts, which may not do
     return None
 
 
@@ -121,15 +129,3 @@ class _Zeros(torch.autograd.Function):
     def forward(ctx: Any, wanted: Tensor, layout: Layout) -> Tensor:
         reach = layout.nbytes // layout.dtype.itemsize
         return wanted.new_zeros(reach).as_strided(layout.shape, layout.stride).data
-
-
-@contextmanager
-def left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Generators and buffers as they are now, afterwards."""
-    random = RandomState()
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with random:
-            yield
-    finally:
-        put_back(buffers)

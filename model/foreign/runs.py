@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.inside import Forward, Inside
-from evoplan.model.running.internals import as_input, put_buffer, without_graph, without_hooks
+from evoplan.model.running.internals import as_input, members, put_buffer, without_graph, without_hooks
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.unchanged import ChangedError, check, marks
 
@@ -130,14 +130,14 @@ def other_buffers(
     module: nn.Module, values: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """The module with copies of these values for its buffers of those names, of which what it writes is
-    dropped; and with these others themselves.
+    dropped; and with these others themselves. A buffer that has several names has them all.
 
     The buffers are not touched: autograd may have saved them.
     """
-    present = {name: module.get_buffer(name) for name in (*values, *others)}
-    for name, value in values.items():
-        put_buffer(module, name, value.clone())
-    for name, buffer in others.items():
+    put = {name: value.clone() for name, value in values.items()} | dict(others)
+    put |= {tied: put[name] for tied, name in members(module).tied_buffers.items() if name in put}
+    present = {name: module.get_buffer(name) for name in put}
+    for name, buffer in put.items():
         put_buffer(module, name, buffer)
     try:
         yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.leaves import Key, Numbers, key_of, numbers_of
+from evoplan.model.running.random_state import OtherState
 
 
 @dataclass(eq=False)
@@ -25,6 +26,8 @@ class Visit:
         plain: names of tensors in its modules' attributes, no buffers, that were read.
         replaces: those of them that were written into or replaced.
         writes: whether it wrote into one of its arguments.
+        others: where Python's and NumPy's generators stood, if it drew from them and that was looked for.
+        differentiated: whether gradients were found in it, or of what it made, before the forward was over.
         hooked: whether something else keeps tensors in autograd's place there: a checkpoint around it, say.
     """
 
@@ -46,6 +49,8 @@ class Visit:
     replaces: tuple[str, ...] = ()
     writes: bool = False
     hooked: bool = False
+    others: OtherState | None = None
+    differentiated: bool = False
 
     def __post_init__(self) -> None:
         self.keys = keys_of(self.arguments)

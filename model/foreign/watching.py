@@ -13,18 +13,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoplan.model.foreign.attributes import plain_tensors
+from evoplan.model.foreign.attributes import plain_tensors, tensors_in_attributes
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit, keys_of, numbers_in
-from evoplan.model.foreign.writes import given_as, quietly_written
-from evoplan.model.running.internals import has_saving_hooks, storage_key
+from evoplan.model.foreign.writes import given_as, written
+from evoplan.model.running.internals import backward_pass, has_saving_hooks, storage_key
+from evoplan.model.running.random_state import OtherState
 from evoplan.model.running.unchanged import Mark, marks
 
 
 @dataclass(frozen=True)
 class Operator:
     """One operator that ran: what tells it from others, whether it draws, and storages: those that it read,
-    of them those that a gradient is wanted of, those that it wrote into without counting it, and new ones.
+    of them those that a gradient is wanted of, those that it wrote into, counted or not (`.data` counts for
+    nobody else), and new ones.
     """
 
     about: str
@@ -41,6 +43,10 @@ UNLIKE = (
 )
 
 
+# Those whose gradients may be sparse.
+_SPARSE = {id(op) for op in (torch.ops.aten.embedding.default, torch.ops.aten._embedding_bag.default)}
+
+
 class Functions(TorchFunctionMode):
     """Whether torch's attention or LSTM is called, which are other operators on each device."""
 
@@ -55,10 +61,15 @@ class Functions(TorchFunctionMode):
 
 
 class Watch(TorchDispatchMode):
-    """Notes every call of a module and every operator of a forward."""
+    """Notes every call of a module and every operator of a forward.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        others: whether to look who draws from Python's and NumPy's generators, which takes a while.
+    """
+
+    def __init__(self, model: nn.Module, others: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.others, self.sparse = others, False
         self.operators: list[Operator] = []
         self.root = Visit("", model, [], pytree.tree_structure(None))
         self._open = [self.root]
@@ -75,14 +86,21 @@ class Watch(TorchDispatchMode):
         def watched(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = pytree.tree_flatten((args, kwargs))
             visit = Visit(path, module, leaves, structure, len(self.operators))
-            before, plain = buffers(), plain_tensors(module)
+            before, there = (
+                buffers(),
+                tensors_in_attributes(module),
+            )  # held, as another could lie in its place
+            plain, others = marks(there), OtherState() if self.others else None
             self._open[-1].children.append(visit)
             self._open.append(visit)
             visit.hooked = has_saving_hooks()
             result = forward(*args, **kwargs)
             self._open.pop()
             visit.stop = len(self.operators)
+            visit.others = others if others is not None and others.moved() else None
             visit.results, visit.returned = pytree.tree_flatten(result)
+            for node in {leaf.grad_fn for leaf in visit.results if isinstance(leaf, Tensor) and leaf.grad_fn}:
+                node.register_prehook(lambda grads: setattr(visit, "differentiated", True))
             visit.out_keys = keys_of(visit.results)
             now, structure_now = pytree.tree_flatten((args, kwargs))
             visit.writes = (
@@ -92,9 +110,9 @@ class Watch(TorchDispatchMode):
             wrote = {key for operator in self.operators[visit.start :] for key in operator.wrote}
             read = {key for operator in self.operators[visit.start :] for key in operator.read}
             visit.plain = tuple(name for name, (_, storage) in plain.items() if storage in read)
-            there = plain_tensors(module) if visit.plain else {}
+            now_there = plain_tensors(module) if visit.plain else {}
             visit.replaces = tuple(
-                name for name in visit.plain if there.get(name) != plain[name] or plain[name][1] in wrote
+                name for name in visit.plain if now_there.get(name) != plain[name] or plain[name][1] in wrote
             )
             visit.changes = _with_siblings(
                 module, [name for name in after if after[name] != before.get(name) or after[name][1] in wrote]
@@ -107,13 +125,22 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if backward_pass()[0] >= 0:
+            for visit in self._open[1:]:
+                visit.differentiated = True
         leaves = list(operands(args, kwargs))
+        if (
+            id(func) in _SPARSE
+            and args[0].requires_grad
+            and given_as(func, args, kwargs or {}, "sparse", False)
+        ):
+            self.sparse = True
         about = about_operator(func, leaves)
         draws = draws_numbers(func, args, kwargs or {})
         given = [(storage_key(leaf), leaf.requires_grad) for leaf in leaves if isinstance(leaf, Tensor)]
         read = frozenset([storage for storage, _ in given])
         wanted = frozenset([storage for storage, requires_grad in given if requires_grad])
-        wrote = frozenset(map(storage_key, quietly_written(func, args, kwargs or {})))
+        wrote = frozenset(map(storage_key, written(func, args, kwargs or {})))
         made = frozenset([storage_key(t) for t in operands((out,), None) if isinstance(t, Tensor)]) - read
         self.operators.append(Operator(about, draws, read, wanted, wrote, made))
         return out

@@ -145,13 +145,14 @@ class Members(NamedTuple):
     `named_parameters` and `named_buffers` give them.
 
     Attributes:
-        tied: further names of parameters, with those that they are listed under.
+        tied, tied_buffers: further names of parameters and of buffers, with those that they are listed under.
     """
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     tied: dict[str, str]
+    tied_buffers: dict[str, str]
 
 
 def members(module: nn.Module) -> Members:
@@ -164,17 +165,19 @@ def members(module: nn.Module) -> Members:
             paths[inner] = path
             below = [(child, f"{path}{name}.") for name, child in inner._modules.items() if child is not None]
             todo += reversed(below)
-    found, known = Members(list(paths), {}, {}, {}), dict[int, str]()
+    found, known = Members(list(paths), {}, {}, {}, {}), dict[int, str]()
     for inner, path in paths.items():
-        for there, own in ((found.parameters, inner._parameters), (found.buffers, inner._buffers)):
+        of_parameters = found.parameters, found.tied, inner._parameters
+        of_buffers = found.buffers, found.tied_buffers, inner._buffers
+        for there, tied, own in (of_parameters, of_buffers):
             for name, tensor in own.items():
                 if tensor is None:
                     continue
                 first = known.setdefault(id(tensor), path + name)
                 if first == path + name:
                     there[first] = tensor
-                elif own is inner._parameters:
-                    found.tied[path + name] = first
+                else:
+                    tied[path + name] = first
     return found
 
 
@@ -241,6 +244,19 @@ def has_saving_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def transformed() -> str | None:
+    """What differentiates or batches this code from outside, where no backward does; None: nothing."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func (grad, vjp, jvp, vmap)"
+    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is several at once: under torch.func.vmap, or in a backward with `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Have a tensor be the module's parameter of that name, whether or not it is an `nn.Parameter`."""
     owner, _, last = name.rpartition(".")
@@ -262,6 +278,17 @@ def parametrization_cache() -> int:
 def set_parametrization_cache(count: int) -> None:
     """Have so many be open; with none, parametrized weights are made at every use."""
     _parametrize._cache_enabled = count
+
+
+@contextmanager
+def parametrizations_made_anew() -> Iterator[None]:
+    """Inside, no `torch.nn.utils.parametrize.cached()` is open, and nothing is kept for those that are."""
+    before = parametrization_cache()
+    set_parametrization_cache(0)
+    try:
+        yield
+    finally:
+        set_parametrization_cache(before)
 
 
 def share_state(view: nn.Module, module: nn.Module) -> None:

@@ -12,6 +12,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class OtherState:
+    """Python's and NumPy's default generators as they are now.
+
+    Inside `with` they stand so again, and are put back after.
+    """
+
+    def __init__(self) -> None:
+        self._state = _others()
+        self._before: list[_Others] = []
+
+    def moved(self) -> bool:
+        """Whether something has been drawn since."""
+        return self._state != _others()
+
+    def reset(self) -> None:
+        """Have them stand so from now on."""
+        _put_others(self._state)
+
+    def __enter__(self) -> OtherState:
+        self._before.append(_others())
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _put_others(self._before.pop())
+
+
 class RandomState:
     """The generators as they are now: torch's default ones, Python's and NumPy's.
 
@@ -19,32 +46,31 @@ class RandomState:
     """
 
     def __init__(self) -> None:
-        self._state = _read()
-        self._others = _others()
-        self._before: list[tuple[list[Tensor], _Others]] = []
+        self._state, self._others = _read(), OtherState()
+        self._before: list[list[Tensor]] = []
 
     def moved(self) -> bool:
         """Whether something has been drawn since."""
         if any(not torch.equal(then, now) for then, now in zip(self._state, _read(), strict=True)):
             return True
-        return self._others != _others()
+        return self._others.moved()
 
     def reset(self) -> None:
         """Have the generators stand so from now on."""
         _write(self._state)
-        _put_others(self._others)
+        self._others.reset()
 
     def __enter__(self) -> RandomState:
-        self._before.append((_read(), _others()))
-        self.reset()
+        self._before.append(_read())
+        _write(self._state)
+        self._others.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        state, others = self._before.pop()
-        _write(state)
-        _put_others(others)
+        _write(self._before.pop())
+        self._others.__exit__()
 
 
 class ImaginedState:

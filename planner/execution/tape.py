@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from evoplan.cost_model.liveness import Liveness
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import backward_pass
+from evoplan.model.running.internals import backward_pass, is_batched
 from evoplan.model.running.regions import region
 from evoplan.model.running.remake import Keeping, come_past
 from evoplan.model.running.strategy import Record, Strategy
@@ -137,8 +137,11 @@ class Tape:
             self._records.pop()
 
     def stop_before(self, step: int) -> None:
-        """The forward goes on without the plan: an open checkpoint ends here."""
+        """The forward goes on without the plan: an open checkpoint ends here, or does not begin."""
         top = self._records[-1] if self._records else None
+        while isinstance(top, _KeptEntry) and top.part.span.start == step:
+            self._records.pop()
+            top = self._records[-1] if self._records else None
         if isinstance(top, _KeptEntry) and top.part.span.stop > step > top.part.span.start:
             body = shortened(top.part.body, step)
             part = Checkpoint(body, top.part.discard[: len(body.span)])
@@ -167,7 +170,7 @@ class Tape:
 
     def _comes_by(self, step: Placed, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Backward is about to differentiate a step in autograd's own graph."""
-        refuse_another_derivative(step.name)
+        refuse_another_derivative(step.name, grads)
         keep = self._begin()
         if self._at is not step:  # it may have made several tensors
             self._come_to(step, keep)
@@ -239,7 +242,7 @@ class _StepNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_another_derivative(ctx.step.name)
+        refuse_another_derivative(ctx.step.name, grads)
         return (*(None,) * 5, *ctx.tape.backward(ctx.step, grads))
 
 
@@ -248,8 +251,15 @@ def _nodes_of(made: Iterable[Tensor]) -> list[Node]:
     return list({id(t.grad_fn): t.grad_fn for t in made if t.grad_fn is not None}.values())
 
 
-def refuse_another_derivative(name: str) -> None:
-    """RuntimeError in a backward that is to be differentiated: autograd's own guard sees only some."""
+def refuse_another_derivative(name: str, grads: tuple[Tensor | None, ...]) -> None:
+    """RuntimeError in a backward that is to be differentiated, of which autograd's own guard sees only some;
+    and in one for several gradients at once.
+    """
+    if any(grad is not None and is_batched(grad) for grad in grads):
+        raise RuntimeError(
+            f"{name} runs under a plan, whose gradients are found one at a time (no torch.func, no "
+            "is_grads_batched); call the model without a plan for that"
+        )
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} runs under a plan, whose gradients cannot be differentiated again "

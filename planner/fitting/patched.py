@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from evoplan.cost_model.calls import liveness_of
 from evoplan.model.foreign.calls import Call
@@ -17,7 +18,12 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.inside import Forward
 from evoplan.model.foreign.leaves import ChangedCallError, numbers_of
 from evoplan.model.running.chain import State
-from evoplan.model.running.internals import has_saving_hooks, other_forwards
+from evoplan.model.running.internals import (
+    has_saving_hooks,
+    other_forwards,
+    parametrization_cache,
+    transformed,
+)
 from evoplan.planner.execution.tape import Tape
 from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.runs import CallRuns
@@ -48,7 +54,7 @@ class Patched:
         self.todo = tuple(actions(schedule))
         self.blocks: dict[str, Planned] = {}  # by path, whatever lies there later
         self._local = threading.local()  # a forward of another thread is another's
-        self._installed = ExitStack()
+        self._installed, self._lock = ExitStack(), threading.RLock()
 
     @property
     def current(self) -> _Pass | None:
@@ -70,14 +76,15 @@ class Patched:
         forwards: dict[nn.Module, Forward] = {}
         for path in dict.fromkeys(call.path for call in self.captured.calls):
             block = self.model.get_submodule(path)
-            self.blocks[path] = Planned(block, block.forward)
+            self.blocks[path] = Planned(block, block.forward, self._lock)
             forwards[block] = _BlockForward(self, block, block.forward)
         forwards[self.model] = _ModelForward(self, self.model, self.model.forward)
         self._installed.enter_context(other_forwards(forwards))
 
     def remove(self) -> None:
         """Take them off."""
-        self._installed.close()
+        with self._lock:  # what runs in another thread has patches within blocks
+            self._installed.close()
 
 
 class _Forward:
@@ -144,9 +151,14 @@ class _Pass:
                 raise ChangedCallError(
                     f"a checkpoint or other saved-tensor hooks lie around {type(block).__name__}"
                 )
+            if by := transformed():
+                raise ChangedCallError(
+                    f"the model runs under {by}, and a plan is for forward and backward: `remove()` it"
+                )
             call = self._next(block)
             latest = {name: numbers_of(self.state[name]) for name in call.reads if name in self.state}
             leaves = self.runs.accepted(call, args, kwargs, latest)
+            self._check_parametrizations(call, block)
         except ChangedCallError as error:
             self._changed(error)
             return forward(*args, **kwargs)
@@ -159,6 +171,11 @@ class _Pass:
         try:
             inputs = self.runs.meet(call, leaves)
             made = tape.advance(call, action, {name: self.state[name] for name in call.reads}, inputs)
+        except ChangedCallError as error:  # it has returned something else
+            self.position = call.index
+            self._changed(error)
+            self.runs.undo(call)
+            return forward(*args, **kwargs)
         finally:
             self.busy = False
         self._made(call, made)
@@ -185,6 +202,17 @@ class _Pass:
             self._changed(error)
         return result
 
+    def _check_parametrizations(self, call: Call, block: nn.Module) -> None:
+        """What runs again makes weights anew, which is right unless that is seen."""
+        action = self.patched.todo[call.index]
+        stays = self.runs.as_written(action) and action.run is not None and not action.run.strategy.modules
+        cached = bool(call.changes) and parametrization_cache() and not stays
+        if cached and any(map(is_parametrized, block.modules())):
+            raise ChangedCallError(
+                f"{call.name} has parametrizations that change buffers (spectral_norm), and is called under "
+                "parametrize.cached(), which has them do so once: leave that out"
+            )
+
     def _made(self, call: Call, made: tuple[Tensor, ...]) -> None:
         """The state after a call."""
         self.state.update(zip(call.makes, made, strict=True))
@@ -208,6 +236,8 @@ class _Pass:
 
     def _changed(self, error: ChangedCallError) -> None:
         if self.patched.on_change == "error":
-            raise ChangedCallError(f"{error}; fit the model again for what it is given now") from None
+            raise ChangedCallError(
+                f"{error}; fit the model again for what it is given now, or with on_change='unplanned'"
+            ) from None
         self.tape.stop_before(self.position)
         self.off = True

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model.calls import calls_table
@@ -25,15 +24,18 @@ from evoplan.cost_model.knobs import about_knobs, with_knobs
 from evoplan.cost_model.measured_calls import MeasuredCalls, no_longer_than_checkpoints
 from evoplan.cost_model.static import OPTIMIZER_STATES
 from evoplan.model.adapters import adapters_in
+from evoplan.model.foreign.as_they_were import left_as_it_is, own_copies
 from evoplan.model.foreign.capture import Captured, CaptureError
-from evoplan.model.foreign.knobs import Knobs, declared
-from evoplan.model.foreign.rehearsal import given_to_blocks, rehearsed
+from evoplan.model.foreign.knobs import Knob, Knobs, declared
+from evoplan.model.foreign.rehearsal import given_to_blocks
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import has_data
+from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Strategy
 from evoplan.planner.fitting.by_hand import each_block_again
+from evoplan.planner.fitting.capturing import Capturing, in_one_line
 from evoplan.planner.fitting.planned_for import device_of
-from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator, captured
+from evoplan.planner.fitting.simulating import Given, Loss, Simulated, Simulator
 from evoplan.planner.problems.prediction import Prediction
 from evoplan.planner.problems.problem import Optimizer
 from evoplan.planner.schedules.replay import replay
@@ -116,10 +118,15 @@ class Fitting:
     def _simulated(self, schedule: Sequence) -> Simulated:
         return self.kept.recall(
             (*self._about_steps, str(schedule_to_json(schedule))),
-            lambda: self._simulator.step(schedule),
+            lambda: self._step(schedule),
             lambda simulated: json.dumps(asdict(simulated)),
             lambda text: Simulated(**json.loads(text)),
         )
+
+    def _step(self, schedule: Sequence) -> Simulated:
+        what = "cannot run around its blocks without data, nor read what they leave in attributes"
+        with in_one_line(f"{type(self.model).__name__} {what}"), RandomState():
+            return self._simulator.step(schedule)
 
     @cached_property
     def _about_steps(self) -> tuple[str | None, ...]:
@@ -167,7 +174,26 @@ def fitting_of(
     Raises:
         CaptureError: it cannot be planned; says why.
     """
-    of_blocks_own = declared(knobs)
+    becoming: set[nn.Module] = set()
+    with left_as_it_is(model, becoming):
+        about = loss, optimizer, autocast, named, declared(knobs), timing, strategies
+        return _fitting_of(model, args, kwargs, *about, becoming)
+
+
+def _fitting_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Loss,
+    optimizer: Optimizer,
+    autocast: torch.dtype | None,
+    named: str | Device | None,
+    of_blocks_own: tuple[Knob, ...],
+    timing: Timing,
+    strategies: Collection[Strategy],
+    becoming: set[nn.Module],
+) -> Fitting:
+    """The same, on a model that is put back, but for modules that have become what they stay."""
     parameters = list(model.parameters())
     if not parameters:
         raise CaptureError(f"{type(model).__name__} has no parameters: there is nothing to train")
@@ -179,7 +205,6 @@ def fitting_of(
     where, times, own = device_of(kind, dtype, named, timing == "roofline")
     casting = casting_of(where.kind, None if autocast is None else dtype)
     given = Given.of(args, kwargs)
-    chain, place = _captured(model, given, where, loss, casting, autocast)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     has_numbers = all(map(has_data, (*leaves, *parameters)))
     if timing == "measured" and (not has_numbers or named not in (None, kind)):
@@ -187,9 +212,14 @@ def fitting_of(
             "times are measured where the model and its inputs lie: have both, and leave the device out"
         )
     outside = partial(torch.autocast, kind, autocast) if autocast else nullcontext
-    if has_numbers:
+
+    def run() -> Any:
+        own_args, own_kwargs = own_copies((args, kwargs))
         with outside():
-            chain = rehearsed(model, chain, lambda: model(*args, **kwargs))
+            return model(*own_args, **own_kwargs)
+
+    about_chain = model, given, where, loss, casting, autocast, run if has_numbers else None, becoming
+    chain, place = Capturing(*about_chain).chain()
     # The blocks alone may do without data where the model around them does not.
     of_blocks = "cpu" if chain.unlike_on_meta or autocast else "meta"
     # What an adapter says is code and data; either may be another's by the next time.
@@ -202,8 +232,7 @@ def fitting_of(
     slack = WIDE if timing == "measured" else 1.0
     table = calls_table(model, chain, where, dtype, casting, of_blocks, kept, strategies, slack)
     if timing == "measured":
-        with outside():
-            given_to = given_to_blocks(model, chain, lambda: model(*args, **kwargs))
+        given_to = given_to_blocks(model, chain, run)
         calls, times = MeasuredCalls(model, chain, given_to, outside), timing
         table, _ = confirmed(calls.table(table), partial(calls.timed, more=MORE))
         table = no_longer_than_checkpoints(table)
@@ -211,39 +240,6 @@ def fitting_of(
     fitting = Fitting(model, given, loss, optimizer, *about, chain, table, kept)
     fitting.learn_of_the_loss()
     return fitting
-
-
-def _captured(
-    model: nn.Module,
-    given: Given,
-    where: Device,
-    loss: Loss,
-    casting: Casting,
-    autocast: torch.dtype | None,
-) -> tuple[Captured, str]:
-    """The chain, and where its tensors without data are: on the meta device where that tells the same."""
-    if autocast is None:  # which the meta device does not know
-        try:
-            chain = captured(model, given, where, loss, casting, "meta")
-            if not chain.unlike_on_meta:
-                return chain, "meta"
-        except CaptureError:
-            raise
-        except Exception as error:  # the model's own code, which may name a device or look at values
-            logger.debug("not on the meta device: %s", error)
-    try:
-        return captured(model, given, where, loss, casting), "cpu"
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise CaptureError(
-            f"the model or its loss looks at the values of tensors, of which a plan knows none ({error})"
-        ) from None
-    except CaptureError:
-        raise
-    except Exception as error:  # the model's own code, or a copy that cannot be made of it
-        said = str(error).partition("\n")[0][:300]
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied or run without data ({type(error).__name__}: {said})"
-        ) from None
 
 
 def autocast_in_force(model: nn.Module) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evoplan.model.foreign.attributes import Attributes, plain_tensors
+from evoplan.model.foreign.attributes import Attributes, plain_tensors, values_of
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.fingerprints import alike, fingerprint
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
@@ -23,7 +23,7 @@ from evoplan.model.running.internals import members, storage_key
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.strategy import Record, Strategy
-from evoplan.model.running.unchanged import Mark, changed, check, mark, marks
+from evoplan.model.running.unchanged import Mark, changed, check, marks, put_back
 from evoplan.planner.execution.placed import Outputs
 from evoplan.planner.fitting.met import MetCall, Planned
 from evoplan.planner.schedules.schedule import Action
@@ -48,14 +48,16 @@ class CallRuns:
 
     def meet(self, call: Call, leaves: Sequence[Any]) -> tuple[Tensor, ...]:
         """Look a call up as it is at this forward, about to run on these leaves: what has a gradient."""
-        met, modules = self._look_up(call, leaves)
+        with self.blocks[call.path].lock:
+            met, modules = self._look_up(call, leaves)
         if any(inner._forward_hooks for inner in modules[1:]):
             self.cut_off(call)
         return *(leaves[at] for at in met.wanted), *met.parameters.trained.values()
 
     def _look_up(self, call: Call, leaves: Sequence[Any]) -> tuple[MetCall, list[nn.Module]]:
         """A call as it is met, and the block and all modules in it."""
-        module = self.blocks[call.path].module
+        block = self.blocks[call.path]
+        module = block.module
         wanted = tuple(
             at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
         )
@@ -81,6 +83,10 @@ class CallRuns:
             self.plain(call),
             self.random_state(call),
         )
+        modes = tuple(inner.training for inner in found.modules if inner._buffers)
+        if modes not in block.modes:
+            met.values = values_of(others)
+            block.modes.add(modes)
         self.met[call.index] = met
         return met, found.modules
 
@@ -103,16 +109,28 @@ class CallRuns:
         """What such a step returns, called with arguments of these leaves."""
         block = self.blocks[call.path]
         inside = self._inside(call, strategy, recorded=True)
-        if not strategy.modules:
-            with inside.recording(block.forward) as recording:
-                return recording(*args, **kwargs)
+        with block.lock:
+            if not strategy.modules:
+                with inside.recording(block.forward) as recording:
+                    return recording(*args, **kwargs)
+            return self._run_by_autograd(call, inside, args, kwargs, leaves)
+
+    def _run_by_autograd(
+        self,
+        call: Call,
+        inside: Inside,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+    ) -> Any:
+        """A block that autograd runs again."""
         self._look_up(call, leaves)
         met = self.met[call.index]
         met.given = []  # autograd holds them, and sees whether they are written into
         inside.around = partial(self._once_more, call)
-        with met.context, inside.recording(block.forward) as recording:
+        with met.context, inside.recording(self.blocks[call.path].forward) as recording:
             result = recording(*args, **kwargs)
-        self._has_run(call)
+        met.has_run(call, self.blocks[call.path])
         met.random = None  # what runs again has its own
         return result
 
@@ -121,8 +139,16 @@ class CallRuns:
         """What a block that autograd runs again has to find as forward found it."""
         met = self.met[call.index]
         met.parameters.check(call.name)
-        with self._as_met(call), met.parameters.installed(), met.context:
+        with self.blocks[call.path].lock, self._as_met(call), met.parameters.installed(), met.context:
             yield
+
+    def undo(self, call: Call) -> None:
+        """Have the block be as it was met, for another run."""
+        met, module = self.met[call.index], self.blocks[call.path].module
+        met.attributes.put()
+        put_back((module.get_buffer(name), value) for name, value in met.buffers.items())
+        if met.random is not None:
+            met.random.reset()
 
     def cut_off(self, call: Call) -> None:
         """Say what becomes of hooks within a block."""
@@ -145,11 +171,12 @@ class CallRuns:
     ) -> tuple[Record | None, Outputs]:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
-        kept, made, met.returned = self._run(call, strategy, recorded, state)
-        met.closed = self._closed(call, kept)
-        if not recorded or not met.differentiable:
-            met.fingerprint = fingerprint(made)
-        self._has_run(call)
+        with self.blocks[call.path].lock:
+            kept, made, met.returned = self._run(call, strategy, recorded, state)
+            met.closed = self._closed(call, kept)
+            if not recorded or not met.differentiable:
+                met.fingerprint = fingerprint(made)
+            met.has_run(call, self.blocks[call.path])
         return kept, made
 
     def closed(self, call: Call, made: Outputs) -> Iterable[Tensor]:
@@ -161,23 +188,6 @@ class CallRuns:
         if kept is None:
             return call.closed
         return tuple(at for at, edge in enumerate(kept.edges) if edge is None)
-
-    def _has_run(self, call: Call) -> None:
-        """See that a forward has done no more than was planned."""
-        met, module = self.met[call.index], self.blocks[call.path].module
-        if met.random is not None and not met.random.moved():
-            met.random = None
-        if met.random is not None and not call.draws:
-            raise ValueError(
-                f"{call.name} draws random numbers, as it did not when the plan was made; fit the model "
-                "again, and have it draw with torch's default generator"
-            )
-        for name, then in met.of_others.items():
-            if mark(name, module.get_buffer(name)) != then:
-                raise ValueError(
-                    f"{name} of {call.name} has changed in a forward, as it did not when the plan was made; "
-                    "fit the model again"
-                )
 
     def _inside(self, call: Call, strategy: Strategy, recorded: bool) -> Inside:
         """How a call runs; what runs again in backward is tried the first time that it does."""
@@ -196,6 +206,7 @@ class CallRuns:
         leaves, forward = self.leaves(call, state), block.forward
         with met.context:
             inside = self._inside(call, strategy, recorded)
+            inside.around = lambda: met.context
             if recorded and met.differentiable:
                 kept = CallRun(call, forward, leaves, met.wanted, met.parameters, inside)
                 made, returned = kept.take()
@@ -223,7 +234,8 @@ class CallRuns:
         met = self.met[call.index]
         assert action.run is not None
         met.parameters.check(call.name)
-        with self._as_met(call), met.parameters.installed(), met.random or nullcontext():
+        block = self.blocks[call.path]
+        with block.lock, self._as_met(call), met.parameters.installed(), met.random or nullcontext():
             kept, made, _ = self._run(call, action.run.strategy, action.recorded, state)
         if kept is not None and not set(met.closed) <= set(self._closed(call, kept)):
             raise RuntimeError(
@@ -254,7 +266,7 @@ class CallRuns:
     ) -> tuple[Tensor | None, ...]:
         """As `planner.execution.tape.Runs` has it."""
         met = self.met[call.index]
-        with self._as_met(call):
+        with self.blocks[call.path].lock, self._as_met(call):
             of_inputs, of_parameters = kept.vjp(grads, keep)
         return (
             *(of_inputs.get(at) for at in met.wanted),

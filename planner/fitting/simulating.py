@@ -20,11 +20,13 @@ from evoplan.cost_model.roofline import seconds
 from evoplan.cost_model.simulation import simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, Work
+from evoplan.model.foreign.as_they_were import own_objects
 from evoplan.model.foreign.calls import Call
 from evoplan.model.foreign.capture import Captured, CaptureError, capture
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.programs.loss import mean_square
 from evoplan.model.running.internals import leaves_of, storage_key, without_hooks
+from evoplan.model.running.random_state import OtherState
 from evoplan.planner.fitting.ghosts import GhostRuns
 from evoplan.planner.fitting.met import Planned
 from evoplan.planner.fitting.patched import Patched
@@ -63,7 +65,8 @@ class Given:
 
     def made(self, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tensors of these layouts."""
-        args, kwargs = pytree.tree_map_only(_Told, lambda told: told.empty(where), (self.args, self.kwargs))
+        given = own_objects((self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(_Told, lambda told: told.empty(where), given)
         return args, kwargs
 
 
@@ -90,17 +93,25 @@ def captured(
 ) -> Captured:
     """The chain of a model, on a copy without data."""
     loss = loss or mean_of_squares
-    with simulated(device, where=where), real_tensors_too():
-        copy = fake_copy(model, where=where)
-        args, kwargs = given.made(where)
-        with casting():
-            chain = capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))))
-    made = [made.layout for call in chain.calls for made in call.made]
+
+    def chain(others: bool) -> Captured:
+        with simulated(device, where=where), real_tensors_too():
+            copy = fake_copy(model, where=where)
+            args, kwargs = given.made(where)
+            with casting():
+                return capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))), others)
+
+    state = OtherState()
+    found = chain(others=False)
+    if state.moved():
+        with state:  # who draws takes a while to find out; the same is drawn
+            found = chain(others=True)
+    made = [made.layout for call in found.calls for made in call.made]
     if not any(layout.numel for layout in made):
         raise CaptureError(
             f"what the blocks make has no numbers ({made[0]}); give inputs that are 0 long in no dimension"
         )
-    return chain
+    return found
 
 
 def _scalar(value: Any) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.cost_model import measure
-from evoplan.model.running.internals import leaves_of
+from evoplan.model.foreign.as_they_were import own_copies, own_objects
+from evoplan.model.running.internals import leaves_of, parametrizations_made_anew
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.unchanged import put_back
 from evoplan.planner.checking.verify import PEAK_FLOOR, PEAK_TOLERANCE, TOLERANCES
@@ -56,9 +57,9 @@ def verify_fit(
 ) -> FitVerification:
     """Measure and compare; gradients and the model's buffers are left as they were."""
     model = fitting.model
-    args, kwargs = pytree.tree_map_only(Tensor, _own, (tuple(args), dict(kwargs)))
+    args, kwargs = own_copies((tuple(args), dict(kwargs)))
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _wants(leaf)]
-    with _restored(model) as gradients:
+    with _restored(model) as gradients, parametrizations_made_anew():
         step = _Step(fitting, args, dict(kwargs), leaves, gradients)
         planned_peak, planned_loss, planned = step.measured()
         patched.remove()
@@ -113,6 +114,7 @@ class _Step:
         self.trained = [p for p in fitting.model.parameters() if p.requires_grad]
         self.kind = self.trained[0].device.type if self.trained else "cpu"
         self.random = RandomState()
+        self.inputs = [(t, t.detach().clone()) for t in pytree.tree_leaves((args, kwargs)) if _is_written(t)]
         self.buffers = {name: b.detach().clone() for name, b in fitting.model.named_buffers()}
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -125,11 +127,13 @@ class _Step:
             assert parameter.grad is not None
             parameter.grad.zero_()
         put_back((buffer, self.buffers[name]) for name, buffer in self.fitting.model.named_buffers())
+        put_back(self.inputs)
 
     def run(self) -> Tensor:
         """Forward, loss, backward; the output is held to the end, as a caller may."""
         with self.fitting.autocasting(self.kind):
-            output = self.fitting.model(*self.args, **self.kwargs)
+            args, kwargs = own_objects((self.args, self.kwargs))  # which it may empty, or add to
+            output = self.fitting.model(*args, **kwargs)
             loss = self.fitting.loss(output)
         self._meet(leaves_of(loss))
         loss.backward()
@@ -169,8 +173,9 @@ def _restored(model: nn.Module) -> Iterator[dict[Tensor, Tensor | None]]:
         put_back((buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+def _is_written(leaf: Any) -> bool:
+    """Whether a model may write into it."""
+    return isinstance(leaf, Tensor) and not leaf.requires_grad
 
 
 def _wants(leaf: Any) -> bool:
