@@ -729,6 +729,32 @@ def test_models_that_differentiate_their_blocks_are_refused(each: bool) -> None:
         given.fit()
 
 
+class Perturbed(nn.Module):
+    """By a gradient of its own, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(8) for _ in range(3))
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(self.run(x).square().sum(), x)
+        return self.run(x.detach() + 0.1 * found.sign())
+
+
+def test_models_may_find_gradients_that_have_no_graph() -> None:
+    given = Case(Perturbed().double(), (random(2, 5, 8),))
+    expected = step(given, copy.deepcopy(given.model))
+    for share in (0.0, 0.5):
+        with fitted(given, share=share):
+            assert_same(expected, step(given))
+
+
 def test_losses_may_differentiate_what_blocks_have_made() -> None:
     def loss(y: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(y.pow(3).sum(), y, create_graph=True)

@@ -187,3 +187,24 @@ def test_sparse_gradients_are_refused(within: bool) -> None:
     given = random(2, 5, 6).float() if within else torch.randint(9, (3, 5))
     with pytest.raises(evoplan.CaptureError, match="gradient is sparse"):
         evoplan.fit(model, (given,))
+
+
+FOUND: dict[str, float] = {}
+
+
+class ReadsWhatIsFound(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * FOUND["scale"])
+
+
+def test_blocks_that_do_not_run_by_themselves_are_refused_in_one_line() -> None:
+    class Sets(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            FOUND["scale"] = 2.0
+            try:
+                return super().forward(x)
+            finally:
+                FOUND.clear()
+
+    with pytest.raises(evoplan.CaptureError, match=r"blocks of Sets do not run by themselves.*KeyError"):
+        evoplan.fit(Sets(ReadsWhatIsFound).double(), (random(2, 5, 6),))

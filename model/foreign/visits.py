@@ -27,7 +27,8 @@ class Visit:
         replaces: those of them that were written into or replaced.
         writes: whether it wrote into one of its arguments.
         others: where Python's and NumPy's generators stood, if it drew from them and that was looked for.
-        differentiated: whether gradients were found in it, or of what it made, before the forward was over.
+        differentiated: whether gradients were found in it, or some with a graph of what it made, before
+            the forward was over.
         hooked: whether something else keeps tensors in autograd's place there: a checkpoint around it, say.
     """
 
@@ -55,6 +56,10 @@ class Visit:
     def __post_init__(self) -> None:
         self.keys = keys_of(self.arguments)
         self.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.arguments]
+
+    def differentiates(self, grads: object) -> None:
+        """A backward comes by: if that has a graph itself (create_graph), more follow."""
+        self.differentiated = self.differentiated or torch.is_grad_enabled()
 
     @property
     def numbers(self) -> list[Numbers | None]:

@@ -100,7 +100,7 @@ class Watch(TorchDispatchMode):
             visit.others = others if others is not None and others.moved() else None
             visit.results, visit.returned = pytree.tree_flatten(result)
             for node in {leaf.grad_fn for leaf in visit.results if isinstance(leaf, Tensor) and leaf.grad_fn}:
-                node.register_prehook(lambda grads: setattr(visit, "differentiated", True))
+                node.register_prehook(visit.differentiates)
             visit.out_keys = keys_of(visit.results)
             now, structure_now = pytree.tree_flatten((args, kwargs))
             visit.writes = (

@@ -227,7 +227,8 @@ def _fitting_of(
     sources = loss, Simulator, *(part for adapter in adapters for part in (adapter.call, adapter.make))
     layers = [(adapter.name, sorted(adapter.layers.items())) for adapter in adapters]
     kept = KeptFits(model, sources, (where, dtype, autocast, place, of_blocks, layers))
-    chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
+    with in_one_line(f"the blocks of {type(model).__name__} do not run by themselves without data"):
+        chain = with_children(model, chain, where, dtype, casting, of_blocks, kept)
     chain = with_knobs(model, chain, of_blocks_own, kept)
     slack = WIDE if timing == "measured" else 1.0
     table = calls_table(model, chain, where, dtype, casting, of_blocks, kept, strategies, slack)
