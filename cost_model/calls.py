@@ -28,7 +28,7 @@ from evoplan.model.foreign.attributes import Settings
 from evoplan.model.foreign.calls import Call, Made
 from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
-from evoplan.model.foreign.leaves import Layout, Value
+from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.runs import CallRun, discarded
 from evoplan.model.foreign.sources import told
 from evoplan.model.running.internals import storage_key
@@ -160,10 +160,7 @@ class CallTracing:
     ) -> None:
         self.call, self.module, self.live, self.trace = call, module, live, trace
         self.casting, self.where, self.settings = casting, where, Settings(module)
-        self.leaves = [
-            argument.value if isinstance(argument, Value) else argument.layout.empty(where)
-            for argument in call.arguments
-        ]
+        self.leaves = call.imagined(where)
         self._discards: dict[Strategy, tuple[int, Work]] = {}
 
     def _discarded(self, strategy: Strategy) -> tuple[int, Work]:

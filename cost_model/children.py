@@ -31,7 +31,6 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.children import SELF, Axis, Child, Declared
 from evoplan.model.foreign.declared import declared
 from evoplan.model.foreign.independence import about_axes, independent_axes
-from evoplan.model.foreign.leaves import Value
 from evoplan.model.foreign.sources import told
 
 T = TypeVar("T")
@@ -125,10 +124,7 @@ def _watched(
         copy = fake_copy(module, where=where)
         others = call.others is not None
         watch = ChildWatch(copy, trace, lambda: seconds(trace.work(), device, precision), others)
-        leaves = [
-            argument.value if isinstance(argument, Value) else argument.layout.empty(where)
-            for argument in call.arguments
-        ]
+        leaves = call.imagined(where)
         for at in call.wanted:
             leaves[at].requires_grad_()
         args, kwargs = call.arguments_from(leaves)

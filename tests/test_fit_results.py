@@ -308,3 +308,47 @@ def test_a_number_that_is_none_is_the_same_as_another() -> None:
     model.fill = "0"
     with pytest.raises(ChangedCallError, match=r"blocks\.0 is given 0\.0 in place of nan"):
         model(x)
+
+
+class Asks(nn.Module):
+    """Whether what it is given is one tensor or two, as `nn.MultiheadAttention` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor, again: Tensor) -> Tensor:
+        y = self.one(x) if memory is x else self.other(memory)
+        return x + torch.tanh(y) * (2.0 if again is memory else again)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_arguments_that_are_one_object_stay_one(again: bool) -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Asks() for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = x, x.view_as(x)
+            for at, block in enumerate(self.blocks):
+                given = ((x, x, x), (x, x.view_as(x), x), (x, first, second))[at % 3]
+                x = block(*given)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Asking().double(), torch.randn(37, WIDTH, dtype=torch.float64)
+    expected = gradients(deepcopy(model), x)
+    fitted = evoplan.fit(model, (x.clone().requires_grad_(),))
+    if again:
+        whole = Checkpoint(Sequence(tuple(Run(at, WHOLE) for at in range(6))), (WHOLE,) * 6)
+        fitted._patched.todo = tuple(actions(Sequence((whole,))))
+    else:
+        fitted.replan(fitted.plan.least_feasible_bytes)
+    torch.testing.assert_close(gradients(model, x), expected, rtol=0, atol=1e-10)
+    fitted.remove()
+    fitted = evoplan.fit(model, (x,), optimizer="none")
+    for budget in (fitted.plan.least_feasible_bytes, None):
+        fitted.replan(budget)
+        found = fitted.verify((x,))
+        assert 0.97 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.0

@@ -18,11 +18,16 @@ from evoplan.model.running.random_state import OtherState
 
 @dataclass(frozen=True)
 class FromState:
-    """A leaf of the arguments that an earlier step has made, by its name in the state."""
+    """A leaf of the arguments that an earlier step has made, by its name in the state.
+
+    Attributes:
+        twin: position of an earlier argument that is the very same object: a block may ask.
+    """
 
     name: str
     layout: Layout
     differentiable: bool
+    twin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Constant:
 
     layout: Layout
     differentiable: bool
+    twin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,19 @@ class Call:
         return tuple(
             at
             for at, argument in enumerate(self.arguments)
-            if not isinstance(argument, Value) and argument.differentiable
+            if not isinstance(argument, Value) and argument.differentiable and argument.twin is None
         )
+
+    def imagined(self, where: str) -> list[Any]:
+        """The leaves of its arguments, tensors without data."""
+        leaves: list[Any] = []
+        for argument in self.arguments:
+            if isinstance(argument, Value):
+                leaves.append(argument.value)
+            else:
+                twin = argument.twin
+                leaves.append(argument.layout.empty(where) if twin is None else leaves[twin])
+        return leaves
 
     def check(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], latest: Mapping[str, Numbers]

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from evoplan.model.foreign.attributes import counted_tensors
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
 from evoplan.model.foreign.finding import blocks_in, closing_in, kept_back
-from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value
+from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value, twins_in
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
 from evoplan.model.running.internals import has_hooks, storage_key
@@ -241,9 +241,9 @@ def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argu
             "it would find something else; have it make new ones"
         )
     if at in read:
-        return FromState(read[at], Layout.of(leaf), visit.wanted[at])
+        return FromState(read[at], Layout.of(leaf), visit.wanted[at], twins_in(visit.arguments).get(at))
     if isinstance(leaf, Tensor):
-        return Constant(Layout.of(leaf), visit.wanted[at])
+        return Constant(Layout.of(leaf), visit.wanted[at], twins_in(visit.arguments).get(at))
     if not isinstance(leaf, PLAIN):
         raise CaptureError(
             f"{name} is given a {type(leaf).__name__}, which it may change when it runs; call the model so "

@@ -172,3 +172,10 @@ def distinct(leaves: Sequence[Any], about: Sequence[Any] | None = None) -> Disti
         found.places.append(place)
         found.rest.append(None if isinstance(leaf, Tensor) else leaf)
     return found
+
+
+def twins_in(leaves: Sequence[Any]) -> dict[int, int]:
+    """Positions of tensors that are the same object as one before, and where that is first."""
+    known: dict[int, int] = {}
+    first = [known.setdefault(id(leaf), at) for at, leaf in enumerate(leaves)]
+    return {at: then for at, then in enumerate(first) if then != at and isinstance(leaves[at], Tensor)}

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.inside import Forward, Inside
+from evoplan.model.foreign.leaves import distinct
 from evoplan.model.running.internals import as_input, members, put_buffer, without_graph, without_hooks
 from evoplan.model.running.parameters import Parameters
 from evoplan.model.running.unchanged import ChangedError, check, marks
@@ -21,7 +22,8 @@ def discarded(
     call: Call, forward: Forward, leaves: Sequence[Any], inside: Inside
 ) -> tuple[tuple[Tensor, ...], list[Any]]:
     """What a call makes, and all leaves of what it returns; keeps nothing. Call without autograd."""
-    given = [*map(without_graph, leaves)]
+    each = distinct(leaves)
+    given = each.leaves([*map(without_graph, each.tensors)])
     args, kwargs = call.arguments_from(given)
     with inside.discarding(forward) as discarding:
         made, returned = call.made_of(discarding(*args, **kwargs))
@@ -36,7 +38,7 @@ class CallRun:
     Args:
         forward: the block's own.
         leaves: of its arguments.
-        wanted: positions of those that a gradient is wanted of.
+        wanted: positions of those that a gradient is wanted of, of each tensor once.
         inside: how its modules are run.
 
     Attributes:
@@ -53,7 +55,9 @@ class CallRun:
         inside: Inside,
     ) -> None:
         self.call, self.parameters, self._runs_again = call, parameters, bool(inside.ways)
-        given = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        each = distinct(leaves)
+        tensors = [tensor.detach() for tensor in each.tensors]
+        given = each.leaves(tensors)
         self.inputs = {position: given[position].requires_grad_() for position in wanted}
         self._named = {
             f"argument {position}": given[position]
@@ -62,8 +66,8 @@ class CallRun:
         }
         self._marks = marks(self._named)
         with torch.enable_grad(), inside.recording(forward) as recording:
-            for position, leaf in self.inputs.items():
-                given[position] = as_input(leaf)
+            tensors = [as_input(tensor) if tensor.requires_grad else tensor for tensor in tensors]
+            given = each.leaves(tensors)
             args, kwargs = call.arguments_from(given)
             made, returned = call.made_of(self.entered(recording)(*args, **kwargs))
         self.look(returned, made, given)
@@ -82,6 +86,11 @@ class CallRun:
     def ends(self, made: Sequence[Tensor]) -> list[GradientEdge | None]:
         """Where gradients come in: edges, not tensors, as what was made belongs to whoever reads it next."""
         return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made]
+
+    @property
+    def closed(self) -> list[int]:
+        """Places of what it makes that no gradient goes through."""
+        return [at for at, edge in enumerate(self.edges) if edge is None]
 
     def take(self) -> tuple[tuple[Tensor, ...], list[Any]]:
         """What it makes and returns; the record does not hold it any longer."""

@@ -27,6 +27,7 @@ class MetCall:
     Attributes:
         given: leaves of its arguments; None in place of what comes from the state.
         wanted: positions of those that a gradient is wanted of.
+        twins: positions of those that are the same object as an earlier one, and its position.
         context: what the call runs under.
         marks: of the tensors among `given`.
         attributes: flags and numbers of its modules, as they were before.
@@ -42,6 +43,7 @@ class MetCall:
 
     given: list[Any]
     wanted: tuple[int, ...]
+    twins: dict[int, int]
     parameters: Parameters
     context: Context
     marks: dict[str, Mark]

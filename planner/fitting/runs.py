@@ -15,7 +15,7 @@ from evoplan.model.foreign.attributes import Attributes, plain_tensors, values_o
 from evoplan.model.foreign.calls import Call, FromState
 from evoplan.model.foreign.fingerprints import alike, fingerprint
 from evoplan.model.foreign.inside import Inside, in_autograds_graph
-from evoplan.model.foreign.leaves import Numbers, Value
+from evoplan.model.foreign.leaves import Numbers, Value, twins_in
 from evoplan.model.foreign.runs import CallRun, discarded, other_buffers
 from evoplan.model.running.chain import State
 from evoplan.model.running.context import Context
@@ -58,8 +58,11 @@ class CallRuns:
         """A call as it is met, and the block and all modules in it."""
         block = self.blocks[call.path]
         module = block.module
+        twins = twins_in(leaves)
         wanted = tuple(
-            at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
+            at
+            for at, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.requires_grad and at not in twins
         )
         given = [
             None if isinstance(argument, FromState)
@@ -73,6 +76,7 @@ class CallRuns:
         met = MetCall(
             given,
             wanted,
+            twins,
             parameters,
             Context.of_steps(),
             marks(_tensors(given)),
@@ -185,9 +189,7 @@ class CallRuns:
 
     def _closed(self, call: Call, kept: Any) -> tuple[int, ...]:
         """Places of what is made that no gradient goes through, as a record has it."""
-        if kept is None:
-            return call.closed
-        return tuple(at for at, edge in enumerate(kept.edges) if edge is None)
+        return call.closed if kept is None else tuple(kept.closed)
 
     def _inside(self, call: Call, strategy: Strategy, recorded: bool) -> Inside:
         """How a call runs; what runs again in backward is tried the first time that it does."""
@@ -222,10 +224,14 @@ class CallRuns:
 
     def leaves(self, call: Call, state: Mapping[str, Tensor]) -> list[Any]:
         """All leaves of a call's arguments, those from the state among them."""
-        return [
-            state[argument.name] if isinstance(argument, FromState) else leaf
-            for leaf, argument in zip(self.met[call.index].given, call.arguments, strict=True)
-        ]
+        met, leaves = self.met[call.index], list[Any]()
+        for at, (leaf, argument) in enumerate(zip(met.given, call.arguments, strict=True)):
+            if at in met.twins:
+                leaf = leaves[met.twins[at]]
+            elif isinstance(argument, FromState):
+                leaf = state[argument.name].detach()  # another object than any before
+            leaves.append(leaf)
+        return leaves
 
     def again(
         self, call: Call, action: Action, state: Mapping[str, Tensor]
