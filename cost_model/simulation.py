@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.fakes import fake_tensors
 from evoplan.cost_model.meta_calls import MetaCalls
+from evoplan.cost_model.results import as_real
 from evoplan.cost_model.scratch import CpuScratch
-from evoplan.cost_model.trace import Trace
+from evoplan.cost_model.trace import Operator, Trace
 from evoplan.model.running.internals import parametrizations_made_anew
 from evoplan.model.running.pieces import sampled_pieces
 
@@ -41,6 +42,25 @@ def simulated(
         where: what tensors claim to be on: cpu, made fake; or meta, where the code names that device itself.
     """
     return _simulated(device, kind, where)
+
+
+@contextmanager
+def imagined(device: Device, where: str = "cpu") -> Iterator[Operator]:
+    """Inside, tensors have no data, and nothing is counted.
+
+    Args:
+        device, where: as `simulated` has them.
+
+    Yields:
+        What runs an operator on its arguments.
+    """
+    on_cpu = device.kind == "cpu"
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return as_real(func, args, _CALLS(func, args, kwargs), on_cpu)
+
+    with garbage_left(), fake_tensors() if where == "cpu" else nullcontext():
+        yield call
 
 
 @contextmanager

@@ -420,7 +420,7 @@ MUTANTS = [
     ),
     Mutant(
         "fit-kept-back",
-        "model/foreign/finding.py",
+        "model/foreign/obstacles.py",
         "if maker is not None and maker is not within.get(at) and storage not in returned[maker]:",
         "if False:",
         "what hooks keep of a block, for a loss to read, is cut off from the graph",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from evoplan.model.foreign.capture import PLAIN
+from evoplan.model.foreign.obstacles import PLAIN
 from evoplan.model.running.internals import parametrizations_made_anew
 from evoplan.model.running.random_state import RandomState
 from evoplan.model.running.unchanged import put_back

@@ -7,21 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evoplan.model.foreign.attributes import counted_tensors
 from evoplan.model.foreign.calls import Argument, Call, Constant, FromState, Made, Passed, Result, Same
-from evoplan.model.foreign.finding import blocks_in, closing_in, kept_back
+from evoplan.model.foreign.finding import blocks_in, closing_in
 from evoplan.model.foreign.leaves import Key, Layout, Numbers, Value, twins_in
+from evoplan.model.foreign.obstacles import is_simple, obstacles, of_argument
 from evoplan.model.foreign.visits import Visit
 from evoplan.model.foreign.watching import UNLIKE, Functions, Operator, Watch
-from evoplan.model.running.internals import has_hooks, storage_key
+from evoplan.model.running.internals import storage_key
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+LEAST = 0.5  # of the parameters of all blocks that those have which can be planned, where others cannot
 
 
 class CaptureError(ValueError):
@@ -36,6 +37,7 @@ class Captured:
         calls: in the order in which they run.
         outputs: names of the state tensors that are read after the last of them.
         notes: what is left as it is, and why: for people.
+        left: those of them that tell of blocks.
         unlike_on_meta: whether operators ran that take other memory on the meta device than elsewhere.
         tables: paths of modules in the blocks that have made tensors at their first call which they keep, in
             attributes or as buffers.
@@ -48,6 +50,7 @@ class Captured:
     unlike_on_meta: bool
     operators: str
     tables: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -56,12 +59,15 @@ class Captured:
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def capture(model: nn.Module, run: Callable[[], Any], others: bool = False) -> Captured:
+def capture(
+    model: nn.Module, run: Callable[[], Any], call: Callable[..., Any], others: bool = False
+) -> Captured:
     """The chain of a model.
 
     Args:
         model: without data; its modules' forwards are written over, so a copy that nobody needs.
         run: its forward, on tensors without data.
+        call: runs an operator on its arguments there.
         others: whether something in it draws from Python's or NumPy's generators, so that blocks are to be
             looked at for that.
 
@@ -69,7 +75,7 @@ def capture(model: nn.Module, run: Callable[[], Any], others: bool = False) -> C
         CaptureError: no blocks are found, or they are given what cannot be checked.
     """
     before = counted_tensors(model)
-    with Watch(model, others) as watch, Functions() as functions:
+    with Watch(model, call, others) as watch, Functions() as functions:
         result = run()
     if watch.sparse:
         raise CaptureError(
@@ -82,17 +88,9 @@ def capture(model: nn.Module, run: Callable[[], Any], others: bool = False) -> C
             f"{type(model).__name__} has no modules that are called one after the other with autograd on: "
             "a plan is for a stack of blocks, in an nn.ModuleList or an nn.Sequential"
         )
-    for visit in closing_in(watch.root, visits[-1]):
-        if not _is_simple(visit):
-            break
-        visits.append(visit)
+    visits, left = _able(visits, watch.operators)
+    visits += takewhile(is_simple, closing_in(watch.root, visits[-1]))
     chain = _wired(visits, watch.operators, pytree.tree_leaves(result))
-    if (kept := kept_back(visits, watch.operators)) is not None:
-        raise CaptureError(
-            f"{kept.path}, or a hook in it, keeps a tensor that a gradient is wanted of afterwards, where it "
-            "would be cut off from the rest of the graph: have it return that (of transformers' models: "
-            "output_attentions=False)"
-        )
     unlike = functions.unlike or any(re.match(UNLIKE, operator.about) for operator in watch.operators)
     told = hashlib.sha256("\n".join(operator.about for operator in watch.operators).encode()).hexdigest()
     tables = tuple(
@@ -100,18 +98,29 @@ def capture(model: nn.Module, run: Callable[[], Any], others: bool = False) -> C
         for path, count in counted_tensors(model).items()
         if count > before.get(path, 0) and any(f"{path}.".startswith(f"{call.path}.") for call in chain.calls)
     )
-    return replace(chain, unlike_on_meta=unlike, operators=told, tables=tables)
+    notes = (*left, *chain.notes)
+    return replace(chain, left=tuple(left), notes=notes, unlike_on_meta=unlike, operators=told, tables=tables)
 
 
-def _is_simple(visit: Visit) -> bool:
-    """Whether nothing stands in the way of running a module again; of a block that would be an error."""
-    leaves = (*visit.arguments, *visit.results)
-    return (
-        visit.recorded
-        and not (visit.hooked or visit.writes or visit.changes or visit.replaces or visit.differentiated)
-        and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
-        and not any(has_hooks(inner) for inner in visit.module.modules())
-    )
+def _able(visits: list[Visit], operators: list[Operator]) -> tuple[list[Visit], list[str]]:
+    """The blocks that can be steps, and what is said of those that are left to the model: all of a class, if
+    something stands in the way of one, and there is enough of others.
+
+    Raises:
+        CaptureError: there is not; says what stands in the way.
+    """
+    found = obstacles(visits, operators)
+    left = {type(visit.module): f"{visit.path}{said}" for visit, said in reversed(found.items())}
+    able = [visit for visit in visits if type(visit.module) not in left]
+    if found and (len(able) < 2 or _parameters(able) < LEAST * _parameters(visits)):
+        visit, said = next(iter(found.items()))
+        raise CaptureError(f"{visit.path}{said}")
+    return able, [f"blocks of {kind.__name__} are left as they are: {said}" for kind, said in left.items()]
+
+
+def _parameters(visits: list[Visit]) -> int:
+    modules = {visit.module for visit in visits}
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
@@ -128,7 +137,7 @@ def captured_again(captured: Captured, visits: list[Visit]) -> Captured:
             key = visit.out_keys[at]
             assert key is not None  # as it is a tensor
             latest[name] = key
-    return replace(captured, calls=tuple(calls), notes=tuple(_notes(calls)))
+    return replace(captured, calls=tuple(calls), notes=(*captured.left, *_notes(calls)))
 
 
 # --- wiring ------------------------------------------------------------------------------------
@@ -199,17 +208,6 @@ def _calls(
         of_call = {at for other, at in names if other == index}
         results = [_result(visit, at, of_call.__contains__) for at in range(len(visit.results))]
         ran = operators[visit.start : visit.stop]
-        if visit.differentiated:
-            raise CaptureError(
-                f"{name} is differentiated before the model's forward and the loss are over, as for forces "
-                "(torch.autograd.grad), and once more after that; leave the model unplanned: "
-                "torch.utils.checkpoint(..., use_reentrant=False) around its blocks allows for it"
-            )
-        if visit.replaces:
-            raise CaptureError(
-                f"{name} changes {', '.join(visit.replaces[:3])}, which it reads, and which is no buffer: "
-                "run again it would change that once more; register it as a buffer"
-            )
         assert visit.returned is not None
         yield Call(
             index=index,
@@ -230,11 +228,6 @@ def _calls(
 
 def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argument:
     leaf = visit.arguments[at]
-    if visit.hooked:
-        raise CaptureError(
-            f"{name} is called under torch.utils.checkpoint, or other saved-tensor hooks; turn the model's "
-            "own checkpointing off: a plan takes its place"
-        )
     if visit.writes:
         raise CaptureError(
             f"{name} writes into what it is given, in place, or changes its lists or dictionaries: run again "
@@ -244,11 +237,8 @@ def _argument(visit: Visit, at: int, read: Mapping[int, str], name: str) -> Argu
         return FromState(read[at], Layout.of(leaf), visit.wanted[at], twins_in(visit.arguments).get(at))
     if isinstance(leaf, Tensor):
         return Constant(Layout.of(leaf), visit.wanted[at], twins_in(visit.arguments).get(at))
-    if not isinstance(leaf, PLAIN):
-        raise CaptureError(
-            f"{name} is given a {type(leaf).__name__}, which it may change when it runs; call the model so "
-            "that its blocks are given tensors and plain values (of transformers' models: use_cache=False)"
-        )
+    if (said := of_argument(leaf)) is not None:
+        raise CaptureError(f"{name}{said}")
     return Value(leaf)
 
 
@@ -276,11 +266,6 @@ def _result(visit: Visit, at: int, made: Callable[[int], bool]) -> Result:
     if key is not None:
         first = visit.out_keys.index(key)
         return Same([at for at in range(first + 1) if made(at)].index(first))
-    if not isinstance(leaf, PLAIN):
-        raise CaptureError(
-            f"{visit.path} returns a {type(leaf).__name__}; have it return tensors, in tuples, lists or "
-            "dictionaries"
-        )
     return Value(leaf)
 
 

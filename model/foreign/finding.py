@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from evoplan.model.foreign.leaves import Layout
 from evoplan.model.foreign.visits import Visit
-from evoplan.model.foreign.watching import Operator
 
 MOST = 0.8  # of a module's parameters that a stack within it has, where the stack's blocks take its place
 
@@ -81,30 +80,18 @@ def _stack_of(parent: Visit, child: Visit) -> object:
     container = child.path.rpartition(".")[0]
     if container != parent.path:  # a list's, since lists are not called
         return container
-    return type(child.module) if child.children else child
+    return (type(child.module), child.recorded) if child.children else child
 
 
 def _members(visit: Visit) -> Iterator[Visit]:
     """A member of a stack: itself, unless it is little but a stack of blocks of its own."""
     inner = [block for stack in _stacks(visit) for block in stack]
     modules = {block.module for block in inner}
-    if len(inner) > 1 and all(any(True for _ in module.children()) for module in modules):
+    # An nn.Sequential beside another is some layers, of which a block is put together.
+    whole = (any(True for _ in module.children()) and type(module) is not nn.Sequential for module in modules)
+    if len(inner) > 1 and all(whole):
         part = sum(p.numel() for module in modules for p in module.parameters())
         if part >= MOST * sum(p.numel() for p in visit.module.parameters()):
             yield from inner
             return
     yield visit
-
-
-def kept_back(visits: list[Visit], operators: list[Operator]) -> Visit | None:
-    """The first block that has made a tensor, not returned it, and left it for others to differentiate."""
-    within = {at: visit for visit in visits for at in range(visit.start, visit.stop)}
-    returned = {visit: {key.numbers[0] for key in visit.out_keys if key is not None} for visit in visits}
-    makers: dict[int, Visit | None] = {}  # of each storage that there is now, as places are used again
-    for at, operator in enumerate(operators):
-        for storage in operator.wanted:
-            maker = makers.get(storage)
-            if maker is not None and maker is not within.get(at) and storage not in returned[maker]:
-                return maker
-        makers |= dict.fromkeys(operator.made, within.get(at))
-    return None

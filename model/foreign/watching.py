@@ -43,19 +43,22 @@ UNLIKE = (
 )
 
 
+# Run by one kernel or by many operators, as the device has it.
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
 # Those whose gradients may be sparse.
 _SPARSE = {id(op) for op in (torch.ops.aten.embedding.default, torch.ops.aten._embedding_bag.default)}
 
 
 class Functions(TorchFunctionMode):
-    """Whether torch's attention or LSTM is called, which are other operators on each device."""
+    """Whether torch's attention or recurrent layers are called, which are other operators on each device."""
 
     unlike = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.lstm):
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward, *_RECURRENT):
             self.unlike = True
         return func(*args, **(kwargs or {}))
 
@@ -64,12 +67,13 @@ class Watch(TorchDispatchMode):
     """Notes every call of a module and every operator of a forward.
 
     Args:
+        call: runs an operator on its arguments.
         others: whether to look who draws from Python's and NumPy's generators, which takes a while.
     """
 
-    def __init__(self, model: nn.Module, others: bool = False) -> None:
+    def __init__(self, model: nn.Module, call: Callable[..., Any], others: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.others, self.sparse = others, False
+        self.call, self.others, self.sparse = call, others, False
         self.operators: list[Operator] = []
         self.root = Visit("", model, [], pytree.tree_structure(None))
         self._open = [self.root]
@@ -124,23 +128,21 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if backward_pass()[0] >= 0:
+        kwargs = kwargs or {}
+        out = self.call(func, args, kwargs)
+        backward = backward_pass()[0] >= 0
+        if backward:
             for visit in self._open[1:]:
                 visit.differentiated = True
         leaves = list(operands(args, kwargs))
-        if (
-            id(func) in _SPARSE
-            and args[0].requires_grad
-            and given_as(func, args, kwargs or {}, "sparse", False)
-        ):
+        if id(func) in _SPARSE and args[0].requires_grad and given_as(func, args, kwargs, "sparse", False):
             self.sparse = True
         about = about_operator(func, leaves)
-        draws = draws_numbers(func, args, kwargs or {})
+        draws = draws_numbers(func, args, kwargs)
         given = [(storage_key(leaf), leaf.requires_grad) for leaf in leaves if isinstance(leaf, Tensor)]
         read = frozenset([storage for storage, _ in given])
-        wanted = frozenset([storage for storage, requires_grad in given if requires_grad])
-        wrote = frozenset(map(storage_key, written(func, args, kwargs or {})))
+        wanted = frozenset([storage for storage, wants in given if wants and not backward])
+        wrote = frozenset(map(storage_key, written(func, args, kwargs)))
         made = frozenset([storage_key(t) for t in operands((out,), None) if isinstance(t, Tensor)]) - read
         self.operators.append(Operator(about, draws, read, wanted, wrote, made))
         return out

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from evoplan.model.foreign.capture import Captured, CaptureError
 from evoplan.model.foreign.rehearsal import rehearsed
 from evoplan.planner.fitting.simulating import Given, Loss, captured
 
+_ROOT = Path(__file__).parents[2]
 logger = logging.getLogger(__name__)
 
 
@@ -75,9 +78,20 @@ def in_one_line(what: str) -> Iterator[None]:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise CaptureError(
-            f"the model or its loss looks at the values of tensors, of which a plan knows none ({error}); "
-            "have it do so after the step, or leave it unplanned"
+            f"the model or its loss looks at the values of tensors, of which a plan knows none ({error}"
+            f"{_where(error)}); have it do so after the step, or leave it unplanned"
         ) from None
     except Exception as error:
         said = str(error).partition("\n")[0][:300]
-        raise CaptureError(f"{what} ({type(error).__name__}: {said})") from None
+        raise CaptureError(f"{what} ({type(error).__name__}: {said}{_where(error)})") from None
+
+
+def _where(error: Exception) -> str:
+    """The line of somebody else's code that an error comes from."""
+    ours = {
+        str(Path(torch.__file__).parent),
+        *(str(_ROOT / room) for room in ("cost_model", "model", "planner")),
+    }
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    theirs = (f for f in frames if not any(f.filename.startswith(folder) for folder in ours))
+    return next((f", at {Path(f.filename).name}, line {f.lineno}" for f in theirs), "")

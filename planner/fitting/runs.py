@@ -156,8 +156,9 @@ class CallRuns:
 
     def cut_off(self, call: Call) -> None:
         """Say what becomes of hooks within a block."""
-        warnings.warn(
-            f"hooks inside of {call.name} see tensors that are cut off from the graph of the model; what "
+        kind = type(self.blocks[call.path].module).__name__
+        warnings.warn(  # once for all of them
+            f"hooks inside of blocks of {kind} see tensors that are cut off from the model's graph; what "
             "they keep has no gradient there",
             stacklevel=3,
         )

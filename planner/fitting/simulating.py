@@ -17,7 +17,7 @@ from evoplan.cost_model.costs import CostTable
 from evoplan.cost_model.devices import Device
 from evoplan.cost_model.fakes import fake_copy, real_tensors_too, unseen
 from evoplan.cost_model.roofline import seconds
-from evoplan.cost_model.simulation import simulated
+from evoplan.cost_model.simulation import imagined, simulated
 from evoplan.cost_model.steps import LOSS_NUMBERS, NUMBER_BYTES
 from evoplan.cost_model.trace import Trace, Work
 from evoplan.model.foreign.as_they_were import own_objects
@@ -95,11 +95,11 @@ def captured(
     loss = loss or mean_of_squares
 
     def chain(others: bool) -> Captured:
-        with simulated(device, where=where), real_tensors_too():
+        with imagined(device, where) as call, real_tensors_too():
             copy = fake_copy(model, where=where)
             args, kwargs = given.made(where)
             with casting():
-                return capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))), others)
+                return capture(copy, lambda: _scalar(loss(copy(*args, **kwargs))), call, others)
 
     state = OtherState()
     found = chain(others=False)
@@ -225,10 +225,13 @@ class Simulator:
 def _as_they_were(leaves: Iterable[Tensor], known: Iterable[Any], trace: Trace) -> Iterator[None]:
     """Leaves that are not among those known are somebody else's, with data: a head in the loss, say.
 
-    Gradients are added to others that nobody counts, as to those of parameters; their hooks do not run.
+    Gradients are added to others that nobody counts, as to those of parameters; their hooks do not run. Those
+    that the model has made itself (a hook may have cut its graph there) are left to it.
     """
     known = set(map(id, known))
-    others = {leaf: leaf.grad for leaf in leaves if id(leaf) not in known}
+    others = {
+        leaf: leaf.grad for leaf in leaves if id(leaf) not in known and not trace.holds(storage_key(leaf))
+    }
     try:
         with unseen():
             for leaf in others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -111,6 +112,7 @@ class _Step:
     ) -> None:
         self.fitting, self.args, self.kwargs, self.leaves = fitting, args, kwargs, leaves
         self.gradients, self.met = gradients, list[Tensor]()
+        self._looked, self._found = False, list[tuple[weakref.ref[Tensor], Tensor | None]]()
         self.trained = [p for p in fitting.model.parameters() if p.requires_grad]
         self.kind = self.trained[0].device.type if self.trained else "cpu"
         self.random = RandomState()
@@ -135,7 +137,8 @@ class _Step:
             args, kwargs = own_objects((self.args, self.kwargs))  # which it may empty, or add to
             output = self.fitting.model(*args, **kwargs)
             loss = self.fitting.loss(output)
-        self._meet(leaves_of(loss))
+        if not self._looked:
+            self._meet(leaves_of(loss))
         loss.backward()
         return loss.detach()
 
@@ -143,15 +146,24 @@ class _Step:
         """Those that are not the model's: their gradients stay allocated as well."""
         for leaf in leaves:
             if leaf not in self.gradients and not any(leaf is own for own in self.leaves):
-                self.gradients[leaf] = leaf.grad
-                self.met.append(leaf)
+                self._found.append((weakref.ref(leaf), leaf.grad))
                 leaf.grad = torch.zeros_like(leaf)
+
+    def _keep_met(self) -> None:
+        """Of those, the ones that outlive a step: others the model has made itself, by cutting its graph."""
+        self._looked = True
+        for found, before in self._found:
+            leaf = found()
+            if leaf is not None:
+                self.met.append(leaf)
+                self.gradients[leaf] = before
 
     def measured(self) -> tuple[int, Tensor, dict[Tensor, Tensor | None]]:
         """Peak above what is there before, the loss, and all gradients."""
         self.begin()
         with self.random:
             loss = self.run()
+        self._keep_met()
         of = (*self.trained, *self.leaves, *self.met)
         gradients = {tensor: None if tensor.grad is None else tensor.grad.clone() for tensor in of}
         self.begin()
