@@ -24,7 +24,7 @@ _KEPT_BACK = (
 def obstacles(visits: Sequence[Visit], operators: Sequence[Operator]) -> dict[Visit, str]:
     """Of blocks that something stands in the way of, what: to be read after the block's name."""
     kept = _kept_back(visits, operators)
-    found = {visit: _KEPT_BACK if visit in kept else _obstacle(visit) for visit in visits}
+    found = {visit: _obstacle(visit) or (_KEPT_BACK if visit in kept else None) for visit in visits}
     return {visit: said for visit, said in found.items() if said is not None}
 
 
