@@ -63,6 +63,53 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Found:
+    """What a call finds in its modules, to tell what it has done to that.
+
+    Args:
+        buffers: whether there are any.
+        others: whether to look who draws from Python's and NumPy's generators.
+    """
+
+    def __init__(self, visit: Visit, buffers: bool, others: bool) -> None:
+        self.visit, self.has_buffers = visit, buffers
+        self.buffers = self._buffers()
+        self.there = tensors_in_attributes(visit.module)  # held, as another could lie in its place
+        self.plain, self.others = marks(self.there), OtherState() if others else None
+
+    def _buffers(self) -> dict[str, Mark]:
+        return marks(dict(self.visit.module.named_buffers())) if self.has_buffers else {}
+
+    def left(self, operators: list[Operator], args: Any, kwargs: Any, result: Any) -> None:
+        """The call is over, and has returned this."""
+        visit, module = self.visit, self.visit.module
+        visit.stop = len(operators)
+        visit.others = self.others if self.others is not None and self.others.moved() else None
+        visit.results, visit.returned = pytree.tree_flatten(result)
+        for node in {leaf.grad_fn for leaf in visit.results if isinstance(leaf, Tensor) and leaf.grad_fn}:
+            node.register_prehook(visit.differentiates)
+        visit.out_keys = keys_of(visit.results)
+        now, structure = pytree.tree_flatten((args, kwargs))
+        given = visit.arguments
+        visit.writes = (
+            structure != visit.structure or numbers_in(given) != visit.numbers or len(now) != len(given)
+        )
+        before, after = self.buffers, self._buffers()
+        ran = operators[visit.start :]
+        wrote = {key for operator in ran for key in operator.wrote}
+        read = {key for operator in ran for key in operator.read} if self.plain else set()
+        visit.plain = tuple(name for name, (_, storage) in self.plain.items() if storage in read)
+        there = plain_tensors(module) if visit.plain else {}
+        visit.replaces = tuple(
+            name
+            for name in visit.plain
+            if there.get(name) != self.plain[name] or self.plain[name][1] in wrote
+        )
+        visit.changes = _with_siblings(
+            module, [name for name in after if after[name] != before.get(name) or after[name][1] in wrote]
+        )
+
+
 class Watch(TorchDispatchMode):
     """Notes every call of a module and every operator of a forward.
 
@@ -84,43 +131,17 @@ class Watch(TorchDispatchMode):
     def _watched(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         within = list(module.modules())
 
-        def buffers() -> dict[str, Mark]:
-            return marks(dict(module.named_buffers())) if any(m._buffers for m in within) else {}
-
         def watched(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = pytree.tree_flatten((args, kwargs))
-            visit = Visit(path, module, leaves, structure, len(self.operators))
-            before, there = (
-                buffers(),
-                tensors_in_attributes(module),
-            )  # held, as another could lie in its place
-            plain, others = marks(there), OtherState() if self.others else None
+            with torch._C.DisableTorchFunction():  # `Functions` is about the model's own
+                visit = Visit(path, module, *pytree.tree_flatten((args, kwargs)), len(self.operators))
+                found = _Found(visit, any(m._buffers for m in within), self.others)
             self._open[-1].children.append(visit)
             self._open.append(visit)
             visit.hooked = has_saving_hooks()
             result = forward(*args, **kwargs)
             self._open.pop()
-            visit.stop = len(self.operators)
-            visit.others = others if others is not None and others.moved() else None
-            visit.results, visit.returned = pytree.tree_flatten(result)
-            for node in {leaf.grad_fn for leaf in visit.results if isinstance(leaf, Tensor) and leaf.grad_fn}:
-                node.register_prehook(visit.differentiates)
-            visit.out_keys = keys_of(visit.results)
-            now, structure_now = pytree.tree_flatten((args, kwargs))
-            visit.writes = (
-                structure_now != structure or numbers_in(leaves) != visit.numbers or len(now) != len(leaves)
-            )
-            after = buffers()
-            wrote = {key for operator in self.operators[visit.start :] for key in operator.wrote}
-            read = {key for operator in self.operators[visit.start :] for key in operator.read}
-            visit.plain = tuple(name for name, (_, storage) in plain.items() if storage in read)
-            now_there = plain_tensors(module) if visit.plain else {}
-            visit.replaces = tuple(
-                name for name in visit.plain if now_there.get(name) != plain[name] or plain[name][1] in wrote
-            )
-            visit.changes = _with_siblings(
-                module, [name for name in after if after[name] != before.get(name) or after[name][1] in wrote]
-            )
+            with torch._C.DisableTorchFunction():
+                found.left(self.operators, args, kwargs, result)
             return result
 
         return watched
