@@ -9,6 +9,7 @@ A trace on fake tensors does not see them. On the CPU these operators have some:
   result in buffers whose size follows from shapes, strides and threads in no simple way. Such a
   product is run once, on ones, and its allocations are read from the profiler.
 - Convolutions, torch's attention, and a few others that nobody has a formula for: run once as well.
+- The softmax of torch's attention where it is made of operators: which logits, and which rows, are masked.
 - Losses that are reduced: what they are the mean or the sum of.
 - Elementwise operators on tensors of unlike dtypes (mixed precision): a copy of each operand that is not of
   the common dtype, and where they write into one that is not, a buffer for the result.
@@ -59,6 +60,19 @@ _KERNELS = {
 }
 # Losses that are made whole, once more, before they are reduced; and where their reduction stands.
 _REDUCED = {_aten.mse_loss.default: 2, _aten.smooth_l1_loss.default: 2}
+_SAFE_SOFTMAX = _aten._safe_softmax.default
+_SOFTMAXES = {
+    _aten._softmax.default,
+    _aten._softmax_backward_data.default,
+    _aten._log_softmax.default,
+    _aten._log_softmax_backward_data.default,
+}
+# Kernels that copy what lies otherwise than they read it, forward and backward: run once where anything does.
+_COPYING = {
+    getattr(_aten, name + way).default
+    for name in ("native_batch_norm", "native_group_norm", "upsample_nearest2d", "upsample_bilinear2d")
+    for way in ("", "_backward")
+}
 _NORMS = {_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default}
 
 
@@ -94,11 +108,14 @@ class CpuScratch:
 
     def call(self, operator: Any, args: tuple[Any, ...]) -> Call | None:
         """What to ask the other methods about; None: no scratch, except `NUMBER_BYTES`."""
-        if operator in _REDUCED:
+        if operator in _REDUCED or operator is _SAFE_SOFTMAX:
             return Call.of(operator, args)
         if _is_pointwise(operator):
             dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
             return None if len(dtypes) < 2 else Call.of(operator, args)
+        if operator in _SOFTMAXES or operator in _COPYING:
+            in_order = all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
+            return None if in_order else Call.of(operator, args)
         if not any(operator in known for known in (_PRODUCTS, _NORMS, _KERNELS)):
             return None
         return Call.of(operator, args)
@@ -117,13 +134,17 @@ class CpuScratch:
         """Scratch of a call beyond its outputs. A oneDNN product is run once per process."""
         if call.operator in _REDUCED:
             return _loss_bytes(call) + NUMBER_BYTES
+        if call.operator is _SAFE_SOFTMAX:
+            return _softmax_bytes(call) + NUMBER_BYTES
         if _is_pointwise(call.operator):
             return _cast_bytes(call) + NUMBER_BYTES
         if call.operator in _NORMS:
             return _norm_bytes(call, self.threads) + NUMBER_BYTES
-        if call.operator not in _KERNELS and not self._is_onednn(call):
+        if call.operator in _SOFTMAXES:
+            return _copied_bytes(call) + NUMBER_BYTES
+        if call.operator not in _KERNELS | _COPYING and not self._is_onednn(call):
             return _gapped_matrix_bytes(call) + NUMBER_BYTES
-        stand_in = call if call.operator in _KERNELS else _within_limits(call)
+        stand_in = call if call.operator in _KERNELS | _COPYING else _within_limits(call)
         key = self.threads, stand_in
         if key not in _measured:
             _measured[key] = _run(stand_in)
@@ -174,8 +195,18 @@ def _loss_bytes(call: Call) -> int:
     return prod(shape) * dtype.itemsize
 
 
+def _softmax_bytes(call: Call) -> int:
+    (logits,) = call.tensors
+    rows = prod(size for at, size in enumerate(logits.shape) if at != call.args[1] % len(logits.shape))
+    return prod(logits.shape) + rows
+
+
+def _copied_bytes(call: Call) -> int:
+    return sum(tensor.nbytes for tensor in call.tensors if not tensor.is_contiguous)
+
+
 def _norm_bytes(call: Call, threads: int) -> int:
-    copied = sum(tensor.nbytes for tensor in call.tensors if not tensor.is_contiguous)
+    copied = _copied_bytes(call)
     if call.operator is _aten.native_layer_norm.default:
         return copied
     normalized: tuple[int, ...]

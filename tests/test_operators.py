@@ -17,6 +17,7 @@ from evoplan.model.foreign.leaves import Layout
 
 IMAGE, BATCH, ROWS = (2, 8, 20, 24), (9, 40, 40), (60, 24)
 ONES = torch.ones(BATCH)
+POINTS = torch.arange(960).view(2, 20, 24) % 3
 CLASSES = torch.arange(60) % 24
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
@@ -45,6 +46,23 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "grid sample": (lambda x, at: F.grid_sample(x, at, align_corners=False), (IMAGE, (2, 9, 9, 2))),
     "group norm": (lambda x: F.group_norm(x.transpose(2, 3), 4), (IMAGE,)),
     "attention": (F.scaled_dot_product_attention, ((2, 4, 33, 16),) * 3),
+    "attention of operators": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(33, 33).tril().bool()),
+        ((2, 4, 33, 16), (2, 4, 33, 16), (2, 4, 33, 8)),
+    ),
+    # What lies otherwise than kernels read it.
+    "classes of points": (
+        lambda x: F.cross_entropy(x.permute(0, 3, 1, 2), POINTS, ignore_index=2),
+        ((2, 20, 24, 3),),
+    ),
+    "resized": (
+        lambda x: F.interpolate(x.permute(0, 3, 1, 2), size=(40, 48), mode="bilinear").permute(0, 2, 3, 1),
+        ((2, 20, 24, 8),),
+    ),
+    "batch norm": (
+        lambda x: F.batch_norm(x.permute(0, 3, 1, 2), None, None, training=True),
+        ((2, 20, 24, 8),),
+    ),
     "transform": (lambda x: torch.fft.irfft(torch.fft.rfft(x)), (BATCH,)),
     "rotation": (lambda x: torch.view_as_real(torch.view_as_complex(x).square()), ((9, 40, 2),)),
 }
