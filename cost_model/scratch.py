@@ -49,6 +49,10 @@ _KERNELS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     _aten._trilinear.default,
+    _aten._cdist_forward.default,
+    _aten._euclidean_dist.default,
+    _aten.binary_cross_entropy_with_logits.default,
+    _aten.linalg_inv_ex.default,
     _aten.col2im.default,
     _aten.im2col.default,
     _aten.kthvalue.default,
@@ -59,7 +63,7 @@ _KERNELS = {
     _aten.mkldnn_rnn_layer_backward.default,
 }
 # Losses that are made whole, once more, before they are reduced; and where their reduction stands.
-_REDUCED = {_aten.mse_loss.default: 2, _aten.smooth_l1_loss.default: 2}
+_REDUCED = {_aten.mse_loss.default: 2, _aten.smooth_l1_loss.default: 2, _aten.huber_loss.default: 2}
 _SAFE_SOFTMAX = _aten._safe_softmax.default
 _SOFTMAXES = {
     _aten._softmax.default,

@@ -57,12 +57,23 @@ def check(model: nn.Module, x: Tensor, blocks: set[str]) -> evoplan.Fitted:
     return fitted
 
 
+class Embedded(Tower):
+    """Of a size that its blocks do not take its place among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.embed(x))
+
+
 class Distilled(nn.Module):
     """A frozen teacher beside a student of its class."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.teacher, self.student = Tower(), Tower()
+        self.teacher, self.student = Embedded(), Embedded()
         self.teacher.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:

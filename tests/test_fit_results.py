@@ -175,6 +175,25 @@ def test_memory_of_results_that_share_it(name: str) -> None:
         assert 0.99 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.0005
 
 
+def test_memory_of_arguments_in_another_layout() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(lambda x, y: y) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x.transpose(0, 1)).transpose(0, 1)
+            return x
+
+    x = torch.randn(17, 129, WIDTH)
+    fitted = evoplan.fit(Turned(), (x,), optimizer="none")
+    assert fitted._fitting.captured.calls[1].arguments[0].layout.stride == (WIDTH, 129 * WIDTH, 1)
+    fitted.replan(fitted.plan.least_feasible_bytes)
+    found = fitted.verify((x,))
+    assert 0.98 < found.measured_peak_bytes / found.predicted_peak_bytes <= 1.0005
+
+
 def test_memory_of_arguments_that_are_parts() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:

@@ -68,30 +68,38 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
 }
 
 
+def forward(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    run(*inputs)
+
+
 def step(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     loss = run(*inputs).square().mean()
     loss.backward()
 
 
-def measured_and_traced(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[int, int]:
-    """Peaks of a step, its inputs' gradients being there."""
+def measured_and_traced(
+    what: Callable[..., None], run: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[int, int]:
+    """Peaks of a forward or a step, its inputs' gradients being there."""
     step(run, inputs)
-    measured = peak_bytes(lambda: step(run, inputs))
+    measured = peak_bytes(lambda: what(run, inputs))
     with simulated(device("cpu")) as trace, real_tensors_too():
         imagined = tuple(Layout.of(tensor).empty().requires_grad_() for tensor in inputs)
         for tensor in imagined:
             tensor.grad = torch.empty_like(tensor)
         before = trace.live_bytes
         trace.reset()
-        step(run, imagined)
+        what(run, imagined)
         return measured, trace.peak_bytes - before + trace.kept_number_bytes
 
 
+@pytest.mark.parametrize("what", [forward, step])
 @pytest.mark.parametrize("name", CASES)
-def test_operators_take_what_is_traced(name: str) -> None:
+def test_operators_take_what_is_traced(name: str, what: Callable[..., None]) -> None:
     torch.manual_seed(0)
     run, shapes = CASES[name]
-    measured, traced = measured_and_traced(run, tuple(torch.randn(s, requires_grad=True) for s in shapes))
+    inputs = tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
+    measured, traced = measured_and_traced(what, run, inputs)
     assert 0.95 * traced - 64 <= measured <= traced
 
 
@@ -101,5 +109,5 @@ def test_an_lstm_keeps_what_its_kernel_does() -> None:
         return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, True, False, True)[0]
 
     weights = nn.LSTM(16, 24).parameters()
-    measured, traced = measured_and_traced(run, (torch.randn(5, 40, 16, requires_grad=True), *weights))
+    measured, traced = measured_and_traced(step, run, (torch.randn(5, 40, 16, requires_grad=True), *weights))
     assert 0.98 * traced <= measured <= 1.005 * traced
